@@ -1,0 +1,78 @@
+"""Sparse deltas: what an adaptation changed in a CLIP, as flat indices and new values.
+
+A delta is one safetensors file. For each changed tensor, under OpenAI's name of it, it holds `NAME.indices`
+(int32, row-major, ascending) and `NAME.values` (float32, the new weights). Its metadata name the format, the base
+weights by their SHA-256 (`weights_sha256`) and what the writer adds. On the same base it gives the adapted
+weights bit for bit.
+"""
+
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .errors import WeightsError
+from .model import CLIP
+from .weights import save_tensors
+
+FORMAT = "clip-sparse-delta-1"
+
+
+def snapshot(model: CLIP) -> dict[str, Tensor]:
+    """Copies, in main memory, of all weights that require a gradient, under OpenAI's names."""
+    return {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor.requires_grad
+    }
+
+
+def difference(before: dict[str, Tensor], model: CLIP) -> dict[str, tuple[Tensor, Tensor]]:
+    """(indices, values) of each tensor in `before` that differs from the model's now, bit for bit."""
+    after, changes = model.state_dict(), {}
+    for name, old in before.items():
+        new = after[name].cpu().contiguous()
+        # Compared as integers: -0.0 and 0.0 are different bits, and a NaN equals itself.
+        indices = (new.view(torch.int32) != old.view(torch.int32)).view(-1).nonzero().view(-1)
+        if len(indices):
+            changes[name] = indices.to(torch.int32), new.view(-1)[indices]
+    return changes
+
+
+def save_delta(
+    changes: dict[str, tuple[Tensor, Tensor]], path: Path, base_sha256: str, metadata: dict[str, str]
+) -> None:
+    """Writes a delta atomically; folders are made."""
+    tensors = {f"{name}.indices": indices for name, (indices, _) in changes.items()}
+    tensors |= {f"{name}.values": values for name, (_, values) in changes.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, path, {"format": FORMAT, "base_sha256": base_sha256, **metadata})
+
+
+@torch.no_grad()
+def apply_delta(model: CLIP, path: Path, base_sha256: str) -> dict[str, str]:
+    """Changes the model's weights as the delta says and returns the delta's metadata.
+
+    `base_sha256` is `weights_sha256` of the model as it is. Raises WeightsError, the model untouched, if the
+    delta belongs to other weights or is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path} is no readable delta ({error}); save it again") from error
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"{path} is not a delta of this program (format {metadata.get('format')})")
+    if metadata["base_sha256"] != base_sha256:
+        raise WeightsError(
+            f"{path} belongs to other base weights (SHA-256 {metadata['base_sha256'][:12]}..., not "
+            f"{base_sha256[:12]}...); load the backbone it was made from"
+        )
+    weights = model.state_dict()
+    names = [name.removesuffix(".indices") for name in tensors if name.endswith(".indices")]
+    for name in names:
+        indices = tensors[f"{name}.indices"].long().to(model.device)
+        weights[name].view(-1)[indices] = tensors[f"{name}.values"].to(model.device)
+    return metadata

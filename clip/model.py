@@ -1,0 +1,275 @@
+"""CLIP's two towers (Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision", 2021, figure 3), with OpenAI's parameter names, in float32.
+
+Notation in shape comments: B images or prompts, T tokens, D width, H heads, E embedding size.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_WIDTH = 64  # every CLIP attention head is 64 wide; so heads = width / 64
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that distinguishes one CLIP from another; `clip.weights.read_architecture` derives it from shapes.
+
+    A ViT has an integer `vision_layers` and a `patch_size`; a modified ResNet has a tuple of four block
+    counts and `patch_size` None.
+    """
+
+    embed_dim: int
+    resolution: int
+    vision_width: int
+    vision_layers: int | tuple[int, int, int, int]
+    patch_size: int | None
+    context_length: int
+    vocab_size: int
+    text_width: int
+    text_layers: int
+
+    @property
+    def is_vit(self) -> bool:
+        return isinstance(self.vision_layers, int)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the GELU approximation that OpenAI's weights were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with queries, keys and values stacked in one projection.
+
+    The input projection is an ordinary `nn.Linear`, so that whatever works on linear layers works on it;
+    in state dicts it bears OpenAI's names `in_proj_weight` and `in_proj_bias`.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        self.register_state_dict_post_hook(_use_openai_names)
+        self.register_load_state_dict_pre_hook(_use_module_names)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        B, T, D = x.shape
+        qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+def _use_openai_names(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    for kind in ("weight", "bias"):
+        state_dict[f"{prefix}in_proj_{kind}"] = state_dict.pop(f"{prefix}in_proj.{kind}")
+
+
+def _use_module_names(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    for kind in ("weight", "bias"):
+        if f"{prefix}in_proj_{kind}" in state_dict:
+            state_dict[f"{prefix}in_proj.{kind}"] = state_dict.pop(f"{prefix}in_proj_{kind}")
+
+
+class Block(nn.Module):
+    """One pre-norm residual block: attention, then an MLP four times as wide."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=QuickGELU(),
+                c_proj=nn.Linear(4 * width, width),
+            )
+        )
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; [B, T, D] to [B, T, D]."""
+
+    def __init__(self, width: int, layers: int, heads: int, causal: bool):
+        super().__init__()
+        self.causal = causal
+        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj.weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * layers) ** -0.5)
+            nn.init.zeros_(block.attn.in_proj.bias)
+            nn.init.zeros_(block.attn.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, self.causal)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """Images [B, 3, R, R] to embeddings [B, E], read off the class token."""
+
+    def __init__(self, resolution: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int):
+        super().__init__()
+        scale = width**-0.5
+        tokens = (resolution // patch_size) ** 2 + 1
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, causal=False)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, D]
+        class_token = self.class_embedding.expand(len(x), 1, -1)
+        x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # [B, T, D]
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class Bottleneck(nn.Module):
+    """ResNet bottleneck whose stride is an average pool, before the last convolution and on the shortcut."""
+
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int):
+        super().__init__()
+        outplanes = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
+        self.downsample = None
+        if stride > 1 or inplanes != outplanes:
+            self.downsample = nn.Sequential(
+                OrderedDict(
+                    [
+                        ("-1", nn.AvgPool2d(stride)),
+                        ("0", nn.Conv2d(inplanes, outplanes, 1, bias=False)),
+                        ("1", nn.BatchNorm2d(outplanes)),
+                    ]
+                )
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(self.avgpool(x))) + shortcut)
+
+
+class AttentionPool(nn.Module):
+    """Pools a feature map [B, D, R, R] into [B, E] by attention whose one query is the mean token."""
+
+    def __init__(self, side: int, width: int, heads: int, embed_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) / width**0.5)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # [B, R*R, D]
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # [B, T, D]
+
+        def split_heads(y: Tensor) -> Tensor:  # [B, T, D] -> [B, H, T, D/H]
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        q, k, v = split_heads(self.q_proj(x[:, :1])), split_heads(self.k_proj(x)), split_heads(self.v_proj(x))
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, 1, D/H]
+        return self.c_proj(x.flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """CLIP's ResNet: a stem of three convolutions, average pools for strides, attention pooling."""
+
+    def __init__(self, resolution: int, width: int, layers: tuple[int, ...], heads: int, embed_dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        inplanes = width
+        for index, blocks in enumerate(layers):
+            planes, stride = width * 2**index, 1 if index == 0 else 2
+            stage = [Bottleneck(inplanes, planes, stride)]
+            inplanes = planes * Bottleneck.expansion
+            stage += [Bottleneck(inplanes, planes, 1) for _ in range(blocks - 1)]
+            setattr(self, f"layer{index + 1}", nn.Sequential(*stage))
+        self.attnpool = AttentionPool(resolution // 32, inplanes, heads, embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.avgpool(F.relu(self.bn3(self.conv3(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.attnpool(x)
+
+
+class CLIP(nn.Module):
+    """Both towers. A new instance has random weights as for training from scratch; `clip.load` fills them."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        if arch.is_vit:
+            heads = arch.vision_width // HEAD_WIDTH
+            self.visual = VisionTransformer(
+                arch.resolution, arch.patch_size, arch.vision_width, arch.vision_layers, heads, arch.embed_dim
+            )
+        else:
+            heads = arch.vision_width * 32 // HEAD_WIDTH  # the pooled map is 32 times as wide as the stem
+            self.visual = ModifiedResNet(arch.resolution, arch.vision_width, arch.vision_layers, heads, arch.embed_dim)
+        width = arch.text_width
+        self.transformer = Transformer(width, arch.text_layers, width // HEAD_WIDTH, causal=True)
+        self.token_embedding = nn.Embedding(arch.vocab_size, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(arch.context_length, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, arch.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Preprocessed images [B, 3, R, R] to embeddings [B, E], not normalised."""
+        return self.visual(images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, context] from `clip.tokenize` to embeddings [B, E], not normalised.
+
+        The feature is read at the end-of-text token, whose id is the largest. Attention is causal, so what
+        follows that token cannot matter: the batch is cut to its longest prompt, which is exact.
+        """
+        end = tokens.argmax(dim=-1)  # [B]
+        tokens = tokens[:, : int(end.max()) + 1]
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, T, D]
+        x = self.transformer(x)
+        x = x[torch.arange(len(x), device=x.device), end]
+        return self.ln_final(x) @ self.text_projection

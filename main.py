@@ -1,0 +1,129 @@
+"""Few-shot adaptation of CLIP: one run.
+
+python main.py                                                       # SO on the embedded digits
+python main.py --shots 4 --method zero_shot                          # the same without training
+python main.py --dataset dtd --shots 4 --root_path $DATA             # the released protocol on ViT-B/16
+python main.py --config configs/so_paper.yaml --dataset dtd --shots 4 --root_path $DATA
+"""
+
+import errno
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+import clip
+import datasets
+import run_utils
+import train
+from clip.preprocess import train_transform
+from methods import METHODS, MethodError
+
+MISTAKES = (run_utils.UserError, datasets.DatasetError, clip.WeightsError, MethodError, train.TrainingDiverged)
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Runs one experiment and returns its record. A mistake of the user ends in one line and exit code 2."""
+    try:
+        settings = run_utils.parse(argv)
+        run = run_utils.Run(settings)
+        if run.finished and not settings.force:
+            print(f"already done, not run again (--force does): {run.folder}")
+            record = run.result()
+        else:
+            with run:
+                record = experiment(settings, run)
+        report(record, run)
+        return record
+    except MISTAKES as error:
+        sys.exit(fail(str(error)))
+    except torch.OutOfMemoryError:
+        sys.exit(fail("the GPU's memory is too small for this; lower --batch_size or use --precision bf16"))
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        sys.exit(fail(f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder"))
+
+
+def experiment(settings: run_utils.Settings, run: run_utils.Run) -> dict:
+    """From settings to the recorded result."""
+    run_utils.make_reproducible(settings.seed)
+    model, preprocess = clip.load(settings.backbone, settings.device)
+    base_sha256 = clip.weights_sha256(model)
+    task = datasets.build(settings.dataset, settings.root_path, settings.shots, settings.seed, settings.prompts)
+    adaptation = METHODS[settings.method].prepare(model, settings)
+    print(
+        f"{settings.method} on {task.name} ({len(task.class_names)} classes, {settings.shots} shots, seed "
+        f"{settings.seed}), {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
+        f"{adaptation.trainable_weights:,} weights"
+    )
+    loader = None
+    if adaptation.optimizer is not None and not settings.eval_only:  # made first: it finds damaged training images
+        augment = train_transform(model.arch.resolution, settings.min_area, settings.flip)
+        loader = datasets.training_loader(
+            task,
+            augment,
+            settings.batch_size,
+            settings.iterations,
+            settings.seed,
+            settings.workers,
+            settings.image_cache_mb,
+            pin_memory=model.device.type == "cuda",
+        )
+    zero_shot = train.evaluate_zero_shot(model, task, preprocess, settings)
+    print(f"zero-shot accuracy {zero_shot:.2f} % on {len(task.test)} test images")
+
+    fit, checkpoint_bytes = train.Fit(), None
+    if settings.eval_only:
+        adaptation.load(settings.checkpoint, base_sha256)
+        checkpoint_bytes = settings.checkpoint.stat().st_size
+    elif loader is not None:
+        fit = train.fit(
+            model, task, adaptation, loader, settings, lambda: train.evaluate(model, task, preprocess, settings)
+        )
+    start = time.perf_counter()
+    accuracy = train.evaluate(model, task, preprocess, settings)
+    eval_seconds = time.perf_counter() - start
+    if settings.checkpoint and not settings.eval_only and adaptation.parameters:
+        metadata = {"method": settings.method, "settings": json.dumps(asdict(settings))}
+        checkpoint_bytes = adaptation.save(settings.checkpoint, base_sha256, metadata)
+
+    result = {
+        "test_accuracy": accuracy,
+        "zero_shot_accuracy": zero_shot,
+        "train_accuracy": fit.last["train_accuracy"],
+        "final_loss": fit.last["loss"],
+        "iterations": fit.iterations,
+        "stopped_early": fit.stopped_early,
+        "train_seconds": fit.seconds,
+        "eval_seconds": eval_seconds,
+        "peak_memory_mb": run_utils.peak_memory_mb(model.device),
+        "trainable_weights": adaptation.trainable_weights,
+        "changed_weights": adaptation.changed_weights(),
+        "checkpoint_bytes": checkpoint_bytes,
+        "template": task.templates[0],
+        "split_sha256": task.split_sha256,
+        "weights_sha256": base_sha256,
+    }
+    return run.record(result, fit.curve, fit.timing)
+
+
+def report(record: dict, run: run_utils.Run) -> None:
+    """The last lines that a run prints."""
+    print(f"zero-shot {record['zero_shot_accuracy']:.2f} %  ->  {record['method']} {record['test_accuracy']:.2f} %")
+    if run.settings.checkpoint and run.settings.checkpoint.is_file():
+        print(f"weights: {run.settings.checkpoint}")
+    print(f"record:  {run.folder / 'result.json'}\nresults: {run.csv}")
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Methods of adaptation. A method is a module with `HYPERPARAMETERS`, the settings it reads, and
+`prepare(model, settings) -> Adaptation`, which freezes everything but what it trains."""
+
+from . import so, zero_shot
+from .adaptation import Adaptation, MethodError, cosine_schedule, select_matrices
+
+METHODS = {"so": so, "zero_shot": zero_shot}
+
+__all__ = ["METHODS", "Adaptation", "MethodError", "cosine_schedule", "select_matrices"]

@@ -1,0 +1,97 @@
+"""What a method hands to the training loop, and the choice of weights that methods share."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clip import CLIP, delta
+
+MINIMUM_LR = 1e-6
+
+
+class MethodError(Exception):
+    """A setting that does not fit this model; the message is one line with the remedy."""
+
+
+class Adaptation:
+    """Parameters that are trained in place, what updates them, and the weights that changed since.
+
+    `parameters` are the model's by name; all others must be frozen. Without an optimizer nothing is trained.
+    """
+
+    def __init__(
+        self,
+        model: CLIP,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ):
+        self.model, self.parameters, self.optimizer, self.scheduler = model, parameters, optimizer, scheduler
+        self.before = delta.snapshot(model)
+
+    @property
+    def trainable_weights(self) -> int:
+        return sum(p.numel() for p in self.parameters.values())
+
+    def changed_weights(self) -> int:
+        """Number of weights that differ from those at the start, bit for bit."""
+        return sum(len(indices) for indices, _ in delta.difference(self.before, self.model).values())
+
+    def save(self, path: Path, base_sha256: str, metadata: dict[str, str]) -> int:
+        """Writes what changed as a sparse delta on the base weights; returns the file's size in bytes."""
+        delta.save_delta(delta.difference(self.before, self.model), path, base_sha256, metadata)
+        return path.stat().st_size
+
+    def load(self, path: Path, base_sha256: str) -> None:
+        """Applies what `save` wrote to the model. WeightsError if it belongs to other base weights."""
+        delta.apply_delta(self.model, path, base_sha256)
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, iterations: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """From the optimizer's learning rate down to 1e-6 along half a cosine, one step an iteration."""
+    lowest = min(MINIMUM_LR, *(group["lr"] for group in optimizer.param_groups))
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=lowest)
+
+
+def chosen_blocks(position: str, layers: int) -> range:
+    """Indices of the blocks that `position` names in a tower of `layers` blocks: all; bottom, mid, up (thirds);
+    half-bottom, half-up; top1, top2, top3 (the last ones). MethodError if the tower is too small for it."""
+    third, half = layers // 3, layers // 2
+    blocks = {
+        "all": range(layers),
+        "bottom": range(third),
+        "mid": range(third, 2 * layers // 3),
+        "up": range(2 * layers // 3, layers),
+        "half-bottom": range(half),
+        "half-up": range(half, layers),
+        "top1": range(layers - 1, layers),
+        "top2": range(layers - 2, layers),
+        "top3": range(layers - 3, layers),
+    }[position]
+    if len(blocks) == 0 or blocks.start < 0:
+        raise MethodError(f"--position {position} needs more blocks than the {layers} of a tower; use --position all")
+    return blocks
+
+
+POSITIONS = ("all", "bottom", "mid", "up", "half-bottom", "half-up", "top1", "top2", "top3")
+ENCODERS = ("text", "vision", "both")
+
+
+def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Parameter]:
+    """Freezes the model but for the matrices that the paper trains, and returns these by name.
+
+    They are, in the chosen blocks of the chosen towers, the attention's input projection (query, key and value
+    stacked) and output projection, and the two matrices of the MLP: 96 tensors, 122,683,392 weights in ViT-B/16.
+    """
+    towers = {"vision": model.visual, "text": model}
+    if encoder != "text" and not model.arch.is_vit:
+        raise MethodError("a ResNet image encoder has no transformer blocks to adapt; use --encoder text")
+    model.requires_grad_(False)
+    for name in ("text", "vision") if encoder == "both" else (encoder,):
+        blocks = towers[name].transformer.resblocks
+        for index in chosen_blocks(position, len(blocks)):
+            block = blocks[index]
+            for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+                linear.weight.requires_grad_(True)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

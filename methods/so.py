@@ -1,0 +1,24 @@
+"""SO on the attention and MLP matrices of CLIP, as published (arXiv 2504.12436): see optimizers/SparseOptimizer.py.
+
+Released settings: density ratio 5e-5 (s = 0.99995), T = 5, lr 2e-4 with a cosine schedule, 2000 iterations a shot.
+"""
+
+from clip import CLIP
+from optimizers import SO
+
+from .adaptation import Adaptation, cosine_schedule, select_matrices
+
+HYPERPARAMETERS = ("lr", "density_ratio", "t", "prune_first", "encoder", "position")
+
+
+def prepare(model: CLIP, settings) -> Adaptation:
+    parameters = select_matrices(model, settings.encoder, settings.position)
+    optimizer = SO(
+        parameters.values(),
+        lr=settings.lr,
+        density_ratio=settings.density_ratio,
+        T=settings.t,
+        prune_first=settings.prune_first,
+        seed=settings.seed,
+    )
+    return Adaptation(model, parameters, optimizer, cosine_schedule(optimizer, settings.iterations))

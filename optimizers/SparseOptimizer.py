@@ -1,0 +1,290 @@
+"""SO, the sparse optimizer: Adam with a sparse random gradient and a sparse, importance-pruned state.
+
+Paper: Mrabah, Richet, Ben Ayed, Granger, "Sparsity Outperforms Low-Rank Projections in Few-Shot Adaptation",
+ICCV 2025 (arXiv 2504.12436). This file needs torch alone and can be copied into any project:
+
+    from SparseOptimizer import SO
+    optimizer = SO(model.parameters(), lr=3e-4, density_ratio=5e-4, T=10)
+
+Words: the *support* S of a tensor are the k entries whose gradient is used, random and redrawn every T steps;
+the *kept set* K are the k entries that have a first and a second moment. k = max(1, int(numel * density_ratio)).
+Entries are flat indices in row-major order. Shapes: n tensors updated as one batch, k entries of each.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def draw_support(
+    numel: int, k: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """k distinct indices out of range(numel), uniform without replacement: int64 [k] on `device`.
+
+    The numbers come from the generator's own device, so a CPU generator gives the same draws for every `device`.
+    Costs O(k log k): draws with repeats, keeps first occurrences and tops up; only when k is a good part of
+    numel is it a permutation.
+    """
+    source = generator.device if generator is not None else "cpu"
+    if 4 * k >= numel:
+        return torch.randperm(numel, generator=generator, device=source)[:k].to(device)
+    drawn = torch.empty(0, dtype=torch.int64, device=source)
+    while len(drawn) < k:
+        more = torch.randint(numel, (k + k // 4 + 8 - len(drawn),), generator=generator, device=source)
+        drawn = _first_occurrences(torch.cat([drawn, more]))
+    return drawn[:k].to(device)
+
+
+def _first_occurrences(x: Tensor) -> Tensor:
+    """x without the repeats of earlier elements, in order. (A sorted `unique`, cut off, would favour small ones.)"""
+    values, positions = x.sort(stable=True)
+    is_first = torch.ones_like(values, dtype=torch.bool)
+    is_first[1:] = values[1:] != values[:-1]
+    return x[positions[is_first].sort().values]
+
+
+def find(sorted_rows: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query [n, q], its position in the same row of `sorted_rows` [n, k] and whether it is there at all."""
+    positions = torch.searchsorted(sorted_rows, queries).clamp_(max=sorted_rows.shape[1] - 1)
+    return positions, sorted_rows.gather(1, positions) == queries
+
+
+def merge(
+    kept: Tensor, support: Tensor, m: Tensor, v: Tensor, grad: Tensor, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The moments of U = K union S.
+
+    `kept` [n, k] and `support` [n, k'] have sorted, distinct indices in each row; `m` and `v` belong to `kept`,
+    `grad` to `support`. Returns indices, m, v, all [n, k + k'], and `counts` [n, k + k'], False where an entry
+    of S stands in K already: the K side carries it, and its own slot is empty.
+    """
+    at, in_support = find(support, kept)
+    _, in_kept = find(kept, support)
+    grad_of_kept = torch.where(in_support, grad.gather(1, at), 0)
+    m = torch.cat([beta1 * m + (1 - beta1) * grad_of_kept, (1 - beta1) * grad], dim=1)
+    v = torch.cat([beta2 * v + (1 - beta2) * grad_of_kept**2, (1 - beta2) * grad**2], dim=1)
+    counts = torch.cat([torch.ones_like(in_support), ~in_kept], dim=1)
+    return torch.cat([kept, support], dim=1), m, v, counts
+
+
+def prune(indices: Tensor, m: Tensor, v: Tensor, counts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the k counting entries with the largest |m|: (indices, m, v), each [n, k], indices sorted."""
+    best = m.abs().masked_fill(~counts, -1).topk(k, dim=1, sorted=False).indices
+    kept, order = indices.gather(1, best).sort(dim=1)
+    best = best.gather(1, order)
+    return kept, m.gather(1, best), v.gather(1, best)
+
+
+def adam_update(m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float) -> Tensor:
+    """What Adam subtracts from the weights (Kingma and Ba 2015, algorithm 1), bias corrected for step 1, 2, ..."""
+    return lr / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt() + eps)
+
+
+def _at(tensor: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A view of `tensor` and an index into it such that view[index] are its entries at flat row-major `indices`."""
+    if tensor.is_contiguous():
+        return tensor.view(-1), (indices,)
+    return tensor, torch.unravel_index(indices, tensor.shape)
+
+
+class SO(Optimizer):
+    """Adam on a sparse random gradient, with moments for the k most important entries of each tensor alone.
+
+    One step on one tensor W whose step counter is t = 1, 2, ...:
+
+    1. before steps 1, T + 1, 2T + 1, ... the support S is drawn anew: k entries, uniform without replacement;
+    2. g = gradient at S (plus weight_decay * W there, coupled as in Adam);
+    3. over U = K union S the moments decay; those in S take up g, those new in S start from zero;
+    4. the entries of U are updated as by Adam;
+    5. K becomes the k entries of U with the largest |m|; the moments of the others are forgotten.
+
+    Works on parameters of any rank, 16-bit ones included (their moments are float32). Parameters without a
+    gradient are left out, and their step counter stands still.
+
+    Args:
+        params: tensors or parameter groups; every option below may be set per group and changed during the run.
+        lr: learning rate. 2e-4 is published for CLIP.
+        betas: decay of the first and of the second moment.
+        eps: added to the denominator.
+        weight_decay: coupled L2 penalty, on S only.
+        density_ratio: fraction of each tensor's entries in S and in K (the paper's kappa), in (0, 1]; 1 is Adam.
+            Published: 5e-5 to 5e-4. A change takes effect at the next draw.
+        T: steps between two draws of the support, at least 1. Published: 5 to 10.
+        dense: True makes the group plain Adam, for tensors that are small or new, such as a classifier.
+        prune_first: True prunes before the update (steps 5, 4 on K alone), as the paper's equation has it;
+            the code released with the paper, and its published runs, update first.
+        seed: of the generator that draws the supports; it is the optimizer's own, and `state_dict` holds its state.
+
+    Memory: 2 indices and 2 moments for each of the k entries of a tensor. Raises ValueError for options out of
+    range and complex parameters, RuntimeError for sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict],
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        density_ratio: float = 5e-4,
+        T: int = 10,
+        dense: bool = False,
+        prune_first: bool = False,
+        seed: int = 0,
+    ):
+        self.generator = torch.Generator().manual_seed(seed)
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            density_ratio=density_ratio,
+            T=T,
+            dense=dense,
+            prune_first=prune_first,
+        )
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group; options it does not name take the constructor's values. ValueError if one is out of range."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of all parameters that have a gradient; returns the closure's loss, if a closure is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError("SO needs strided gradients; it takes the sparse part of them itself")
+            if group["dense"]:
+                for p in params:
+                    self._dense_step(p, group)
+            else:
+                self._sparse_step(params, group)
+        return loss
+
+    def _dense_step(self, p: Tensor, group: dict) -> None:
+        beta1, beta2 = group["betas"]
+        state = self.state[p]
+        if not state:
+            state.update(step=0, m=torch.zeros_like(p, dtype=_moment_dtype(p)))
+            state["v"] = torch.zeros_like(state["m"])
+        state["step"] += 1
+        grad = p.grad.to(state["m"].dtype)
+        if group["weight_decay"]:
+            grad = grad + group["weight_decay"] * p
+        state["m"].mul_(beta1).add_(grad, alpha=1 - beta1)
+        state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        p.sub_(adam_update(state["m"], state["v"], state["step"], group["lr"], beta1, beta2, group["eps"]))
+
+    def _sparse_step(self, params: list[Tensor], group: dict) -> None:
+        batches = defaultdict(list)  # tensors that one batched update can treat together
+        for p in params:
+            state = self.state[p]
+            self._advance(p, state, group)
+            key = (state["step"], len(state["support"]), len(state["kept"]), p.device, p.dtype)
+            batches[key].append(p)
+        for batch in batches.values():
+            self._update_batch(batch, group)
+
+    def _advance(self, p: Tensor, state: dict, group: dict) -> None:
+        """Counts the step and draws the support if one is due."""
+        state["step"] = state.get("step", 0) + 1
+        if (state["step"] - 1) % group["T"] == 0 or "support" not in state:
+            k = max(1, int(p.numel() * group["density_ratio"]))
+            state["support"] = draw_support(p.numel(), k, self.generator, p.device).sort().values
+        if "kept" not in state:  # zero moments on the support are the same as no moments
+            state["kept"] = state["support"]
+            state["m"] = torch.zeros(len(state["support"]), dtype=_moment_dtype(p), device=p.device)
+            state["v"] = torch.zeros_like(state["m"])
+
+    def _update_batch(self, params: list[Tensor], group: dict) -> None:
+        beta1, beta2 = group["betas"]
+        states = [self.state[p] for p in params]
+        kept, support, m, v = (torch.stack([s[key] for s in states]) for key in ("kept", "support", "m", "v"))
+        step, k = states[0]["step"], support.shape[1]
+        grad = torch.stack([_gradient(p, s["support"], group["weight_decay"]) for p, s in zip(params, states)])
+
+        indices, m, v, counts = merge(kept, support, m, v, grad, beta1, beta2)
+        kept, kept_m, kept_v = prune(indices, m, v, counts, k)
+        if group["prune_first"]:
+            indices, update = kept, adam_update(kept_m, kept_v, step, group["lr"], beta1, beta2, group["eps"])
+        else:
+            # An empty slot adds zero to an entry that its twin updates: the sum does not depend on the order.
+            update = adam_update(m, v, step, group["lr"], beta1, beta2, group["eps"]).masked_fill(~counts, 0)
+        for p, state, *rows in zip(params, states, indices, -update.to(params[0].dtype), kept, kept_m, kept_v):
+            view, index = _at(p, rows[0])
+            view.index_put_(index, rows[1], accumulate=True)
+            state["kept"], state["m"], state["v"] = rows[2:]
+
+    def state_dict(self) -> dict:
+        """As every optimizer's, plus the state of the generator: a run resumes in the middle of an interval."""
+        return super().state_dict() | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores what `state_dict` returned. ValueError if it is another optimizer's."""
+        if "generator" not in state_dict:
+            raise ValueError("this state_dict has no generator state; it was not made by SO")
+        super().load_state_dict(state_dict)
+        # The base class casts all state to the parameter's type, which rounds indices above 2**24: take them
+        # over unchanged.
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for index, p in zip(saved, params):
+            for name, value in state_dict["state"].get(index, {}).items():
+                self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+        self.generator.set_state(state_dict["generator"].cpu())
+
+    def __getstate__(self) -> dict:  # for copy and pickle
+        return super().__getstate__() | {"generator_state": self.generator.get_state()}
+
+    def __setstate__(self, state: dict) -> None:
+        if "generator_state" in state:
+            state = dict(state)
+            self.generator = torch.Generator()
+            self.generator.set_state(state.pop("generator_state"))
+        super().__setstate__(state)
+
+
+def _moment_dtype(p: Tensor) -> torch.dtype:
+    """Moments in 16 bits would lose small updates, so they have at least 32."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _gradient(p: Tensor, support: Tensor, weight_decay: float) -> Tensor:
+    """The gradient of `p` at `support`, in the moments' type, with coupled weight decay."""
+    view, index = _at(p.grad, support)
+    grad = view[index].to(_moment_dtype(p))
+    if weight_decay:
+        view, index = _at(p, support)
+        grad = grad + weight_decay * view[index]
+    return grad
+
+
+def _check_group(group: dict) -> None:
+    beta1, beta2 = group["betas"]
+    checks = {
+        "lr": (group["lr"] >= 0, "at least 0"),
+        "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
+        "eps": (group["eps"] >= 0, "at least 0"),
+        "weight_decay": (group["weight_decay"] >= 0, "at least 0"),
+        "density_ratio": (0 < group["density_ratio"] <= 1, "in (0, 1]"),
+        "T": (isinstance(group["T"], int) and group["T"] >= 1, "an integer of at least 1"),
+    }
+    for name, (holds, range_) in checks.items():
+        if not holds:
+            raise ValueError(f"SO: {name} must be {range_}, not {group[name]}")
+    if any(p.is_complex() for p in group["params"]):
+        raise ValueError("SO: complex parameters are not supported; optimise their real view (torch.view_as_real)")

@@ -1,0 +1,5 @@
+"""SO, the sparse optimizer."""
+
+from .SparseOptimizer import SO
+
+__all__ = ["SO"]

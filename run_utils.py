@@ -1,0 +1,370 @@
+"""One run's settings, seeds, folder and records.
+
+Settings come from three layers: the defaults below, a YAML file (`--config`), the command line; later ones win.
+Records: `results/<run_id>/result.json` is the truth, written last and atomically; `results/results.csv` is
+rebuilt from all of these files.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from filelock import FileLock
+
+import datasets
+from methods import METHODS
+from methods.adaptation import ENCODERS, POSITIONS
+
+PROJECT = Path(__file__).resolve().parent
+QUICK_START = PROJECT / "configs" / "digits.yaml"
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message is one line with the remedy."""
+
+
+def option(default, text: str, choices: Sequence[str] | None = None, kind: type | None = None):
+    """A field of Settings that is also a command-line flag and a key of config files."""
+    return field(default=default, metadata={"help": text, "choices": choices, "kind": kind or type(default)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that determines a run. The names are those of the flags; no code changes them after `parse`."""
+
+    # what
+    method: str = option("so", "method of adaptation", tuple(METHODS))
+    dataset: str = option("digits", "data set; digits is embedded", datasets.available_datasets())
+    root_path: str = option("", "folder that holds the data sets ($DATA)")
+    shots: int = option(1, "labelled training images per class")
+    seed: int = option(3, "of the few-shot draw, the order and augmentation of images, and the method's own draws")
+    backbone: str = option("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
+    # where and how much of the network is trained
+    encoder: str = option("both", "towers that are adapted", ENCODERS)
+    position: str = option("all", "blocks that are adapted in each tower", POSITIONS)
+    # optimisation
+    lr: float = option(2e-4, "initial learning rate; cosine schedule down to 1e-6")
+    n_iters: int = option(2000, "iterations per shot: n_iters x shots in all")
+    total_iters: int | None = option(None, "iterations in all, instead of n_iters x shots", kind=int)
+    batch_size: int = option(32, "training images per iteration")
+    early_stop_loss: float = option(0.01, "stop when an epoch's mean training loss falls below this; 0 never stops")
+    # SO
+    density_ratio: float = option(5e-5, "fraction of each matrix's entries with a gradient and a state (= 1 - s)")
+    t: int = option(5, "iterations between two draws of SO's support")
+    prune_first: bool = option(False, "SO prunes before it updates, as the paper's equation; released: after")
+    # images and prompts
+    prompts: str = option(
+        "released", "'a photo of a {}.' for all data sets, or each one's own", ("released", "specific")
+    )
+    min_area: float = option(0.08, "smallest part of an image that a random training crop keeps")
+    flip: bool = option(True, "flip training images at random")
+    # machine
+    device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    precision: str = option("fp32", "of the towers' computation; weights are float32 always", ("fp32", "bf16"))
+    workers: int | None = option(None, "processes that read images; default from the machine's cores", kind=int)
+    image_cache_mb: int = option(2048, "memory for decoded training images; beyond it they are decoded every time")
+    # output
+    results_dir: str = option("results", "folder of run folders and results.csv")
+    save_path: str | None = option(None, "folder for the adapted weights; nothing is saved without it", kind=str)
+    filename: str | None = option(
+        None, "name of the weight file there, without ending; default: the method's", kind=str
+    )
+    eval_only: bool = option(False, "train nothing: evaluate the weights that --save_path holds")
+    eval_every: int = option(0, "diagnostic: test accuracy every N iterations in curve.csv; it decides nothing")
+    force: bool = option(False, "run even if the same run is recorded already")
+
+    @property
+    def iterations(self) -> int:
+        return self.total_iters or self.n_iters * self.shots
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """File of the adapted weights, apart for each backbone, data set, shots and seed."""
+        if self.save_path is None:
+            return None
+        folder = Path(self.save_path) / slug(self.backbone) / self.dataset / f"{self.shots}shots" / f"seed{self.seed}"
+        return folder / f"{self.filename or self.method}.safetensors"
+
+    @property
+    def run_id(self) -> str:
+        """Readable name, and a hash of every setting that can change the outcome."""
+        no_effect = {"root_path", "workers", "image_cache_mb", "results_dir", "save_path", "filename", "force"}
+        relevant = {name: value for name, value in asdict(self).items() if name not in no_effect}
+        relevant |= {"n_iters": None, "total_iters": self.iterations}  # one number, however it was given
+        relevant["device"] = self.device.split(":")[0]
+        digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
+        evaluated = "_eval" if self.eval_only else ""
+        name = f"{self.method}_{self.dataset}_{slug(self.backbone)}_{self.shots}shot_seed{self.seed}"
+        return f"{name}{evaluated}_{digest}"
+
+
+def slug(backbone: str) -> str:
+    """A backbone's name, or its file's, as part of a file name."""
+    name = Path(backbone).stem if Path(backbone).suffix else backbone
+    return name.replace("/", "-").replace("@", "-")
+
+
+# Two spellings of one thing: whichever the later layer uses replaces the other.
+ALTERNATIVES = (("s", "density_ratio"), ("n_iters", "total_iters"))
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as UserError, so that all of them reach the user in one way."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see python main.py --help")
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """Settings from the command line and, below it, a config file. UserError for anything that cannot work.
+
+    Without `--config`, the data set digits takes configs/digits.yaml, the quick start, whose backbone is tiny.
+    """
+    given = vars(_parser().parse_args(argv))
+    config = given.pop("config", None)
+    if config is None and given.get("dataset", "digits") == "digits":
+        config = QUICK_START
+    layers = [given] if config is None else [read_config(Path(config)), given]
+    merged: dict = {}
+    for layer in layers:
+        for pair in ALTERNATIVES:
+            if set(pair) <= layer.keys():
+                raise UserError(f"{pair[0]} and {pair[1]} say the same thing twice; give one of them")
+            if set(pair) & layer.keys():
+                merged = {name: value for name, value in merged.items() if name not in pair}
+        merged |= layer
+    if "s" in merged:
+        merged["density_ratio"] = round(1 - merged.pop("s"), 12)
+    return check(Settings(**merged))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="main.py",
+        description="Few-shot adaptation of CLIP. Without arguments: SO on the embedded digits.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins over it")
+    for f in fields(Settings):
+        text = f"{f.metadata['help']} [{f.default}]"
+        if f.metadata["kind"] is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(f"--{f.name}", type=f.metadata["kind"], choices=f.metadata["choices"], help=text)
+    parser.add_argument("--s", type=float, help="sparsity, 1 - density_ratio [0.99995]")
+    return parser
+
+
+def read_config(path: Path) -> dict:
+    """The settings in a YAML file, each in its proper type. UserError names the file, the key and the remedy."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content or {}, dict):
+        raise UserError(f"--config {path} must hold lines of the form `name: value`")
+    known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in fields(Settings)}
+    known["s"] = (float, None, MISSING)
+    settings = {}
+    for name, value in (content or {}).items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise UserError(f"--config {path}: unknown setting {name!r}" + (f"; meant {close[0]}?" if close else ""))
+        settings[name] = _typed(value, *known[name], where=f"--config {path}: {name}")
+    return settings
+
+
+def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str):
+    if value is None and default is None:
+        return None
+    wanted = f"{where} must be {', '.join(choices) if choices else kind.__name__}, not {value!r}"
+    if isinstance(value, bool) != (kind is bool):
+        raise UserError(wanted)
+    try:
+        # Through text, because YAML reads 2e-4 as text and 1 as an integer.
+        typed = value if kind is bool else kind(str(value))
+    except ValueError:
+        raise UserError(wanted) from None
+    if choices and typed not in choices:
+        raise UserError(wanted)
+    return typed
+
+
+def check(settings: Settings) -> Settings:
+    """The same settings with device and workers decided. UserError for values out of range or at odds."""
+    at_least = {"shots": 1, "seed": 0, "n_iters": 1, "total_iters": 1, "batch_size": 1, "t": 1, "eval_every": 0}
+    at_least |= {"early_stop_loss": 0, "workers": 0, "image_cache_mb": 0}
+    for name, minimum in at_least.items():
+        value = getattr(settings, name)
+        if value is not None and not (minimum <= value < math.inf):
+            raise UserError(f"--{name} must be at least {minimum}, not {value}")
+    if not 0 < settings.lr < math.inf:
+        raise UserError(f"--lr must be positive, not {settings.lr}")
+    if not 0 < settings.density_ratio <= 1:
+        raise UserError(f"--density_ratio (1 - s) must be in (0, 1], not {settings.density_ratio}")
+    if not 0 < settings.min_area <= 1:
+        raise UserError(f"--min_area must be in (0, 1], not {settings.min_area}")
+    if settings.dataset != "digits" and not settings.root_path:
+        raise UserError(f"--dataset {settings.dataset} needs --root_path, the folder that holds the data sets")
+    if settings.eval_only and settings.method == "zero_shot":
+        raise UserError("--eval_only evaluates adapted weights, and zero_shot has none; leave --eval_only out")
+    if settings.eval_only and settings.save_path is None:
+        raise UserError("--eval_only needs --save_path, the folder given when the weights were saved")
+    if settings.eval_only and not settings.checkpoint.is_file():
+        raise UserError(f"--eval_only: there is no {settings.checkpoint}; check --save_path and the run's settings")
+    if settings.filename and Path(settings.filename).name != settings.filename:
+        raise UserError(f"--filename {settings.filename} must be a plain name; folders go into --save_path")
+    workers = datasets.default_workers() if settings.workers is None else settings.workers
+    return replace(settings, device=_device(settings.device), workers=workers)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown; use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return name
+
+
+def make_reproducible(seed: int) -> None:
+    """Deterministic kernels, float32 that is float32 (no TF32), and seeds for what a library may draw; this
+    project's own draws come from generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+class Run:
+    """The folder of one run. Used as a context, it removes the folder again unless a result was recorded."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.results = Path(settings.results_dir)
+        self.folder = self.results / settings.run_id
+        self.csv = self.results / "results.csv"
+        self.finished = (self.folder / "result.json").is_file() and (
+            settings.save_path is None or settings.checkpoint.is_file()
+        )
+
+    def __enter__(self) -> "Run":
+        self.made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "result.json").exists():
+            write_atomically(self.folder / "config.yaml", yaml.safe_dump(_config(self.settings), sort_keys=False))
+        return self
+
+    def __exit__(self, *_) -> None:
+        if not (self.folder / "result.json").exists():
+            shutil.rmtree(self.folder)
+            for folder in self.made[1:]:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+
+    def result(self) -> dict:
+        return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+
+    def record(self, result: dict, curve: list[dict], timing: list[dict]) -> dict:
+        """Writes the curves, then the result, then the table of all results; returns the whole record."""
+        settings = self.settings
+        used = {name: getattr(settings, name) for name in METHODS[settings.method].HYPERPARAMETERS}
+        record = {
+            "run_id": settings.run_id,
+            "method": settings.method,
+            "dataset": settings.dataset,
+            "backbone": settings.backbone,
+            "shots": settings.shots,
+            "seed": settings.seed,
+            **result,
+            **used,
+            "batch_size": settings.batch_size,
+            "precision": settings.precision,
+            "eval_only": settings.eval_only,
+            "test_curve": settings.eval_every > 0,
+            "git_commit": git_commit(),
+            "torch_version": torch.__version__,
+            "device": device_name(settings.device),
+            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(_config(settings), sort_keys=False))
+        if curve:
+            write_atomically(self.folder / "curve.csv", pd.DataFrame(curve).to_csv(index=False))
+            write_atomically(self.folder / "timing.csv", pd.DataFrame(timing).to_csv(index=False))
+        write_atomically(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
+        rebuild_table(self.results)
+        return record
+
+
+def _config(settings: Settings) -> dict:
+    """Settings as a config file that repeats the run; of two alternatives only the one in force."""
+    left_out = {"n_iters" if settings.total_iters else "total_iters", "force"}
+    return {name: value for name, value in asdict(settings).items() if name not in left_out}
+
+
+def rebuild_table(results: Path) -> None:
+    """results.csv from every result.json below `results`, one row a run, oldest first."""
+    with FileLock(results / ".results.lock"):
+        records = [json.loads(f.read_text(encoding="utf-8")) for f in results.glob("*/result.json")]
+        records.sort(key=lambda record: (record["finished_at"], record["run_id"]))
+        write_atomically(results / "results.csv", pd.DataFrame(records).to_csv(index=False))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside `path`, then renames: a reader sees the old file or the new one, never half of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def git_commit() -> str:
+    """Commit of this code, with + if files were changed since; empty outside a git checkout."""
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory in use so far, in MiB: on a GPU what torch allocated there, on a CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,300 @@
+"""SO beside a slow reference that works entry by entry, beside torch's Adam, and its state and draws."""
+
+import copy
+import pickle
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers import SO, SparseOptimizer
+
+
+class SlowSO:
+    """SO on one float64 tensor, as its definition reads: dictionaries from flat index to moment."""
+
+    def __init__(self, weight, supports, lr, betas, eps, weight_decay, k, T, prune_first):
+        self.w = weight.reshape(-1).tolist()
+        self.supports, self.lr, self.betas, self.eps = list(supports), lr, betas, eps
+        self.weight_decay, self.k, self.T, self.prune_first = weight_decay, k, T, prune_first
+        self.t, self.moments = 0, {}
+
+    def step(self, grad):
+        grad = grad.reshape(-1).tolist()
+        self.t += 1
+        if (self.t - 1) % self.T == 0:
+            self.support = set(self.supports.pop(0))
+        (b1, b2), moments = self.betas, {}
+        for i in self.support | set(self.moments):
+            m, v = self.moments.get(i, (0.0, 0.0))
+            if i in self.support:
+                g = grad[i] + self.weight_decay * self.w[i]
+                moments[i] = (b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g)
+            else:
+                moments[i] = (b1 * m, b2 * v)
+        best = sorted(moments, key=lambda i: -abs(moments[i][0]))[: self.k]
+        self.moments = {i: moments[i] for i in best}
+        for i, (m, v) in (self.moments if self.prune_first else moments).items():
+            m_hat, v_hat = m / (1 - b1**self.t), v / (1 - b2**self.t)
+            self.w[i] -= self.lr * m_hat / (v_hat**0.5 + self.eps)
+
+
+def overlapping(numel, k, count, generator):
+    return [torch.randperm(numel, generator=generator)[:k].tolist() for _ in range(count)]
+
+
+def disjoint(numel, k, count, generator):
+    """Neighbouring supports share nothing; they alternate between two halves."""
+    order = torch.randperm(numel, generator=generator).tolist()
+    halves = order[: numel // 2], order[numel // 2 :]
+    return [halves[i % 2][i % (numel // 2 - k + 1) :][:k] for i in range(count)]
+
+
+@pytest.mark.parametrize("prune_first", [False, True])
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("supports_of", [overlapping, disjoint])
+def test_equals_the_slow_reference_for_100_steps(monkeypatch, prune_first, T, weight_decay, supports_of):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 5), (6, 5), (30,), (2, 3, 5), (7, 11), (1,)]
+    density = 0.2
+    options = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay)
+    params, slow, queues = [], [], []
+    for shape in shapes:
+        weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+        k = max(1, int(weight.numel() * density))
+        supports = [[0]] * 100 if weight.numel() == 1 else supports_of(weight.numel(), k, 100, generator)
+        params.append(nn.Parameter(weight.clone()))
+        slow.append(SlowSO(weight, supports, **options, k=k, T=T, prune_first=prune_first))
+        queues.append(list(supports))
+    calls = iter(range(10**6))
+
+    def scripted_draw(numel, k, generator, device):
+        support = queues[next(calls) % len(shapes)].pop(0)
+        assert len(support) == k and numel > max(support)
+        return torch.tensor(support, device=device)
+
+    monkeypatch.setattr(SparseOptimizer, "draw_support", scripted_draw)
+    fast = SO(params, density_ratio=density, T=T, prune_first=prune_first, **options)
+    for _ in range(100):
+        for p, reference in zip(params, slow):
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            reference.step(p.grad)
+        fast.step()
+        for p, reference in zip(params, slow):
+            torch.testing.assert_close(p.detach().reshape(-1).tolist(), reference.w, rtol=1e-10, atol=1e-12)
+    for p, reference in zip(params, slow):
+        assert fast.state[p]["kept"].tolist() == sorted(reference.moments)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_density_one_and_dense_groups_are_adam(dense, weight_decay):
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3))
+    theirs = copy.deepcopy(ours)
+    options = dict(lr=0.01, betas=(0.7, 0.9), eps=1e-7, weight_decay=weight_decay)
+    a = SO(ours.parameters(), density_ratio=0.3 if dense else 1.0, T=3, dense=dense, **options)
+    b = torch.optim.Adam(theirs.parameters(), **options)
+    for _ in range(30):
+        x = torch.randn(16, 7)
+        for model, optimizer in ((ours, a), (theirs, b)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_touches_support_and_kept_entries_alone_and_keeps_o_of_k_state():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(200, 300))
+    optimizer = SO([p], density_ratio=1e-3, T=2)
+    k = 60
+    for _ in range(7):
+        before, kept = p.detach().clone(), set(optimizer.state[p].get("kept", torch.empty(0)).tolist())
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        changed = set((p.detach() != before).reshape(-1).nonzero().reshape(-1).tolist())
+        assert changed == kept | set(optimizer.state[p]["support"].tolist())
+        sizes = {name: value.numel() for name, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)}
+        assert sizes == {"support": k, "kept": k, "m": k, "v": k}
+
+
+def test_k_is_at_least_one_and_rounds_down():
+    for numel, density, k in ((10, 0.01, 1), (99, 0.1, 9), (1, 1e-6, 1), (64, 1.0, 64)):
+        p = nn.Parameter(torch.zeros(numel))
+        optimizer = SO([p], density_ratio=density)
+        p.grad = torch.ones(numel)
+        optimizer.step()
+        assert len(optimizer.state[p]["support"]) == k and int((p != 0).sum()) == k
+
+
+@pytest.mark.parametrize("numel, k", [(1, 1), (10, 10), (10, 9), (1000, 249), (1000, 250), (10**9, 5000)])
+def test_draw_support_is_distinct_and_in_range(numel, k):
+    draw = SparseOptimizer.draw_support(numel, k, torch.Generator().manual_seed(1), "cpu")
+    assert draw.dtype == torch.int64 and draw.shape == (k,)
+    assert len(draw.unique()) == k and draw.min() >= 0 and draw.max() < numel
+
+
+@pytest.mark.parametrize("k", [4, 20])  # drawn with repeats, drawn as a permutation
+def test_draw_support_is_uniform(k):
+    generator, draws, numel = torch.Generator().manual_seed(2), 5000, 40
+    counts = torch.zeros(numel)
+    for _ in range(draws):
+        counts[SparseOptimizer.draw_support(numel, k, generator, "cpu")] += 1
+    p = k / numel
+    z = (counts - draws * p) / (draws * p * (1 - p)) ** 0.5
+    assert z.abs().max() < 4.5
+
+
+def test_supports_are_redrawn_every_T_steps_by_a_generator_of_its_own():
+    def supports(seed, disturb):
+        p = nn.Parameter(torch.zeros(1000))
+        optimizer, seen = SO([p], density_ratio=0.01, T=3, seed=seed), []
+        for _ in range(9):
+            p.grad = torch.ones(1000)
+            if disturb:
+                torch.rand(5)
+            optimizer.step()
+            seen.append(tuple(optimizer.state[p]["support"].tolist()))
+        return seen
+
+    seen = supports(0, disturb=False)
+    assert [a == b for a, b in pairwise(seen)] == [True, True, False, True, True, False, True, True]
+    assert supports(0, disturb=True) == seen
+    assert supports(1, disturb=False) != seen
+
+
+def run(model, optimizer, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, model[0].in_features, generator=generator)).square().sum().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("how", ["torch.save", "state_dict", "pickle", "deepcopy"])
+def test_resumes_bit_for_bit_in_the_middle_of_an_interval(tmp_path, how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5000, 3400), nn.Tanh(), nn.Linear(3400, 2))  # indices above 2**24: 17 M entries
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "dense": True}]
+    optimizer = SO(groups, lr=1e-3, density_ratio=1e-4, T=5)
+    run(model, optimizer, 7, seed=1)  # two steps into the second interval
+    assert max(optimizer.state[model[0].weight]["support"]) > 2**24
+    if how in ("pickle", "deepcopy"):
+        copied = (
+            pickle.loads(pickle.dumps((model, optimizer))) if how == "pickle" else copy.deepcopy((model, optimizer))
+        )
+        other, resumed = copied
+    else:
+        state = optimizer.state_dict()
+        if how == "torch.save":
+            torch.save(state, tmp_path / "state.pt")
+            state = torch.load(tmp_path / "state.pt", weights_only=True)
+        other = copy.deepcopy(model)
+        groups = [{"params": other[0].parameters()}, {"params": other[2].parameters(), "dense": True}]
+        resumed = SO(groups, seed=99)
+        resumed.load_state_dict(state)
+    for a, b in zip(run(model, optimizer, 12, seed=2), run(other, resumed, 12, seed=2)):
+        assert torch.equal(a, b)
+
+
+def test_groups_schedulers_and_closures():
+    torch.manual_seed(0)
+    a, b = nn.Parameter(torch.randn(100)), nn.Parameter(torch.randn(100))
+    optimizer = SO(
+        [{"params": [a], "density_ratio": 0.1, "T": 2}, {"params": [b], "lr": 0.5}], lr=0.1, density_ratio=0.3
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (a**2).sum() + (b**2).sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05, 0.25]
+    assert [len(optimizer.state[p]["support"]) for p in (a, b)] == [10, 30]
+    assert optimizer.step(closure) < first
+    optimizer.param_groups[0]["density_ratio"] = 0.2  # takes effect at the next draw, step 3
+    optimizer.step(closure)
+    assert len(optimizer.state[a]["support"]) == len(optimizer.state[a]["kept"]) == 20
+    optimizer.param_groups[0]["density_ratio"] = 0.05
+    for _ in range(2):
+        optimizer.step(closure)
+    assert len(optimizer.state[a]["kept"]) == 5 and optimizer.state[b]["step"] == 5
+
+
+def test_parameters_without_gradient_keep_their_step_counter():
+    torch.manual_seed(0)
+    a, b = nn.Parameter(torch.ones(50)), nn.Parameter(torch.ones(50))
+    optimizer = SO([a, b], density_ratio=0.1)
+    for i in range(4):
+        a.grad, b.grad = torch.ones(50), torch.ones(50) if i % 2 else None
+        optimizer.step()
+    assert (optimizer.state[a]["step"], optimizer.state[b]["step"]) == (4, 2)
+
+
+def test_non_contiguous_and_16_bit_parameters():
+    torch.manual_seed(0)
+    grad = torch.randn(4, 6, 5, 3)
+    plain = nn.Parameter(torch.zeros(4, 6, 5, 3))
+    strided = nn.Parameter(torch.zeros(4, 6, 5, 3).to(memory_format=torch.channels_last))
+    half = nn.Parameter(torch.zeros(4, 6, 5, 3, dtype=torch.bfloat16))
+    for p in (plain, strided, half):
+        optimizer = SO([p], lr=0.1, density_ratio=0.1, T=2, seed=5)
+        for _ in range(6):
+            p.grad = grad.to(p.dtype)
+            optimizer.step()
+    assert torch.equal(plain, strided) and int((plain != 0).sum()) > 36
+    torch.testing.assert_close(half.float(), plain, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"betas": (1.0, 0.9)},
+        {"eps": -1e-8},
+        {"weight_decay": -0.1},
+        {"density_ratio": 0.0},
+        {"density_ratio": 1.5},
+        {"T": 0},
+        {"T": 2.5},
+    ],
+)
+def test_options_out_of_range_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SO([nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_complex_parameters_sparse_gradients_and_foreign_states_are_refused():
+    with pytest.raises(ValueError, match="complex"):
+        SO([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = SO(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="strided gradients"):
+        optimizer.step()
+    p = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="not made by SO"):
+        SO([p]).load_state_dict(torch.optim.Adam([p]).state_dict())
+
+
+def test_the_file_works_copied_on_its_own(tmp_path):
+    shutil.copy(SparseOptimizer.__file__, tmp_path / "SparseOptimizer.py")
+    code = (
+        "import torch; from SparseOptimizer import SO; m = torch.nn.Linear(3, 2); "
+        "o = SO(m.parameters(), lr=3e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, density_ratio=5e-4, T=10); "
+        "m(torch.ones(1, 3)).sum().backward(); o.step(); print('stepped')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "stepped\n", done.stderr
