@@ -1,0 +1,193 @@
+"""Readers of the three kinds of split: CoOp's JSON files, FGVC Aircraft's text files, ImageNet's folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from datasets.task import DatasetError, Item
+
+# The extensions that torchvision's ImageFolder takes for images; the published draws were made from its
+# listing.
+_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The full parts of a dataset, before any draw; `class_names` in label order."""
+
+    class_names: tuple[str, ...]
+    train: tuple[Item, ...]
+    val: tuple[Item, ...]
+    test: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class ImageNetListing:
+    """ImageNet's folders: `train[label]` are the file names of a class, `test` all validation images."""
+
+    wnids: tuple[str, ...]
+    class_names: tuple[str, ...]
+    train: tuple[tuple[str, ...], ...]
+    test: tuple[Item, ...]
+
+
+def read_json_split(path: Path) -> Split:
+    """Read a split in CoOp's format: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
+
+    Raises DatasetError if the file is not JSON or departs from that: paths must stay inside the image folder,
+    the labels must count up from 0, and each must have one name and at least one training image.
+    """
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"split file {path} is not JSON (line {error.lineno}: {error.msg}); download it again "
+            "and look into it, some servers send a web page instead"
+        ) from error
+    if not isinstance(content, dict):
+        raise DatasetError(f"split file {path} is not a JSON object with the parts train, val and test")
+    names: dict[int, str] = {}
+    train, val, test = (_read_part(path, content, part, names) for part in ("train", "val", "test"))
+    labels = {item.label for item in train}
+    if labels != set(range(len(names))):
+        wrong = min(labels ^ set(range(len(names))))
+        raise DatasetError(
+            f"split file {path}: train must have the labels 0 to {len(names) - 1} without gaps, "
+            f"label {wrong} breaks this; get the published file"
+        )
+    return Split(tuple(names[label] for label in range(len(names))), train, val, test)
+
+
+def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> tuple[Item, ...]:
+    """Check one part of a JSON split and return its items; class names are collected in `names`."""
+    rows = content.get(part)
+    if not isinstance(rows, list) or not rows:
+        raise DatasetError(f"split file {path} has no list of images under {part!r}; get the published file")
+    items = []
+    for number, row in enumerate(rows):
+        where = f"split file {path}, {part} row {number}"
+        # `type() is int` and not isinstance: JSON's true would pass as the integer 1.
+        if not (isinstance(row, list) and [type(field) for field in row] == [str, int, str]):
+            raise DatasetError(f"{where}: expected [path, label, class name], found {json.dumps(row)[:80]}")
+        image, label, name = row
+        _check_path(image, where)
+        if names.setdefault(label, name) != name:
+            raise DatasetError(f"{where}: label {label} is called {name!r} here and {names[label]!r} before")
+        items.append(Item(image, label))
+    return tuple(items)
+
+
+def _check_path(path: str, where: str) -> None:
+    # A Windows path knows all dangerous forms: it splits at both slashes and sees drives as well as roots.
+    parsed = PureWindowsPath(path)
+    if not parsed.parts or parsed.anchor or ".." in parsed.parts:
+        raise DatasetError(f"{where}: {path!r} is not a relative path inside the image folder")
+
+
+def _read_text(path: Path) -> str:
+    """The UTF-8 text of a file; whatever keeps it from being read becomes a DatasetError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DatasetError(f"file {path} does not exist; see DATASETS.md for what belongs there") from error
+    except OSError as error:
+        raise DatasetError(f"file {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"file {path} is not UTF-8 text; download it again") from error
+
+
+def read_fgvc_split(folder: Path) -> Split:
+    """Read FGVC Aircraft's own split: `variants.txt` and `images_variant_{train,val,test}.txt` in `folder`.
+
+    A label is the rank of its line in variants.txt. The other files have one line per image: its id, a blank,
+    and the variant's name, which may hold blanks itself. Raises DatasetError with file and line.
+    """
+    names = tuple(line.strip() for line in _read_text(folder / "variants.txt").splitlines() if line.strip())
+    labels = {name: label for label, name in enumerate(names)}
+    parts = []
+    for part in ("train", "val", "test"):
+        path = folder / f"images_variant_{part}.txt"
+        items = []
+        for number, line in enumerate(_read_text(path).splitlines(), start=1):
+            if not line.strip():
+                continue
+            image, _, name = line.strip().partition(" ")
+            where = f"file {path}, line {number}"
+            if name not in labels:
+                raise DatasetError(f"{where}: {name!r} is not in variants.txt; unpack both files again")
+            _check_path(image, where)
+            items.append(Item(f"{image}.jpg", labels[name]))
+        if not items:
+            raise DatasetError(f"file {path} lists no images; unpack the dataset again")
+        parts.append(tuple(items))
+    missing = set(labels.values()) - {item.label for item in parts[0]}
+    if missing:
+        path, name = folder / "images_variant_train.txt", names[min(missing)]
+        raise DatasetError(f"file {path} has no image of {name!r}; unpack it again")
+    return Split(names, *parts)
+
+
+def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """ImageNet's 1000 WordNet ids in sorted order and the class names beside them; two pairs share a name."""
+    lines = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+    wnids, names = zip(*(line.split(" ", 1) for line in lines))
+    return wnids, names
+
+
+def list_imagenet(image_root: Path) -> ImageNetListing:
+    """List `image_root`/train and `image_root`/val, each with one folder per WordNet id.
+
+    Raises DatasetError if the folders are not exactly the 1000 classes or val is still one flat folder.
+    """
+    wnids, names = imagenet_classes()
+    for part in ("train", "val"):
+        _check_class_folders(image_root / part, wnids)
+    train = tuple(_list_images(image_root / "train" / wnid) for wnid in wnids)
+    test = tuple(
+        Item(f"val/{wnid}/{name}", label)
+        for label, wnid in enumerate(wnids)
+        for name in _list_images(image_root / "val" / wnid)
+    )
+    if not test:
+        raise DatasetError(f"the class folders in {image_root / 'val'} are empty; unpack the archive again")
+    return ImageNetListing(wnids, names, train, test)
+
+
+def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
+    folders, images = [], 0
+    for entry in _scan(folder):
+        if entry.name.lower().endswith(_IMAGE_EXTENSIONS):
+            images += 1
+        elif not entry.name.startswith(".") and entry.is_dir():
+            folders.append(entry.name)
+    if images and not folders:
+        raise DatasetError(
+            f"{folder} holds its images unsorted; move them into one folder per WordNet id (n01440764, ...): "
+            "the ILSVRC2012 development kit has the labels in its ground-truth file and their WordNet ids in "
+            "meta.mat"
+        )
+    missing, unknown = set(wnids) - set(folders), set(folders) - set(wnids)
+    if missing or unknown:
+        example = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not one of them"
+        raise DatasetError(
+            f"{folder} holds {len(folders)} class folders instead of ImageNet's {len(wnids)} ({example}); "
+            "unpack it again"
+        )
+
+
+def _list_images(folder: Path) -> tuple[str, ...]:
+    """Sorted names of the images in a folder, judged by name alone: a stat per file would take minutes."""
+    return tuple(sorted(e.name for e in _scan(folder) if e.name.lower().endswith(_IMAGE_EXTENSIONS)))
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError as error:
+        raise DatasetError(f"folder {folder} does not exist; DATASETS.md says what belongs there") from error
+    except OSError as error:
+        raise DatasetError(f"folder {folder} cannot be listed ({error.strerror})") from error

@@ -1,0 +1,119 @@
+"""Mistakes in the data: each ends in a DatasetError of one line that names the file or folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fabricate import FOLDERS, SPLIT_FILES, error_of_build, fabricate
+
+import datasets
+from datasets.splits import read_json_split
+from datasets.task import DatasetError, Item
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="unknown dataset 'cifar'"):
+        datasets.build("cifar", ".", 1, 1)
+    for shots in (0, -1):
+        with pytest.raises(ValueError, match="shots"):
+            datasets.build("digits", None, shots, 1)
+
+
+def test_missing_folders_and_split_file(tmp_path):
+    assert str(tmp_path / "nowhere") in error_of_build("dtd", tmp_path / "nowhere", 1, 1)
+    message = error_of_build("dtd", tmp_path, 1, 1)
+    assert all(folder in message for folder in (str(tmp_path), "dtd", "DTD", "dtd/dtd"))
+    (tmp_path / "dtd").mkdir()
+    assert str(tmp_path / "dtd" / "images") in error_of_build("dtd", tmp_path, 1, 1)
+    (tmp_path / "dtd" / "images").mkdir()
+    message = error_of_build("dtd", tmp_path, 1, 1)
+    assert "split_zhou_DescribableTextures.json" in message and "DATASETS.md" in message
+    assert str(tmp_path / "dtd") in message
+
+
+@pytest.mark.parametrize("name", SPLIT_FILES)
+def test_every_missing_split_file_is_called_by_its_name(name, tmp_path):
+    fabricate(name, tmp_path, classes=1, per_class=4)
+    (tmp_path / FOLDERS[name]["coop"][0] / SPLIT_FILES[name]).unlink()
+    assert SPLIT_FILES[name] in error_of_build(name, tmp_path, 1, 1)
+
+
+GOOD = {
+    "train": [["a/1.jpg", 0, "a"], ["b/1.jpg", 1, "b"]],
+    "val": [["a/2.jpg", 0, "a"]],
+    "test": [["b/2.jpg", 1, "b"]],
+}
+
+
+def test_a_good_split_passes(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(GOOD))
+    split = read_json_split(path)
+    assert split.class_names == ("a", "b")
+    assert split.train == (Item("a/1.jpg", 0), Item("b/1.jpg", 1))
+    assert split.test == (Item("b/2.jpg", 1),)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"train": []}, "'train'"),
+        ({"val": None}, "'val'"),
+        ({"test": {"a": 1}}, "'test'"),
+        ({"test": [["b/2.jpg", 1]]}, "test row 0"),
+        ({"test": [["b/2.jpg", 1, "b"], ["b/3.jpg", "1", "b"]]}, "test row 1"),
+        ({"test": [["b/2.jpg", True, "b"]]}, "test row 0"),
+        ({"test": [["b/2.jpg", 1.0, "b"]]}, "test row 0"),
+        ({"test": [[7, 1, "b"]]}, "test row 0"),
+        ({"test": [["b/2.jpg", 1, None]]}, "test row 0"),
+        ({"test": ["abc"]}, "test row 0"),
+        ({"test": [["/etc/b.jpg", 1, "b"]]}, "'/etc/b.jpg'"),
+        ({"test": [["C:/b.jpg", 1, "b"]]}, "'C:/b.jpg'"),
+        ({"test": [["b/../../c.jpg", 1, "b"]]}, "'b/../../c.jpg'"),
+        ({"test": [["..\\c.jpg", 1, "b"]]}, "c.jpg"),
+        ({"test": [["", 1, "b"]]}, "''"),
+        ({"test": [["b/2.jpg", 1, "other"]]}, "label 1"),
+        ({"test": [["c/2.jpg", 2, "c"]]}, "label 2"),
+        ({"train": [["a/1.jpg", 0, "a"], ["b/1.jpg", 2, "b"]], "test": [["b/2.jpg", 2, "b"]]}, "label"),
+        ({"train": [["a/1.jpg", -1, "a"]], "val": [["a/2.jpg", -1, "a"]]}, "label"),
+    ],
+)
+def test_a_malformed_split_is_refused_with_file_and_row(change, complaint, tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(GOOD | change))
+    with pytest.raises(DatasetError) as caught:
+        read_json_split(path)
+    message = str(caught.value)
+    assert str(path) in message and complaint in message and "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"<html>\nQuota exceeded</html>", b"", b"[1, 2]", b'{"train": ', b"\xff\xfe{}"])
+def test_a_file_that_is_no_split_is_refused_by_name(content, tmp_path):
+    fabricate("dtd", tmp_path)
+    path = tmp_path / "dtd" / SPLIT_FILES["dtd"]
+    path.write_bytes(content)
+    assert str(path) in error_of_build("dtd", tmp_path, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("variants.txt", None, "variants.txt"),
+        ("images_variant_val.txt", None, "images_variant_val.txt"),
+        ("images_variant_test.txt", "", "images_variant_test.txt"),
+        ("images_variant_test.txt", "0000001 Type-0/A 0\n0000002 Concorde\n", "line 2"),
+        ("images_variant_test.txt", "0000001\n", "line 1"),
+        ("images_variant_test.txt", "../secret Type-0/A 0\n", "line 1"),
+        ("images_variant_train.txt", "0000001 Type-0/A 0\n", "images_variant_train.txt"),
+    ],
+)
+def test_malformed_fgvc_files_are_refused_by_name(file, content, complaint, tmp_path):
+    fabricate("fgvc", tmp_path)
+    path = tmp_path / "fgvc_aircraft" / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    message = error_of_build("fgvc", tmp_path, 1, 1)
+    assert complaint in message and str(path.parent) in message
