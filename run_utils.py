@@ -21,7 +21,6 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -256,7 +255,6 @@ def make_reproducible(seed: int) -> None:
     """Deterministic kernels, float32 that is float32 (no TF32), and seeds for what a library may draw; this
     project's own draws come from generators of their own."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -47,7 +47,7 @@ def save_delta(
     tensors = {f"{name}.indices": indices for name, (indices, _) in changes.items()}
     tensors |= {f"{name}.values": values for name, (_, values) in changes.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, path, {"format": FORMAT, "base_sha256": base_sha256, **metadata})
+    save_tensors(tensors, path, {**metadata, "format": FORMAT, "base_sha256": base_sha256})
 
 
 @torch.no_grad()
@@ -65,14 +65,30 @@ def apply_delta(model: CLIP, path: Path, base_sha256: str) -> dict[str, str]:
         raise WeightsError(f"{path} is no readable delta ({error}); save it again") from error
     if metadata.get("format") != FORMAT:
         raise WeightsError(f"{path} is not a delta of this program (format {metadata.get('format')})")
-    if metadata["base_sha256"] != base_sha256:
+    base = metadata.get("base_sha256", "")
+    if base != base_sha256:
         raise WeightsError(
-            f"{path} belongs to other base weights (SHA-256 {metadata['base_sha256'][:12]}..., not "
-            f"{base_sha256[:12]}...); load the backbone it was made from"
+            f"{path} belongs to other base weights (SHA-256 {base[:12]}..., not {base_sha256[:12]}...); load the "
+            "backbone it was made from"
         )
     weights = model.state_dict()
-    names = [name.removesuffix(".indices") for name in tensors if name.endswith(".indices")]
+    names = sorted({name.rpartition(".")[0] for name in tensors})
+    for name in names:  # all of them, before the first weight changes
+        if not _fits(tensors.get(f"{name}.indices"), tensors.get(f"{name}.values"), weights.get(name)):
+            raise WeightsError(f"{path} is damaged: its entry for {name!r} fits no weight; save it again")
     for name in names:
         indices = tensors[f"{name}.indices"].long().to(model.device)
         weights[name].view(-1)[indices] = tensors[f"{name}.values"].to(model.device)
     return metadata
+
+
+def _fits(indices: Tensor | None, values: Tensor | None, weight: Tensor | None) -> bool:
+    """Whether this is a change of `weight` that `difference` could have made."""
+    if indices is None or values is None or weight is None:
+        return False
+    return (
+        (indices.dtype, values.dtype) == (torch.int32, torch.float32)
+        and indices.shape == values.shape == (len(indices.view(-1)),)
+        and bool(((indices >= 0) & (indices < weight.numel())).all())
+        and bool((indices.diff() > 0).all())
+    )

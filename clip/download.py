@@ -1,6 +1,7 @@
 """OpenAI's nine models: their addresses, and a download that resumes and is verified."""
 
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -39,27 +40,29 @@ def fetch(url: str, target: Path, sha256: str) -> Path:
     it is whole and its checksum right; so `target`, if it exists, is never half a file. Processes that want
     the same file wait for the first of them. Raises WeightsError with the remedy.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if target.exists():
-            if file_sha256(target) != sha256:
-                raise WeightsError(
-                    f"{target} is damaged or not the original (SHA-256 differs); delete it and run again"
-                )
-            return target
-        part = target.with_name(target.name + ".part")
-        try:
-            _download(url, part)
-        except (urllib.error.URLError, OSError) as error:
-            raise WeightsError(
-                f"could not download {url} ({error}); run again to go on with {part}, or get the file elsewhere "
-                f"and put it at {target}"
-            ) from error
-        if file_sha256(part) != sha256:
-            part.unlink()
-            raise WeightsError(f"the download of {url} arrived damaged (SHA-256 differs); run again")
-        part.replace(target)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.exists():  # nobody brought it while this process waited
+                _download_verified(url, target, sha256)
+    elif file_sha256(target) != sha256:
+        raise WeightsError(f"{target} is damaged or not the original (SHA-256 differs); delete it and run again")
     return target
+
+
+def _download_verified(url: str, target: Path, sha256: str) -> None:
+    part = target.with_name(target.name + ".part")
+    try:
+        _download(url, part)
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        raise WeightsError(
+            f"could not download {url} ({error}); run again to go on with {part}, or get the file elsewhere "
+            f"and put it at {target}"
+        ) from error
+    if file_sha256(part) != sha256:
+        part.unlink()
+        raise WeightsError(f"the download of {url} arrived damaged (SHA-256 differs); run again")
+    part.replace(target)
 
 
 def _download(url: str, part: Path) -> None:

@@ -12,13 +12,12 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .errors import WeightsError
-from .model import CLIP, Architecture
+from .model import CLIP, HEAD_WIDTH, Architecture
 
 # OpenAI's archives hold three integers beside the weights; some exports hold the constant causal mask.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -38,21 +37,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"there is no weight file {path}") from None
-    except (
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-    ) as e:
-        reason = str(e).split("\n")[0]
+    except Exception as error:  # a damaged archive or pickle raises almost anything
+        reason = (str(error) or type(error).__name__).split("\n")[0]
         raise WeightsError(
             f"{path} is no readable weight file ({reason}); expected OpenAI's .pt, a saved state dict or .safetensors"
-        ) from e
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise WeightsError(f"{path} is not a state dict: it must map names to tensors")
-    return {name: t for name, t in tensors.items() if name.split(".")[-1] not in NOT_WEIGHTS}
+        ) from error
+    if isinstance(tensors, dict):
+        tensors = {name: t for name, t in tensors.items() if str(name).split(".")[-1] not in NOT_WEIGHTS}
+        if all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()):
+            return tensors
+    raise WeightsError(f"{path} is not a state dict: it must map names to tensors")
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -60,6 +54,21 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+# The storage types of TorchScript's pickle. Types only: a pickle can neither call nor change them.
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 class _Module:
@@ -81,16 +90,16 @@ class _TensorUnpickler(pickle.Unpickler):
             return _rebuild_tensor
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if module == "torch.jit._pickle":  # typed lists: the list itself, whatever its type tag
             return lambda value, *tag: value
         raise pickle.UnpicklingError(f"refused to load {module}.{name}")
 
     def persistent_load(self, saved_id) -> Tensor:
-        _, storage, key, _, _ = saved_id
+        _, dtype, key, _, _ = saved_id
         record = bytearray(self.archive.read(f"{self.folder}/data/{key}"))
-        return torch.frombuffer(record, dtype=storage.dtype) if record else torch.empty(0, dtype=storage.dtype)
+        return torch.frombuffer(record, dtype=dtype) if record else torch.empty(0, dtype=dtype)
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
@@ -113,7 +122,8 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def read_architecture(weights: dict[str, Tensor]) -> Architecture:
-    """The architecture that these tensors' names and shapes belong to. KeyError if they are no CLIP's."""
+    """The architecture that these tensors' names and shapes belong to. KeyError, IndexError or ValueError if they
+    are no CLIP's."""
 
     def count(prefix: str) -> int:
         depth = prefix.count(".")
@@ -139,7 +149,7 @@ def read_architecture(weights: dict[str, Tensor]) -> Architecture:
             vision_layers=tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
             patch_size=None,
         )
-    return Architecture(
+    arch = Architecture(
         embed_dim=shape("text_projection")[1],
         context_length=shape("positional_embedding")[0],
         vocab_size=shape("token_embedding.weight")[0],
@@ -147,6 +157,10 @@ def read_architecture(weights: dict[str, Tensor]) -> Architecture:
         text_layers=count("transformer.resblocks."),
         **vision,
     )
+    for width in (arch.text_width, arch.vision_width * (1 if arch.is_vit else 32)):
+        if width % HEAD_WIDTH:
+            raise ValueError(f"a width of {width}, where every head is {HEAD_WIDTH} wide")
+    return arch
 
 
 def build_model(weights: dict[str, Tensor], source: str, device: str | torch.device = "cpu") -> CLIP:
@@ -155,14 +169,17 @@ def build_model(weights: dict[str, Tensor], source: str, device: str | torch.dev
         arch = read_architecture(weights)
     except KeyError as error:
         raise WeightsError(f"{source} holds no CLIP in OpenAI's naming: {error} is missing") from None
+    except (IndexError, ValueError) as error:
+        raise WeightsError(f"{source} holds no CLIP: a tensor of an impossible shape ({error})") from None
     with torch.device("meta"):  # allocate nothing that the weights replace anyway
         model = CLIP(arch)
-    weights = {
-        name: t.to(device, torch.float32 if t.is_floating_point() else t.dtype, copy=True)
-        for name, t in weights.items()
-    }
+
+    def own(tensor: Tensor) -> Tensor:  # row-major, as deltas index it, however the file lays it out
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
     try:
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict({name: own(tensor) for name, tensor in weights.items()}, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(f"{source} does not fit the architecture of its shapes: {reason}") from None
@@ -179,13 +196,14 @@ def save_weights(model: CLIP, path: str | Path, half: bool = False) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """`safetensors.torch.save_file` that never leaves half a file: written beside `path`, then renamed."""
-    part = f"{path}.{os.getpid()}.part"
+    """A safetensors file that is never half a file: written beside `path`, then renamed. Unlike
+    `safetensors.torch.save_file`, which makes private files, it heeds the umask."""
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
-        save_file(tensors, part, metadata)
-        os.replace(part, path)
+        part.write_bytes(save(tensors, metadata))
+        part.replace(path)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def weights_sha256(model: CLIP) -> str:

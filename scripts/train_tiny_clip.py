@@ -1,0 +1,228 @@
+"""Trains the tiny CLIP that ships with this project, from random weights, on generated pictures.
+
+    pip install -r requirements-tiny.txt
+    python scripts/train_tiny_clip.py --out clip/tiny.safetensors
+
+The pictures are printed characters (0-9, A-Z, a-z) of many fonts, bent, squeezed, blurred, coloured and
+lowered in resolution; the captions name the character in varied words. No handwritten digit is ever seen:
+the digits data set stays unseen for the experiments. Same seed, same machine, same thread count, same
+packages: same weights. The run prints its expected duration after the first steps.
+"""
+
+import argparse
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import clip
+from clip.model import CLIP, Architecture
+from clip.preprocess import MEAN, STD
+from clip.weights import save_weights
+
+ARCHITECTURE = Architecture(
+    embed_dim=64,
+    resolution=32,
+    vision_width=128,
+    vision_layers=4,
+    patch_size=8,
+    context_length=77,
+    vocab_size=49408,
+    text_width=64,
+    text_layers=2,
+)
+FAMILIES = (  # a package and its files of one family
+    ("matplotlib", "mpl-data/fonts/ttf/DejaVuS*[!y].ttf"),  # all but DejaVu...Display
+    ("matplotlib", "mpl-data/fonts/ttf/STIXGeneral*.ttf"),
+    ("font_amatic_sc", "files/*.ttf"),
+    ("font_caladea", "files/*.ttf"),
+    ("font_fredoka_one", "files/*.ttf"),
+    ("font_hanken_grotesk", "files/*.otf"),
+    ("font_intuitive", "files/*.ttf"),
+    ("font_manrope", "files/*.ttf"),
+    ("font_roboto", "files/*.ttf"),
+    ("font_source_sans_pro", "files/*.ttf"),
+    ("font_source_serif_pro", "files/*.ttf"),
+)
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+WORDINGS = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "an image of the {}",
+    "a drawing of a {}.",
+    "a blurry photo of a {}.",
+    "a printed {}.",
+    "itap of a {}.",
+    "this is a {}",
+    "the {}, written large",
+    "{}",
+)
+START_SCALE, END_SCALE = math.log(1 / 0.07), math.log(100)  # of the logarithm of the factor on the cosines
+GLYPH, SIDE = 48, 32  # side of a rendered glyph and of a training picture, in pixels
+
+
+def names_of(character: str) -> tuple[str, ...]:
+    """What a caption may call this character."""
+    if character.isdigit():
+        word = DIGITS[int(character)]
+        return (word, word, word, f"digit {word}", f"number {word}", character, f"digit {character}")
+    case = "capital" if character.isupper() else "small"
+    return (f"{case} {character}", f"{case} letter {character}", f"letter {character}")
+
+
+def render_glyphs() -> tuple[Tensor, Tensor, Tensor]:
+    """Every character of every font, thin and thickened: masks [N, 48, 48] in 0..255, character and family."""
+    masks, characters, families = [], [], []
+    for family, (package, pattern) in enumerate(FAMILIES):
+        folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+        for file in sorted(folder.glob(pattern)):
+            font = ImageFont.truetype(str(file), size=64)
+            for index, character in enumerate(CHARACTERS):
+                for stroke in (0, 2, 5):
+                    canvas = Image.new("L", (160, 160))
+                    ImageDraw.Draw(canvas).text((40, 30), character, fill=255, font=font, stroke_width=stroke)
+                    glyph = canvas.crop(canvas.getbbox())
+                    scale = 0.85 * GLYPH / max(glyph.size)
+                    size = [max(3, round(side * scale)) for side in glyph.size]
+                    mask = Image.new("L", (GLYPH, GLYPH))
+                    mask.paste(glyph.resize(size), [(GLYPH - side) // 2 for side in size])
+                    masks.append(torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(GLYPH, GLYPH))
+                    characters.append(index)
+                    families.append(family)
+    return torch.stack(masks), torch.tensor(characters), torch.tensor(families)
+
+
+class Pictures:
+    """Draws batches of pictures and captions; all randomness from one generator."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+        self.masks, self.characters, families = render_glyphs()
+        # Every family weighs the same, however many faces it has; digits weigh as much as letters.
+        weight = 1 / families.bincount()[families].double()
+        digit = self.characters < 10
+        self.weight = torch.where(digit, weight / weight[digit].sum(), weight / weight[~digit].sum())
+        texts = [[wording.format(n) for wording in WORDINGS for n in names_of(c)] for c in CHARACTERS]
+        self.captions = [clip.tokenize(captions) for captions in texts]
+
+    def uniform(self, low: float, high: float, *size: int) -> Tensor:
+        return torch.rand(*size, generator=self.generator) * (high - low) + low
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures [size, 3, 32, 32] as CLIP takes them, captions [size, 77], character indices [size]."""
+        picks = torch.multinomial(self.weight, size, replacement=True, generator=self.generator)
+        ink = self._distort(self.masks[picks].float().unsqueeze(1) / 255)
+        ink = self._lower_resolution(ink)
+        pictures = self._colour(ink)
+        pictures = (pictures - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        characters = self.characters[picks]
+        choices = torch.rand(size, generator=self.generator)
+        captions = [self.captions[c][int(r * len(self.captions[c]))] for c, r in zip(characters, choices)]
+        return pictures, torch.stack(captions), characters
+
+    def _distort(self, ink: Tensor) -> Tensor:
+        """A random affine map and a smooth random displacement; the glyph's box fills 65-110 % of a side."""
+        n = len(ink)
+        angle, shear = self.uniform(-0.3, 0.3, n), self.uniform(-0.4, 0.4, n)
+        grow_x, grow_y = self.uniform(0.65, 1.15, n), self.uniform(0.75, 1.15, n)
+        shift = self.uniform(-0.12, 0.12, n, 2)
+        cos, sin = angle.cos(), angle.sin()
+        rows = [
+            torch.stack([cos / grow_x, (shear * cos - sin) / grow_x, shift[:, 0]], dim=1),
+            torch.stack([sin / grow_y, (shear * sin + cos) / grow_y, shift[:, 1]], dim=1),
+        ]
+        grid = F.affine_grid(torch.stack(rows, dim=1), (n, 1, SIDE, SIDE), align_corners=False)
+        knots = torch.randn(n, 2, 4, 4, generator=self.generator) * self.uniform(0.0, 0.14, n, 1, 1, 1)
+        bend = F.interpolate(knots, size=(SIDE, SIDE), mode="bicubic", align_corners=True)
+        return F.grid_sample(ink, grid + bend.permute(0, 2, 3, 1), align_corners=False)
+
+    def _lower_resolution(self, ink: Tensor) -> Tensor:
+        """Averages to between 8 and 32 pixels a side and enlarges again, another size for each quarter."""
+        sizes = [8, 8, *(int(s) for s in torch.randint(8, SIDE + 1, (2,), generator=self.generator))]
+        parts = [
+            F.interpolate(F.adaptive_avg_pool2d(part, side), size=(SIDE, SIDE), mode="bicubic", align_corners=False)
+            for part, side in zip(ink.chunk(4), sizes)
+        ]
+        contrast = self.uniform(1.0, 2.0, len(ink), 1, 1, 1)
+        return (torch.cat(parts) * contrast).clamp(0, 1)
+
+    def _colour(self, ink: Tensor) -> Tensor:
+        """Three quarters light grey on dark grey, the rest two random colours; a little noise on all."""
+        n = len(ink)
+        front = self.uniform(0.6, 1.0, n, 1, 1, 1).expand(n, 3, 1, 1)
+        back = self.uniform(0.0, 0.2, n, 1, 1, 1).expand(n, 3, 1, 1)
+        coloured = self.uniform(0, 1, n, 1, 1, 1) < 0.25
+        front = torch.where(coloured, self.uniform(0, 1, n, 3, 1, 1), front)
+        back = torch.where(coloured, self.uniform(0, 1, n, 3, 1, 1), back)
+        pictures = back + (front - back) * ink
+        noise = torch.randn(pictures.shape, generator=self.generator) * self.uniform(0.0, 0.08, n, 1, 1, 1)
+        return (pictures + noise).clamp(0, 1)
+
+
+def contrastive_loss(model: CLIP, images: Tensor, captions: Tensor, characters: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy; all pairs that show the same character share the target equally,
+    because a batch holds every character several times."""
+    image = F.normalize(model.encode_image(images).float(), dim=-1)
+    text = F.normalize(model.encode_text(captions).float(), dim=-1)
+    logits = model.logit_scale.exp() * image @ text.T
+    same = (characters[:, None] == characters[None, :]).float()
+    target = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train(steps: int, batch_size: int, lr: float, seed: int, device: str) -> CLIP:
+    torch.manual_seed(seed)  # the initial weights; the pictures have a generator of their own
+    model = CLIP(ARCHITECTURE).to(device).train()
+    pictures = Pictures(torch.Generator().manual_seed(seed))
+    model.logit_scale.requires_grad_(False)
+    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and (p.ndim < 2 or "embedding" in name)]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+    )
+    bar = tqdm(range(steps), desc="tiny CLIP", unit="step")
+    for step in bar:
+        # OpenAI's models learned their scale up to 100, which few-shot training then takes as a constant; so
+        # many pictures of one character in a batch would keep it low, so here it is raised by a schedule.
+        model.logit_scale.data.copy_(torch.tensor(START_SCALE).lerp(torch.tensor(END_SCALE), step / steps))
+        images, captions, characters = (tensor.to(device) for tensor in pictures.batch(batch_size))
+        with torch.autocast(device, torch.bfloat16):
+            loss = contrastive_loss(model, images, captions, characters)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp():.0f}")
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    model = train(args.steps, args.batch_size, args.lr, args.seed, args.device)
+    save_weights(model, args.out, half=True)
+    print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()
