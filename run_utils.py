@@ -16,6 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -264,30 +265,46 @@ def make_reproducible(seed: int) -> None:
 
 
 class Run:
-    """The folder of one run. Used as a context, it removes the folder again unless a result was recorded."""
+    """The folders of one run. As a context it makes them, and removes again what holds no result at the end."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.results = Path(settings.results_dir)
         self.folder = self.results / settings.run_id
         self.csv = self.results / "results.csv"
-        self.finished = (self.folder / "result.json").is_file() and (
-            settings.save_path is None or settings.checkpoint.is_file()
-        )
+        self.made: list[Path] = []
+
+    @property
+    def finished(self) -> bool:
+        """A result is recorded, and the weights too if they are asked for and there are any."""
+        if not (self.folder / "result.json").is_file():
+            return False
+        checkpoint = self.settings.checkpoint
+        return checkpoint is None or checkpoint.is_file() or self.result()["trainable_weights"] == 0
 
     def __enter__(self) -> "Run":
-        self.made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "result.json").exists():
-            write_atomically(self.folder / "config.yaml", yaml.safe_dump(_config(self.settings), sort_keys=False))
+        try:
+            self._make(self.folder)
+            if self.settings.checkpoint and not self.settings.eval_only:
+                self._make(self.settings.checkpoint.parent)
+        except OSError:
+            self.__exit__()
+            raise
         return self
 
+    def _make(self, folder: Path) -> None:
+        """Makes a folder and makes sure, before hours of work, that files can be written there."""
+        self.made += [f for f in (folder, *folder.parents) if not f.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
     def __exit__(self, *_) -> None:
-        if not (self.folder / "result.json").exists():
+        if self.folder.exists() and not (self.folder / "result.json").exists():
             shutil.rmtree(self.folder)
-            for folder in self.made[1:]:
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+        for folder in sorted(self.made, key=lambda f: len(f.parts), reverse=True):
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def result(self) -> dict:
         return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ Example: `build("dtd", "/data", shots=4, seed=1)`. The loaders of batches are in
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 from datasets.digits import CLASS_NAMES, TEMPLATES, DigitsTask, split_digits
@@ -52,6 +53,7 @@ def build(name: str, root_path: str | Path | None, shots: int, seed: int, prompt
     templates = specific if prompts == "specific" else RELEASED_TEMPLATES
     if name == "digits":
         split = split_digits()
+        _note_repeats(name, split, shots)
         train, val = draw(split.train, split.val, shots, seed)
         return DigitsTask(name, CLASS_NAMES, templates, train, val, split.test, image_root=None)
     found = locate(name, Path(root_path).expanduser())
@@ -59,6 +61,7 @@ def build(name: str, root_path: str | Path | None, shots: int, seed: int, prompt
         return _build_imagenet(found.images, templates, shots, seed)
     split = read_fgvc_split(found.folder) if name == "fgvc" else read_json_split(found.split)
     _note_departure(name, found, split)
+    _note_repeats(name, split, shots)
     train, val = draw(split.train, split.val, shots, seed)
     return Task(name, split.class_names, templates, train, val, split.test, found.images)
 
@@ -94,5 +97,17 @@ def _note_departure(name: str, found: Found, split: Split) -> None:
             f"note: {name} in {found.split or found.folder} has {here[0]} classes and "
             f"{here[1]}/{here[2]}/{here[3]} train/val/test images, the published split {published[0]} and "
             f"{published[1]}/{published[2]}/{published[3]}; results do not compare with published ones",
+            file=sys.stderr,
+        )
+
+
+def _note_repeats(name: str, split: Split, shots: int) -> None:
+    """Say on stderr that classes have fewer images than shots, so that the draw repeats some of them."""
+    counts = Counter(item.label for item in split.train)
+    label, fewest = min(counts.items(), key=lambda pair: pair[1])
+    if fewest < shots:
+        print(
+            f"note: {sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
+            f"images ({split.class_names[label]} has {fewest}); as in the published code some are drawn twice or more",
             file=sys.stderr,
         )
