@@ -69,7 +69,8 @@ class Attention(nn.Module):
 
 def _use_openai_names(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     for kind in ("weight", "bias"):
-        state_dict[f"{prefix}in_proj_{kind}"] = state_dict.pop(f"{prefix}in_proj.{kind}")
+        if f"{prefix}in_proj.{kind}" in state_dict:  # not if a method has put a layer of its own there
+            state_dict[f"{prefix}in_proj_{kind}"] = state_dict.pop(f"{prefix}in_proj.{kind}")
 
 
 def _use_module_names(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

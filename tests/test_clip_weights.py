@@ -1,0 +1,421 @@
+"""Weight files: the three formats, hostile and damaged ones, saving, hashing, names."""
+
+import hashlib
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import clip
+from clip.model import Architecture
+from clip.weights import save_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
+
+VIT = Architecture(24, 32, 64, 2, 16, context_length=77, vocab_size=64, text_width=64, text_layers=2)
+RESNET = Architecture(16, 64, 8, (1, 2, 1, 1), None, context_length=9, vocab_size=64, text_width=128, text_layers=1)
+
+
+class Node(nn.Module):
+    """Holds tensors and nodes under given names; TorchScript wants a forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def write_torchscript(tensors, folder):
+    """A real TorchScript archive whose modules hold these tensors, in a tree by their dotted names."""
+    root = Node()
+    for name, tensor in tensors.items():
+        *parents, leaf = name.split(".")
+        node = root
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, Node())
+            node = node._modules[parent]
+        if tensor.is_floating_point() and "running" not in leaf:
+            node.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            node.register_buffer(leaf, tensor)
+    path = folder / "archive.pt"
+    torch.jit.script(root).save(str(path))
+    return path
+
+
+def write_pickle(tensors, folder):
+    path = folder / "state.pt"
+    torch.save(tensors, path)
+    return path
+
+
+def write_safetensors(tensors, folder):
+    path = folder / "state.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+FORMATS = {"torchscript": write_torchscript, "pickle": write_pickle, "safetensors": write_safetensors}
+
+
+@torch.no_grad()
+def small_clip(arch: Architecture = VIT, seed: int = 0) -> clip.CLIP:
+    """Random weights that half precision holds exactly; none are all zeros or ones."""
+    torch.manual_seed(seed)
+    model = clip.CLIP(arch).eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = 0.1 * torch.randn_like(tensor)
+            tensor.copy_((tensor + (noise.abs() if "running_var" in name else noise)).half())
+    return model
+
+
+def halved(model):
+    return {n: t.half() if t.dim() > 1 else t for n, t in model.state_dict().items()}
+
+
+def assert_same_weights(model, expected):
+    actual = model.state_dict()
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
+
+
+def error_of(path) -> str:
+    """The message of the WeightsError that loading raises; it must be one line and name the file."""
+    with pytest.raises(clip.WeightsError) as caught:
+        clip.load(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message and len(message) < 1000
+    return message
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("arch", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_gives_the_weights_in_float32(format, arch, tmp_path):
+    original = small_clip(arch)
+    extras = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
+    extras["transformer.resblocks.0.attn_mask"] = torch.zeros(77, 77)
+    model, preprocess = clip.load(FORMATS[format](halved(original) | extras, tmp_path))
+    assert_same_weights(model, original.state_dict())
+    assert model.arch == arch
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert preprocess.transforms[1].size == (arch.resolution, arch.resolution)
+    images = torch.randn(2, 3, arch.resolution, arch.resolution)
+    assert torch.equal(model.encode_image(images), original.encode_image(images))
+
+
+def test_transposed_and_shared_storage_in_an_archive(tmp_path):
+    original = small_clip()
+    tensors = original.state_dict()
+    for name in ("visual.proj", "text_projection"):
+        tensors[name] = tensors[name].t().contiguous().t()
+    table = torch.cat([torch.zeros(77, 64), tensors["positional_embedding"]])
+    tensors["positional_embedding"] = table[77:]
+    model, _ = clip.load(write_torchscript(tensors, tmp_path))
+    assert_same_weights(model, original.state_dict())
+    assert all(p.is_contiguous() for p in model.parameters())  # deltas index them row by row
+
+
+def test_integers_of_a_plain_state_dict_may_be_plain_integers(tmp_path):
+    original = small_clip()
+    model, _ = clip.load(write_pickle(original.state_dict() | {"input_resolution": 32}, tmp_path))
+    assert_same_weights(model, original.state_dict())
+
+
+def test_old_batch_norm_without_its_counter(tmp_path):
+    original = small_clip(RESNET)
+    tensors = {n: t for n, t in original.state_dict().items() if "num_batches_tracked" not in n}
+    model, _ = clip.load(write_safetensors(tensors, tmp_path))
+    assert_same_weights(model, original.state_dict())
+
+
+def test_a_loaded_model_does_not_write_to_its_file(tmp_path):
+    path = write_safetensors(small_clip().state_dict(), tmp_path)
+    before = path.read_bytes()
+    model, _ = clip.load(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert path.read_bytes() == before
+    assert clip.load(path)[0].visual.proj.any()
+
+
+# --- hostile and damaged files
+
+
+def calling(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls module.name(argument)."""
+    return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
+
+
+def archive_with(data: bytes, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/constants.pkl", pickle.dumps(()))
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+@pytest.mark.parametrize("container", ["archive", "pickle"])
+@pytest.mark.parametrize(
+    "module, name, refused",
+    [
+        ("os", "system", True),
+        (os.system.__module__, "system", True),
+        ("subprocess", "getoutput", True),
+        ("torch.jit", "load", True),
+        ("torch", "load", True),
+        ("builtins", "eval", True),
+        ("torch", "FloatStorage", False),  # a known name, but nothing to call
+        ("__torch__.os", "system", False),  # a class of the archive's own: no code behind it
+    ],
+)
+def test_nothing_in_a_file_is_executed(module, name, refused, container, tmp_path):
+    marker = tmp_path / "ran"
+    argument = f"open('{marker}', 'w').close()" if name == "eval" else f"touch {marker}"
+    data = calling(module, name, argument)
+    if name in ("system", "eval") and not module.startswith("__"):
+        pickle.loads(data)
+        assert marker.exists()  # so the pickle does what it should
+        marker.unlink()
+    path = tmp_path / "hostile.pt"
+    if container == "archive":
+        archive_with(data, path)
+    else:
+        path.write_bytes(data)
+    message = error_of(path)
+    assert not marker.exists()
+    if refused and container == "archive":
+        assert f"refused to load {module}.{name}" in message
+
+
+def test_archives_that_hold_no_model(tmp_path):
+    assert "no readable weight file" in error_of(archive_with(pickle.dumps([1, 2]), tmp_path / "list.pt"))
+    empty = tmp_path / "no-data.pt"
+    with zipfile.ZipFile(empty, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+    assert "no readable weight file" in error_of(empty)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_truncated_files(format, tmp_path):
+    path = FORMATS[format](halved(small_clip()), tmp_path)
+    content = path.read_bytes()
+    for length in (0, 1, 7, 100, len(content) // 3, len(content) // 2, len(content) - 100, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert "no readable weight file" in error_of(path)
+
+
+def test_altered_bytes_of_an_archive_are_noticed_or_do_not_matter(tmp_path):
+    path = write_torchscript(halved(small_clip()), tmp_path)
+    content, sha256, rng, noticed = path.read_bytes(), clip.weights_sha256(clip.load(path)[0]), random.Random(0), 0
+    for _ in range(40):
+        altered = bytearray(content)
+        altered[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(altered)
+        try:
+            assert clip.weights_sha256(clip.load(path)[0]) == sha256
+        except clip.WeightsError as error:
+            assert "\n" not in str(error)
+            noticed += 1
+    assert noticed > 20
+
+
+def test_random_bytes(tmp_path):
+    rng = random.Random(0)
+    for name in ("noise.pt", "noise.safetensors"):
+        for length in (10, 1000, 100_000):
+            (tmp_path / name).write_bytes(rng.randbytes(length))
+            error_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "name", ["text_projection", "ln_final.bias", "visual.class_embedding", "visual.conv1.weight", "visual.proj"]
+)
+def test_a_missing_tensor(name, format, tmp_path):
+    tensors = small_clip().state_dict()
+    del tensors[name]
+    message = error_of(FORMATS[format](tensors, tmp_path))
+    # Without visual.proj it looks like a ResNet, whose attention pool is then what lacks.
+    assert (name if name != "visual.proj" else "visual.attnpool") in message
+
+
+def changed(name, tensor):
+    return small_clip().state_dict() | {name: tensor}
+
+
+@pytest.mark.parametrize(
+    "tensors, words",
+    [
+        (changed("ln_final.bias", torch.zeros(65)), "ln_final.bias"),
+        (changed("transformer.resblocks.1.attn.in_proj_weight", torch.zeros(192, 63)), "in_proj"),
+        (changed("visual.positional_embedding", torch.zeros(7, 64)), "visual.positional_embedding"),  # 6 is no square
+        (changed("visual.positional_embedding", torch.zeros(0, 64)), "impossible shape"),
+        (changed("text_projection", torch.zeros(64)), "impossible shape"),
+        (changed("ln_final.weight", torch.ones(96)), "width of 96"),
+        (changed("ln_final.bias", torch.zeros(64, dtype=torch.int64)), "ln_final.bias"),
+        (changed("classifier.weight", torch.zeros(3)), "classifier.weight"),  # a key too many
+        ({"logits.weight": torch.zeros(3)}, "no CLIP in OpenAI's naming"),
+        ({}, "no CLIP in OpenAI's naming"),
+        ([torch.zeros(3)], "not a state dict"),
+        (torch.zeros(3), "not a state dict"),
+        ({"state_dict": small_clip().state_dict()}, "not a state dict"),
+        ({1: torch.zeros(3)}, "not a state dict"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_state_dicts(tensors, words, tmp_path):
+    assert words in error_of(write_pickle(tensors, tmp_path))
+
+
+def test_unknown_names(tmp_path):
+    for name in ("ViT-B/17", "vit-b/16", "tiny.safetensors", tmp_path, tmp_path / "none.pt"):
+        message = error_of(name)
+        assert all(known in message for known in ("tiny", *clip.available_models()))
+
+
+def test_available_models_are_open_ais_nine():
+    assert clip.available_models() == [
+        "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
+    ]  # fmt: skip
+
+
+# --- names
+
+
+def test_state_dict_has_open_ais_names_and_modules_are_linear():
+    model = small_clip()
+    names = set(model.state_dict())
+    for block in ("transformer.resblocks.0", "visual.transformer.resblocks.1"):
+        for kind in ("weight", "bias"):
+            assert f"{block}.attn.in_proj_{kind}" in names
+            assert f"{block}.attn.out_proj.{kind}" in names
+    assert not any("in_proj." in name for name in names)
+    linear = model.transformer.resblocks[0].attn.in_proj
+    assert isinstance(linear, nn.Linear)
+    stacked = model.state_dict()["transformer.resblocks.0.attn.in_proj_weight"]
+    assert stacked.data_ptr() == linear.weight.data_ptr()
+
+
+def test_load_state_dict_takes_open_ais_names():
+    source, target = small_clip(seed=1), small_clip(seed=2)
+    tensors = source.state_dict()
+    kept = dict(tensors)
+    result = target.load_state_dict(tensors)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert list(tensors) == list(kept)  # the caller's dictionary is left alone
+    assert_same_weights(target, kept)
+
+
+# --- saving
+
+
+@pytest.mark.parametrize("arch", [VIT, RESNET], ids=["vit", "resnet"])
+def test_saving_is_exact(arch, tmp_path):
+    model = small_clip(arch)
+    with torch.no_grad():
+        model.text_projection[0, 0], model.text_projection[0, 1] = 1 / 3, -0.0
+    path = tmp_path / "model.safetensors"
+    save_weights(model, path)
+    loaded, _ = clip.load(path)
+    assert_same_weights(loaded, model.state_dict())
+    assert loaded.text_projection[0, 1].signbit()
+    assert clip.weights_sha256(loaded) == clip.weights_sha256(model)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+    save_weights(model, str(path), half=True)
+    stored = load_file(path)
+    assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.float16}
+    expected = {n: t.half().float() if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    assert_same_weights(clip.load(path)[0], expected)
+    assert loaded.text_projection[0, 0] != expected["text_projection"][0, 0]
+
+
+@pytest.mark.parametrize("broken", ["save", "replace"])
+def test_a_failed_save_leaves_the_old_file(broken, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_weights(small_clip(seed=1), path)
+    before = path.read_bytes()
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    if broken == "save":
+        monkeypatch.setattr(type(path), "write_bytes", lambda part, data: part.touch() or fail())
+    else:
+        monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(small_clip(seed=2), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_saved_files_heed_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        save_weights(small_clip(), tmp_path / "model.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+# --- hashing
+
+
+@pytest.mark.parametrize("arch", [VIT, RESNET], ids=["vit", "resnet"])
+def test_the_hash_does_not_depend_on_the_format(arch, tmp_path):
+    model = small_clip(arch)
+    hashes = {clip.weights_sha256(model)}
+    for write in FORMATS.values():
+        hashes.add(clip.weights_sha256(clip.load(write(halved(model), tmp_path))[0]))
+    assert len(hashes) == 1
+
+
+def test_the_hash_sees_every_tensor_and_single_bits():
+    model = small_clip(RESNET)
+    seen = {clip.weights_sha256(model)}
+    tensors = model.state_dict()
+    for tensor in tensors.values():
+        flat = tensor.view(-1)
+        before = flat[-1].item()
+        flat[-1] = before + 1
+        seen.add(clip.weights_sha256(model))
+        flat[-1] = before
+    assert len(seen) == len(tensors) + 1
+    with torch.no_grad():
+        model.ln_final.bias[0] = 0.0
+        plus = clip.weights_sha256(model)
+        model.ln_final.bias[0] = -0.0
+    assert clip.weights_sha256(model) != plus
+
+
+def test_the_hash_is_as_documented_and_stays_what_it_was():
+    """Deltas name their base by it, so it must never change."""
+    model = small_clip()
+    for i, tensor in enumerate(model.state_dict().values()):
+        tensor.copy_((torch.arange(tensor.numel()).view(tensor.shape) + i) / 1024)
+    digest = hashlib.sha256()
+    tensors = model.state_dict()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} torch.float32\n".encode() + tensors[name].numpy().tobytes())
+    assert clip.weights_sha256(model) == digest.hexdigest()
+    assert clip.weights_sha256(model) == "93f9cd52d8fc84779493930ebf04ccd1f0796f00ccae9e96428d7f6f9fd054f8"
+
+
+def test_tiny_is_a_clip_with_the_real_vocabulary():
+    model, preprocess = clip.load("tiny")
+    assert model.arch.vocab_size == 49408 and model.arch.context_length == 77
+    assert preprocess.transforms[1].size == (model.arch.resolution,) * 2
+    assert model.encode_text(clip.tokenize(["a cat", "the digit five"])).shape == (2, model.arch.embed_dim)
