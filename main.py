@@ -77,7 +77,8 @@ def experiment(settings: run_utils.Settings, run: run_utils.Run) -> dict:
             settings.image_cache_mb,
             pin_memory=model.device.type == "cuda",
         )
-    zero_shot = train.evaluate_zero_shot(model, task, preprocess, settings)
+    evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
+    zero_shot = evaluator.zero_shot()
     print(f"zero-shot accuracy {zero_shot:.2f} % on {len(task.test)} test images")
 
     fit, checkpoint_bytes = train.Fit(), None
@@ -85,11 +86,9 @@ def experiment(settings: run_utils.Settings, run: run_utils.Run) -> dict:
         adaptation.load(settings.checkpoint, base_sha256)
         checkpoint_bytes = settings.checkpoint.stat().st_size
     elif loader is not None:
-        fit = train.fit(
-            model, task, adaptation, loader, settings, lambda: train.evaluate(model, task, preprocess, settings)
-        )
+        fit = train.fit(model, task, adaptation, loader, settings, evaluator)
     start = time.perf_counter()
-    accuracy = train.evaluate(model, task, preprocess, settings)
+    accuracy = evaluator.adapted(adaptation.trains_images)
     eval_seconds = time.perf_counter() - start
     if settings.checkpoint and not settings.eval_only and adaptation.parameters:
         metadata = {"method": settings.method, "settings": json.dumps(asdict(settings))}

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -68,6 +69,7 @@ class Settings:
     density_ratio: float = option(5e-5, "fraction of each matrix's entries with a gradient and a state (= 1 - s)")
     t: int = option(5, "iterations between two draws of SO's support")
     prune_first: bool = option(False, "SO prunes before it updates, as the paper's equation; released: after")
+    sampled_gradients: bool = option(True, "SO: compute weight gradients at the support alone; the same to rounding")
     # images and prompts
     prompts: str = option(
         "released", "'a photo of a {}.' for all data sets, or each one's own", ("released", "specific")
@@ -79,6 +81,7 @@ class Settings:
     precision: str = option("fp32", "of the towers' computation; weights are float32 always", ("fp32", "bf16"))
     workers: int | None = option(None, "processes that read images; default from the machine's cores", kind=int)
     image_cache_mb: int = option(2048, "memory for decoded training images; beyond it they are decoded every time")
+    cache_dir: str = option("~/.cache/clip-so", "folder for features of test images under unchanged weights")
     # output
     results_dir: str = option("results", "folder of run folders and results.csv")
     save_path: str | None = option(None, "folder for the adapted weights; nothing is saved without it", kind=str)
@@ -104,7 +107,16 @@ class Settings:
     @property
     def run_id(self) -> str:
         """Readable name, and a hash of every setting that can change the outcome."""
-        no_effect = {"root_path", "workers", "image_cache_mb", "results_dir", "save_path", "filename", "force"}
+        no_effect = {
+            "root_path",
+            "workers",
+            "image_cache_mb",
+            "cache_dir",
+            "results_dir",
+            "save_path",
+            "filename",
+            "force",
+        }
         relevant = {name: value for name, value in asdict(self).items() if name not in no_effect}
         relevant |= {"n_iters": None, "total_iters": self.iterations}  # one number, however it was given
         relevant["device"] = self.device.split(":")[0]
@@ -381,5 +393,7 @@ def peak_memory_mb(device: torch.device) -> float:
     """Most memory in use so far, in MiB: on a GPU what torch allocated there, on a CPU the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent process before exec
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024

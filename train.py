@@ -13,7 +13,10 @@ from tqdm import tqdm
 import datasets
 import utils
 from clip import CLIP
+from clip.layouts import PackedPrompts
 from methods import Adaptation
+
+TEST_BATCH = 256
 
 
 class TrainingDiverged(Exception):
@@ -35,26 +38,44 @@ class Fit:
         return self.curve[-1] if self.curve else {"loss": None, "train_accuracy": None}
 
 
-def evaluate(model: CLIP, task: datasets.Task, preprocess: Callable, settings, label: str = "test") -> float:
-    """Test accuracy in per cent, with text features of the first template from the current weights."""
-    with utils.autocast(model.device, settings.precision):
-        classifier = utils.text_classifier(model, task.class_names, task.templates[:1])
-    return _test_accuracy(model, task, preprocess, settings, classifier, label)
+class Evaluator:
+    """Test accuracy of a model as it is at the time, in per cent.
 
+    Features of the unchanged model are taken from the cache on disk if this very computation was done before, and
+    serve again at the end if the image tower is not trained.
+    """
 
-def evaluate_zero_shot(model: CLIP, task: datasets.Task, preprocess: Callable, settings) -> float:
-    """Test accuracy in per cent, with text features averaged over all of the task's templates."""
-    with utils.autocast(model.device, settings.precision):
-        classifier = utils.text_classifier(model, task.class_names, task.templates)
-    return _test_accuracy(model, task, preprocess, settings, classifier, "zero-shot")
+    def __init__(self, model: CLIP, task: datasets.Task, preprocess: Callable, settings, weights_sha256: str):
+        self.model, self.task, self.preprocess, self.settings = model, task, preprocess, settings
+        self.labels = [item.label for item in task.test]
+        key = (weights_sha256, task.fingerprint(task.test), repr(preprocess), settings.precision, model.device.type)
+        self.cache = utils.cache_file(settings.cache_dir, *key)
+        self.untrained_features: Tensor | None = None
 
+    def zero_shot(self) -> float:
+        """Of the unchanged model, with text features averaged over all of the task's templates."""
+        self.untrained_features = utils.load_features(self.cache)
+        if self.untrained_features is None:
+            self.untrained_features = self._image_features("zero-shot")
+            utils.save_features(self.cache, self.untrained_features)
+        return self._accuracy(self.untrained_features, self.task.templates)
 
-def _test_accuracy(model, task, preprocess, settings, classifier: Tensor, label: str) -> float:
-    loader = datasets.test_loader(task.test, task, preprocess, TEST_BATCH, settings.workers)
-    return utils.accuracy(model, classifier, loader, settings.precision, label)
+    def adapted(self, image_tower_is_trained: bool, label: str = "test") -> float:
+        """Of the model as it is now, with text features of the first template."""
+        features = self._image_features(label) if image_tower_is_trained else self.untrained_features
+        return self._accuracy(features, self.task.templates[:1])
 
+    def _image_features(self, label: str) -> Tensor:
+        pin = self.model.device.type == "cuda"
+        loader = datasets.test_loader(
+            self.task.test, self.task, self.preprocess, TEST_BATCH, self.settings.workers, pin_memory=pin
+        )
+        return utils.image_features(self.model, loader, self.settings.precision, label)
 
-TEST_BATCH = 256
+    def _accuracy(self, features: Tensor, templates: tuple[str, ...]) -> float:
+        with utils.autocast(self.model.device, self.settings.precision):
+            classifier = utils.text_classifier(self.model, self.task.class_names, templates)
+        return utils.accuracy(features, classifier, self.labels)
 
 
 def fit(
@@ -63,14 +84,13 @@ def fit(
     adaptation: Adaptation,
     loader,
     settings,
-    test_accuracy: Callable[[], float] | None = None,
+    evaluator: Evaluator,
 ) -> Fit:
     """Trains on the loader's batches with cross-entropy of 100 x cosine; ends early when an epoch's mean loss
-    falls below `early_stop_loss`. `test_accuracy`, if given, is asked every `eval_every` iterations, at the next
-    epoch's end, for the curve alone. Raises TrainingDiverged on a loss that is not finite."""
-    tokens = utils.tokenize_classes(task.class_names, task.templates[0]).to(model.device)
-    text_is_trained = any(not name.startswith("visual.") for name in adaptation.parameters)
-    text = None if text_is_trained else utils.text_classifier(model, task.class_names, task.templates[:1])
+    falls below `early_stop_loss`. Every `eval_every` iterations, at the next epoch's end, the evaluator is asked for
+    the test accuracy, for the curve alone. Raises TrainingDiverged on a loss that is not finite."""
+    prompts = PackedPrompts(utils.tokenize_classes(task.class_names, task.templates[0])).to(model.device)
+    text = None if adaptation.trains_text else utils.text_classifier(model, task.class_names, task.templates[:1])
     per_epoch = math.ceil(len(task.train) / settings.batch_size)
     result, total, start = Fit(), torch.zeros(3, device=model.device), time.perf_counter()
     next_eval = settings.eval_every or math.inf
@@ -79,7 +99,7 @@ def fit(
     for result.iterations, (images, labels) in enumerate(bar, start=1):
         labels = labels.to(model.device, non_blocking=True)
         with utils.autocast(model.device, settings.precision):
-            classifier = utils.encode_text(model, tokens) if text_is_trained else text
+            classifier = utils.encode_text(model, prompts) if adaptation.trains_text else text
             features = utils.encode_image(model, images)
         logits = utils.LOGIT_FACTOR * features @ classifier.T
         loss = F.cross_entropy(logits, labels)
@@ -102,8 +122,8 @@ def fit(
                     + (" or use --precision fp32" if settings.precision != "fp32" else "")
                 )
             result.stopped_early = row["loss"] < settings.early_stop_loss
-            if result.iterations >= next_eval and test_accuracy is not None:
-                row["test_accuracy"] = test_accuracy()
+            if result.iterations >= next_eval:
+                row["test_accuracy"] = evaluator.adapted(adaptation.trains_images)
                 next_eval += settings.eval_every
             result.curve.append(row | {"lr": lr})
             result.timing.append({"iteration": result.iterations, "seconds": time.perf_counter() - start})

@@ -1,17 +1,25 @@
-"""Numerics that training, evaluation and methods share: prompts, classifiers, features, accuracy.
+"""Numerics that training, evaluation and methods share: prompts, classifiers, features and their cache, accuracy.
 
 Shapes: B images, C classes, E embedding size, P prompts.
 """
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
+import PIL
 import torch
 import torch.nn.functional as F
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import clip
+from clip.layouts import PackedPrompts
+from clip.weights import save_tensors
 
 LOGIT_FACTOR = 100.0  # logits are 100 x cosine, as published, not the model's own logit_scale
 PROMPTS_AT_ONCE = 256  # without gradients, to bound memory
@@ -27,9 +35,10 @@ def tokenize_classes(class_names: Sequence[str], template: str) -> Tensor:
     return clip.tokenize([template.format(name.replace("_", " ")) for name in class_names])
 
 
-def encode_text(model: clip.CLIP, tokens: Tensor) -> Tensor:
-    """Unit text features [P, E] in float32, with gradients where the weights have them."""
-    return F.normalize(model.encode_text(tokens.to(model.device)).float(), dim=-1)
+def encode_text(model: clip.CLIP, prompts: Tensor | PackedPrompts) -> Tensor:
+    """Unit text features [P, E] in float32 of token ids [P, 77] or packed prompts, with gradients where the
+    weights have them."""
+    return F.normalize(model.encode_text(prompts).float(), dim=-1)
 
 
 def encode_image(model: clip.CLIP, images: Tensor) -> Tensor:
@@ -49,14 +58,41 @@ def text_classifier(model: clip.CLIP, class_names: Sequence[str], templates: Seq
 
 
 @torch.no_grad()
-def accuracy(model: clip.CLIP, classifier: Tensor, loader: DataLoader, precision: str, label: str) -> float:
-    """Per cent of the loader's images whose nearest row of `classifier` [C, E] is their label's."""
-    correct = torch.zeros((), dtype=torch.int64, device=model.device)
-    seen = 0
-    for images, labels in tqdm(loader, desc=label, unit="batch", leave=False):
+def image_features(model: clip.CLIP, loader: DataLoader, precision: str, label: str) -> Tensor:
+    """Unit features [N, E] in float32, in main memory, of all the loader's images in order."""
+    parts = []
+    for images, _ in tqdm(loader, desc=label, unit="batch", leave=False):
         with autocast(model.device, precision):
-            features = encode_image(model, images)
-        predictions = (features @ classifier.T).argmax(dim=-1)
-        correct += (predictions == labels.to(model.device)).sum()
-        seen += len(labels)
-    return 100 * correct.item() / seen
+            parts.append(encode_image(model, images).cpu())
+    return torch.cat(parts)
+
+
+def accuracy(features: Tensor, classifier: Tensor, labels: Sequence[int]) -> float:
+    """Per cent of the features [N, E] whose nearest row of `classifier` [C, E] is their label's."""
+    predictions = (features @ classifier.cpu().T).argmax(dim=-1)
+    correct = int((predictions == torch.tensor(labels)).sum())
+    return 100 * correct / len(labels)
+
+
+def cache_file(folder: str, *key: str) -> Path:
+    """Where features are kept that are determined by `key` and by the versions of the libraries that make them."""
+    versions = torch.__version__, torchvision.__version__, PIL.__version__
+    digest = hashlib.sha256("\n".join((*key, *versions)).encode()).hexdigest()
+    return Path(folder).expanduser() / f"{digest}.safetensors"
+
+
+def load_features(path: Path) -> Tensor | None:
+    """What `save_features` wrote, or None if there is nothing or it is damaged."""
+    try:
+        return load_file(path)["features"]
+    except (OSError, KeyError, SafetensorError):
+        return None
+
+
+def save_features(path: Path, features: Tensor) -> None:
+    """Writes features atomically. A cache that cannot be written is said and done without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors({"features": features}, path)
+    except OSError as error:
+        print(f"note: features are not cached in {path.parent} ({error.strerror}); --cache_dir chooses another folder")

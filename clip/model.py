@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layouts import PICTURES, Layout, PackedPrompts
+
 HEAD_WIDTH = 64  # every CLIP attention head is 64 wide; so heads = width / 64
 
 
@@ -41,30 +43,59 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the GELU approximation that OpenAI's weights were trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return _QuickGELU.apply(x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """Keeps its input alone for backward; the plain expression keeps three tensors of that size."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(1.702 * x).div_(1.702)  # silu(a x) / a = x sigmoid(a x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, 1.702 * x)
+
+
+class RowsLinear(nn.Linear):
+    """`nn.Linear` that can also apply some of its output rows alone: `forward(x, rows=slice(0, 8))`."""
+
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        if rows is None:
+            return super().forward(x)
+        return F.linear(x, self.weight[rows], self.bias[rows])
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with queries, keys and values stacked in one projection.
 
-    The input projection is an ordinary `nn.Linear`, so that whatever works on linear layers works on it;
-    in state dicts it bears OpenAI's names `in_proj_weight` and `in_proj_bias`.
+    The input projection is an ordinary linear layer, so that whatever works on linear layers works on it; in
+    state dicts it bears OpenAI's names `in_proj_weight` and `in_proj_bias`. How tokens are arranged, and which may
+    see which, is the business of the `layout` (`clip/layouts.py`).
     """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.in_proj = nn.Linear(width, 3 * width)
+        self.in_proj = RowsLinear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
         self.register_state_dict_post_hook(_use_openai_names)
         self.register_load_state_dict_pre_hook(_use_module_names)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        B, T, D = x.shape
-        qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """All tokens [..., D] to [..., D]."""
+        q, k, v = self.in_proj(x).chunk(3, dim=-1)
+        return self.out_proj(layout.attend(q, k, v, self.heads))
+
+    def forward_used(self, x: Tensor, layout: Layout) -> Tensor:
+        """Tokens [..., D] to the output [B, D] of the one used token of each picture or prompt."""
+        D = x.shape[-1]
+        q = self.in_proj(layout.used(x), rows=slice(0, D))
+        k, v = self.in_proj(x, rows=slice(D, 3 * D)).chunk(2, dim=-1)
+        return self.out_proj(layout.attend_used(q, k, v, self.heads))
 
 
 def _use_openai_names(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
@@ -95,17 +126,24 @@ class Block(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        x = x + self.attn(self.ln_1(x), layout)
+        return x + self.mlp(self.ln_2(x))
+
+    def forward_used(self, x: Tensor, layout: Layout) -> Tensor:
+        """The same for the one used token of each picture or prompt: [..., D] to [B, D]."""
+        x = layout.used(x) + self.attn.forward_used(self.ln_1(x), layout)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; [B, T, D] to [B, T, D]."""
+    """A stack of blocks, from all tokens [..., D] to the one token [B, D] that the feature is read at.
 
-    def __init__(self, width: int, layers: int, heads: int, causal: bool):
+    Of the other tokens the last block needs keys and values alone, and computes no more of them.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
-        self.causal = causal
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj.weight, std=width**-0.5)
@@ -115,10 +153,11 @@ class Transformer(nn.Module):
             nn.init.zeros_(block.attn.in_proj.bias)
             nn.init.zeros_(block.attn.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, self.causal)
-        return x
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x, layout)
+        return last.forward_used(x, layout)
 
 
 class VisionTransformer(nn.Module):
@@ -132,7 +171,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, causal=False)
+        self.transformer = Transformer(width, layers, heads)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
@@ -140,8 +179,8 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, D]
         class_token = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # [B, T, D]
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj
+        x = self.transformer(self.ln_pre(x), PICTURES)
+        return self.ln_post(x) @ self.proj
 
 
 class Bottleneck(nn.Module):
@@ -246,7 +285,7 @@ class CLIP(nn.Module):
             heads = arch.vision_width * 32 // HEAD_WIDTH  # the pooled map is 32 times as wide as the stem
             self.visual = ModifiedResNet(arch.resolution, arch.vision_width, arch.vision_layers, heads, arch.embed_dim)
         width = arch.text_width
-        self.transformer = Transformer(width, arch.text_layers, width // HEAD_WIDTH, causal=True)
+        self.transformer = Transformer(width, arch.text_layers, width // HEAD_WIDTH)
         self.token_embedding = nn.Embedding(arch.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(arch.context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -262,15 +301,12 @@ class CLIP(nn.Module):
         """Preprocessed images [B, 3, R, R] to embeddings [B, E], not normalised."""
         return self.visual(images)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tensor | PackedPrompts) -> Tensor:
         """Token ids [B, context] from `clip.tokenize` to embeddings [B, E], not normalised.
 
-        The feature is read at the end-of-text token, whose id is the largest. Attention is causal, so what
-        follows that token cannot matter: the batch is cut to its longest prompt, which is exact.
+        Prompts that are encoded again and again are better packed once: `PackedPrompts(tokens)`.
         """
-        end = tokens.argmax(dim=-1)  # [B]
-        tokens = tokens[:, : int(end.max()) + 1]
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, T, D]
-        x = self.transformer(x)
-        x = x[torch.arange(len(x), device=x.device), end]
-        return self.ln_final(x) @ self.text_projection
+        prompts = tokens if isinstance(tokens, PackedPrompts) else PackedPrompts(tokens)
+        prompts = prompts.to(self.device)
+        x = self.token_embedding(prompts.ids) + self.positional_embedding[prompts.positions]  # [T, D]
+        return self.ln_final(self.transformer(x, prompts)) @ self.text_projection

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,21 @@ class Task:
         for part, items in (("train", self.train), ("val", self.val), ("test", self.test)):
             for item in items:
                 digest.update(f"{part}\t{item.label}\t{item.path}\n".encode())
+        return digest.hexdigest()
+
+    def fingerprint(self, items: Sequence[Item]) -> str:
+        """SHA-256 of paths, labels, sizes and times of change of the images: another one if any of them changes.
+
+        Raises DatasetError if an image is missing.
+        """
+        digest = hashlib.sha256()
+        for item in items:
+            path = self.image_root / item.path
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise DatasetError(f"image {path}: {error.strerror}; is the dataset unpacked completely?") from error
+            digest.update(f"{item.label}\t{path}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
 

@@ -34,6 +34,16 @@ class Adaptation:
     def trainable_weights(self) -> int:
         return sum(p.numel() for p in self.parameters.values())
 
+    @property
+    def trains_images(self) -> bool:
+        """Whether the image tower changes; if not, image features stay what they are."""
+        return any(name.startswith("visual.") for name in self.parameters)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text tower changes; if not, text features stay what they are."""
+        return any(not name.startswith("visual.") for name in self.parameters)
+
     def changed_weights(self) -> int:
         """Number of weights that differ from those at the start, bit for bit."""
         return sum(len(indices) for indices, _ in delta.difference(self.before, self.model).values())

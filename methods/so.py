@@ -4,7 +4,7 @@ Released settings: density ratio 5e-5 (s = 0.99995), T = 5, lr 2e-4 with a cosin
 """
 
 from clip import CLIP
-from optimizers import SO
+from optimizers import SO, attach
 
 from .adaptation import Adaptation, cosine_schedule, select_matrices
 
@@ -21,4 +21,6 @@ def prepare(model: CLIP, settings) -> Adaptation:
         prune_first=settings.prune_first,
         seed=settings.seed,
     )
+    if settings.sampled_gradients:
+        attach(model, optimizer)
     return Adaptation(model, parameters, optimizer, cosine_schedule(optimizer, settings.iterations))

@@ -136,6 +136,8 @@ class SO(Optimizer):
         seed: int = 0,
     ):
         self.generator = torch.Generator().manual_seed(seed)
+        self.gradients: dict[Tensor, Tensor] = {}  # of the coming step: parameter -> values [k] at its support
+        self.is_drawn = False  # whether the supports of the coming step are drawn
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -151,6 +153,7 @@ class SO(Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group; options it does not name take the constructor's values. ValueError if one is out of range."""
         super().add_param_group(param_group)
+        self.is_drawn = False
         try:
             _check_group(self.param_groups[-1])
         except ValueError:
@@ -164,16 +167,55 @@ class SO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.draw_supports()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError("SO needs strided gradients; it takes the sparse part of them itself")
             if group["dense"]:
-                for p in params:
+                for p in _with_gradient(group):
                     self._dense_step(p, group)
             else:
-                self._sparse_step(params, group)
+                for p in _with_gradient(group):
+                    self.add_gradient(p, entries(p.grad, self.state[p]["support"]))
+                self._sparse_step([p for p in group["params"] if p in self.gradients], group)
+        self.gradients.clear()
+        self.is_drawn = False
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients, those at the support included."""
+        super().zero_grad(set_to_none)
+        self.gradients.clear()
+
+    @torch.no_grad()
+    def draw_supports(self) -> None:
+        """Draws the supports that are due before the coming step. `step` does so itself; who needs S before the
+        gradient exists (`sampled_gradients.py`) calls this before the forward pass, as often as is convenient."""
+        if self.is_drawn:
+            return
+        self.is_drawn = True
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p.numel() > 0 and not group["dense"]:
+                    self._draw_if_due(p, group)
+
+    def _draw_if_due(self, p: Tensor, group: dict) -> None:
+        state = self.state[p]
+        if not state:
+            state.update(step=0, drawn_after=-1)
+        # Drawn for this step already: then it had no gradient yet, and its counter stands still.
+        if state["step"] % group["T"] != 0 or state["drawn_after"] == state["step"]:
+            return
+        k = max(1, int(p.numel() * group["density_ratio"]))
+        state["support"] = draw_support(p.numel(), k, self.generator, p.device).sort().values
+        state["drawn_after"] = state["step"]
+        if "kept" not in state:  # zero moments on the support are the same as no moments
+            state["kept"] = state["support"]
+            state["m"] = torch.zeros(k, dtype=_moment_dtype(p), device=p.device)
+            state["v"] = torch.zeros_like(state["m"])
+
+    def add_gradient(self, p: Tensor, values: Tensor) -> None:
+        """Adds to the gradient of `p` the values [k] at its support."""
+        values = values.to(_moment_dtype(p))
+        self.gradients[p] = self.gradients[p] + values if p in self.gradients else values
 
     def _dense_step(self, p: Tensor, group: dict) -> None:
         beta1, beta2 = group["betas"]
@@ -193,29 +235,21 @@ class SO(Optimizer):
         batches = defaultdict(list)  # tensors that one batched update can treat together
         for p in params:
             state = self.state[p]
-            self._advance(p, state, group)
-            key = (state["step"], len(state["support"]), len(state["kept"]), p.device, p.dtype)
-            batches[key].append(p)
+            state["step"] += 1
+            batches[state["step"], len(state["support"]), len(state["kept"]), p.device, p.dtype].append(p)
         for batch in batches.values():
             self._update_batch(batch, group)
-
-    def _advance(self, p: Tensor, state: dict, group: dict) -> None:
-        """Counts the step and draws the support if one is due."""
-        state["step"] = state.get("step", 0) + 1
-        if (state["step"] - 1) % group["T"] == 0 or "support" not in state:
-            k = max(1, int(p.numel() * group["density_ratio"]))
-            state["support"] = draw_support(p.numel(), k, self.generator, p.device).sort().values
-        if "kept" not in state:  # zero moments on the support are the same as no moments
-            state["kept"] = state["support"]
-            state["m"] = torch.zeros(len(state["support"]), dtype=_moment_dtype(p), device=p.device)
-            state["v"] = torch.zeros_like(state["m"])
 
     def _update_batch(self, params: list[Tensor], group: dict) -> None:
         beta1, beta2 = group["betas"]
         states = [self.state[p] for p in params]
         kept, support, m, v = (torch.stack([s[key] for s in states]) for key in ("kept", "support", "m", "v"))
         step, k = states[0]["step"], support.shape[1]
-        grad = torch.stack([_gradient(p, s["support"], group["weight_decay"]) for p, s in zip(params, states)])
+        grad = torch.stack([self.gradients[p] for p in params])
+        if group["weight_decay"]:
+            grad = grad + group["weight_decay"] * torch.stack(
+                [entries(p, s["support"]) for p, s in zip(params, states)]
+            )
 
         indices, m, v, counts = merge(kept, support, m, v, grad, beta1, beta2)
         kept, kept_m, kept_v = prune(indices, m, v, counts, k)
@@ -246,6 +280,7 @@ class SO(Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
         self.generator.set_state(state_dict["generator"].cpu())
+        self.gradients, self.is_drawn = {}, False
 
     def __getstate__(self) -> dict:  # for copy and pickle
         return super().__getstate__() | {"generator_state": self.generator.get_state()}
@@ -255,6 +290,7 @@ class SO(Optimizer):
             state = dict(state)
             self.generator = torch.Generator()
             self.generator.set_state(state.pop("generator_state"))
+            self.gradients, self.is_drawn = {}, False
         super().__setstate__(state)
 
 
@@ -263,14 +299,17 @@ def _moment_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def _gradient(p: Tensor, support: Tensor, weight_decay: float) -> Tensor:
-    """The gradient of `p` at `support`, in the moments' type, with coupled weight decay."""
-    view, index = _at(p.grad, support)
-    grad = view[index].to(_moment_dtype(p))
-    if weight_decay:
-        view, index = _at(p, support)
-        grad = grad + weight_decay * view[index]
-    return grad
+def entries(tensor: Tensor, indices: Tensor) -> Tensor:
+    """The entries of `tensor` at flat row-major `indices`, whatever its strides."""
+    view, index = _at(tensor, indices)
+    return view[index]
+
+
+def _with_gradient(group: dict) -> list[Tensor]:
+    params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+    if any(p.grad.is_sparse for p in params):
+        raise RuntimeError("SO needs strided gradients; it takes the sparse part of them itself")
+    return params
 
 
 def _check_group(group: dict) -> None:

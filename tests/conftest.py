@@ -4,14 +4,18 @@ import main as entry
 
 
 @pytest.fixture
-def run_main(tmp_path, monkeypatch, capsys):
-    """Calls `main` in an empty folder and returns (exit code, record, stdout, stderr)."""
+def run_main(tmp_path, tmp_path_factory, monkeypatch, capsys):
+    """Calls `main` in an empty folder and returns (exit code, record, stdout, stderr).
+
+    Features are cached in another empty folder, the same for all calls of a test.
+    """
     monkeypatch.chdir(tmp_path)
+    cache = tmp_path_factory.mktemp("cache")
 
     def call(*argv):
         record, code = None, 0
         try:
-            record = entry.main([str(word) for word in argv])
+            record = entry.main([str(word) for word in ("--cache_dir", cache, *argv)])
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()

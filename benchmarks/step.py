@@ -1,0 +1,158 @@
+"""One training step of CLIP: the plain dense computation beside this project's, in time, memory and result.
+
+    python -m benchmarks.step                                        # ViT-B/16, 47 classes, 4 images, float32
+    python -m benchmarks.step --classes 200 --precision bf16
+    python -m benchmarks.step --classes 1000 --batch_size 32 --only fast
+
+Weights are random (their values do not matter for the cost), images are noise, prompts are real class names: DTD's
+47, else the first of ImageNet's. Both sides draw the same supports. The steps alternate in one process; peak memory
+is measured in a process of its own for each side. The plain side always computes in float32.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+import utils
+from benchmarks.plain import DenseSO, encode_image, encode_text
+from clip.layouts import PackedPrompts
+from clip.model import CLIP, Architecture
+from methods.adaptation import select_matrices
+from optimizers import SO, attach
+from run_utils import peak_memory_mb
+
+DTD = (
+    "banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted fibrous flecked "
+    "freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike lined marbled matted meshed paisley "
+    "perforated pitted pleated polka-dotted porous potholed scaly smeared spiralled sprinkled stained stratified "
+    "striped studded swirly veined waffled woven wrinkled zigzagged"
+).split(" ")
+TEXT = dict(context_length=77, vocab_size=49408, text_layers=12)
+ARCHITECTURES = {
+    "ViT-B/32": Architecture(512, 224, 768, 12, 32, text_width=512, **TEXT),
+    "ViT-B/16": Architecture(512, 224, 768, 12, 16, text_width=512, **TEXT),
+    "ViT-L/14": Architecture(768, 224, 1024, 24, 14, text_width=768, **TEXT),
+}
+
+
+def class_names(count: int) -> list[str]:
+    if count == len(DTD):
+        return DTD
+    lines = (Path(__file__).parent.parent / "datasets" / "imagenet_classes.txt").read_text().splitlines()
+    return [line.split(" ", 1)[1] for line in lines[:count]]
+
+
+class Side:
+    """One way to do a training step on its own copy of the model."""
+
+    def __init__(self, args):
+        torch.manual_seed(0)
+        self.args, self.device = args, torch.device(args.device)
+        self.model = CLIP(ARCHITECTURES[args.backbone]).to(self.device)
+        self.params = list(select_matrices(self.model, args.encoder, "all").values())
+        generator = torch.Generator().manual_seed(1)
+        R = self.model.arch.resolution
+        self.images = torch.randn(args.batch_size, 3, R, R, generator=generator).to(self.device)
+        self.labels = torch.randint(args.classes, (args.batch_size,), generator=generator).to(self.device)
+        self.tokens = utils.tokenize_classes(class_names(args.classes), "a photo of a {}.").to(self.device)
+
+    def loss(self, image_features, text_features):
+        image, text = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
+        return F.cross_entropy(utils.LOGIT_FACTOR * image @ text.T, self.labels)
+
+
+class Plain(Side):
+    def __init__(self, args):
+        super().__init__(args)
+        self.optimizer = DenseSO(self.params, lr=2e-4, density_ratio=args.density, T=args.t)
+
+    def step(self):
+        loss = self.loss(encode_image(self.model, self.images), encode_text(self.model, self.tokens))
+        self.model.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+class Fast(Side):
+    def __init__(self, args):
+        super().__init__(args)
+        self.optimizer = SO(self.params, lr=2e-4, density_ratio=args.density, T=args.t)
+        attach(self.model, self.optimizer)
+        self.prompts = PackedPrompts(self.tokens)
+
+    def step(self):
+        with utils.autocast(self.device, self.args.precision):
+            image, text = self.model.encode_image(self.images), self.model.encode_text(self.prompts)
+        loss = self.loss(image, text)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+SIDES = {"plain": Plain, "fast": Fast}
+
+
+def timed(side: Side) -> tuple[float, float]:
+    start = time.perf_counter()
+    loss = side.step()
+    if side.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, loss
+
+
+def measure_memory(args) -> None:
+    """Prints the peak above the model with its data, over three steps of one side."""
+    side = SIDES[args.only](args)
+    before = peak_memory_mb(side.device)
+    seconds = [timed(side)[0] for _ in range(3)]
+    extra = peak_memory_mb(side.device) - before
+    print(f"{args.only:6} peak {extra:.0f} MB above {before:.0f} MB, step {min(seconds):.2f} s")
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="ViT-B/16", choices=ARCHITECTURES)
+    parser.add_argument("--encoder", default="both", choices=("text", "vision", "both"))
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--classes", type=int, default=47)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--density", type=float, default=5e-5)
+    parser.add_argument("--t", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one that is not")
+    parser.add_argument("--only", choices=SIDES, help="one side, its memory and time, without comparison")
+    args = parser.parse_args(argv)
+    if args.only:
+        return measure_memory(args)
+    sides = {name: side(args) for name, side in SIDES.items()}
+    seconds, losses = {name: [] for name in sides}, {name: [] for name in sides}
+    for _ in range(args.steps + 1):
+        for name, side in sides.items():
+            duration, loss = timed(side)
+            seconds[name].append(duration)
+            losses[name].append(loss)
+    for name in sides:
+        times = " ".join(f"{s:.2f}" for s in seconds[name][1:])
+        print(f"{name:6} median {median(seconds[name][1:]):.3f} s   ({times})   losses {losses[name]}")
+    print(f"ratio of medians {median(seconds['plain'][1:]) / median(seconds['fast'][1:]):.1f} x")
+    largest = max(
+        float((a - b).abs().max())
+        for a, b in zip(*([p.detach() for p in side.params] for side in sides.values()), strict=True)
+    )
+    print(f"largest difference of a weight after {args.steps + 1} steps: {largest:.2e}")
+    del sides
+    for name in SIDES:
+        command = [sys.executable, "-m", "benchmarks.step", "--only", name, *(argv or sys.argv[1:])]
+        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+
+if __name__ == "__main__":
+    main()

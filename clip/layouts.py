@@ -1,0 +1,114 @@
+"""How the tokens of a batch are arranged, and which of them attention lets see which.
+
+A layout answers what a transformer block cannot know: `attend` (queries, keys and values of all tokens), `used` (the
+one token of each picture or prompt that the feature is read at) and `attend_used` (queries of that token alone).
+Everything else in a block works on each token by itself. Notation: B images or prompts, T tokens, D width, H heads.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Layout(Protocol):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        """Attention of all tokens, all arguments and the result [..., D]."""
+
+    def used(self, x: Tensor) -> Tensor:
+        """The used token of each picture or prompt: [..., D] to [B, D]."""
+
+    def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        """Attention of the used tokens' queries [B, D] to all keys and values [..., D]: [B, D]."""
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:  # [B, T, D] -> [B, H, T, D/H]
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _join_heads(x: Tensor) -> Tensor:  # [B, H, T, D/H] -> [B, T, D]
+    return x.transpose(1, 2).flatten(2)
+
+
+class Pictures:
+    """Image tokens [B, T, D]: every token sees every other of its picture; the class token, the first, is used."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        q, k, v = (_split_heads(x, heads) for x in (q, k, v))
+        return _join_heads(F.scaled_dot_product_attention(q, k, v))
+
+    def used(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+    def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        return self.attend(q.unsqueeze(1), k, v, heads).squeeze(1)
+
+
+PICTURES = Pictures()
+
+
+class PackedPrompts:
+    """Prompts without padding, their common beginning held once: token ids [T], then activations [T, D].
+
+    Text attention is causal and the feature is read at the end-of-text token, whose id is the largest. So nothing
+    after it matters, and a beginning that all prompts share ("<start> a photo of a") has the same activations, and
+    one sum of gradients, for all of them. The T tokens are the prefix, then the rest of each prompt up to its end.
+    ImageNet's 1000 class names take 4,170 tokens instead of the 77,000 of padded prompts.
+
+    Only attention needs the prompts apart: it pads their rests to the longest, [B, S], and drops the padding again.
+    """
+
+    def __init__(self, tokens: Tensor):
+        """`tokens` [B, context]: int64 ids as `clip.tokenize` makes them, one prompt or more."""
+        lengths = tokens.argmax(dim=1) + 1  # [B], end-of-text included
+        shared = (tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()
+        self.prefix = int(min(shared, lengths.min() - 1))  # every prompt keeps its end-of-text token
+        rests = lengths - self.prefix
+        self.shape = len(tokens), int(rests.max())  # B, S
+        columns = torch.arange(self.shape[1], device=tokens.device)
+        is_token = columns < rests[:, None]  # [B, S]
+        rest = tokens[:, self.prefix : self.prefix + self.shape[1]]
+        self.ids = torch.cat([tokens[0, : self.prefix], rest[is_token]])  # [T]
+        self.positions = torch.cat(
+            [torch.arange(self.prefix, device=tokens.device), (self.prefix + columns).expand_as(is_token)[is_token]]
+        )
+        self.slots = is_token.view(-1).nonzero().view(-1)  # [T - prefix], each token's place in the padded [B * S]
+        self.ends = self.prefix + rests.cumsum(dim=0) - 1  # [B], each prompt's end-of-text token among the T
+        # Which keys (prefix, then padded rest) a query sees; padding stands last, where no token looks.
+        keys = torch.arange(self.prefix + self.shape[1], device=tokens.device)
+        self.causal = keys <= self.prefix + columns[:, None]  # [S, prefix + S]
+        self.until_end = (keys < lengths[:, None])[:, None, None]  # [B, 1, 1, prefix + S]
+
+    def to(self, device: torch.device) -> "PackedPrompts":
+        """Moves the indices to `device`, in place, if they are elsewhere."""
+        if self.ids.device != device:
+            for name, value in vars(self).items():
+                if isinstance(value, Tensor):
+                    setattr(self, name, value.to(device))
+        return self
+
+    def _pad(self, x: Tensor, heads: int) -> Tensor:  # rests of [T, D] -> [B, H, S, D/H]
+        B, S = self.shape
+        padded = x.new_zeros(B * S, x.shape[-1]).index_copy(0, self.slots, x[self.prefix :])
+        return _split_heads(padded.view(B, S, -1), heads)
+
+    def _prefixed(self, x: Tensor, heads: int) -> Tensor:  # [T, D] -> [B, H, prefix + S, D/H]
+        shared = _split_heads(x[None, : self.prefix], heads).expand(self.shape[0], -1, -1, -1)
+        return torch.cat([shared, self._pad(x, heads)], dim=2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        shared = (_split_heads(x[None, : self.prefix], heads) for x in (q, k, v))
+        first = _join_heads(F.scaled_dot_product_attention(*shared, is_causal=True))[0]  # [prefix, D]
+        rests = F.scaled_dot_product_attention(
+            self._pad(q, heads), self._prefixed(k, heads), self._prefixed(v, heads), attn_mask=self.causal
+        )
+        return torch.cat([first, _join_heads(rests).flatten(0, 1)[self.slots]])
+
+    def used(self, x: Tensor) -> Tensor:
+        return x[self.ends]
+
+    def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        q = _split_heads(q.unsqueeze(1), heads)  # [B, H, 1, D/H]
+        keys, values = self._prefixed(k, heads), self._prefixed(v, heads)
+        return _join_heads(F.scaled_dot_product_attention(q, keys, values, attn_mask=self.until_end)).squeeze(1)

@@ -1,0 +1,119 @@
+"""Packed prompts, sampled gradients and the trimmed last block together equal the plain computation."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import clip
+from benchmarks.plain import DenseSO, encode_image, encode_text
+from clip.layouts import PackedPrompts
+from clip.model import CLIP, Architecture
+from methods.adaptation import select_matrices
+from optimizers import SO, attach
+
+TEXT = dict(embed_dim=32, context_length=77, vocab_size=49408, text_width=64, text_layers=3)
+VIT = Architecture(resolution=32, vision_width=128, vision_layers=3, patch_size=8, **TEXT)
+RESNET = Architecture(resolution=32, vision_width=8, vision_layers=(1, 1, 1, 1), patch_size=None, **TEXT)
+PROMPTS = {
+    "shared prefix": ["a photo of a cat.", "a photo of a very large dog, seen from above.", "a photo of a F-16A/B."],
+    "start token alone": ["cat", "two words", "itap of a thing"],
+    "one is the beginning of another": ["a photo", "a photo of a cat", "a photo of"],
+    "all the same": ["same", "same"],
+    "one prompt": ["a photo of a single thing."],
+    "full length": ["a photo of a " + "dog " * 71, "a photo of a cat."],
+    "empty": ["", "a photo"],
+}
+
+
+def model_of(arch):
+    torch.manual_seed(0)
+    return CLIP(arch).double().eval()
+
+
+@pytest.mark.parametrize("texts", PROMPTS.values(), ids=PROMPTS.keys())
+@pytest.mark.parametrize("arch", [VIT, RESNET], ids=["vit", "resnet"])
+def test_features(arch, texts):
+    model, tokens = model_of(arch), clip.tokenize(texts)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model.encode_image(images), encode_image(model, images), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(model.encode_text(tokens), encode_text(model, tokens), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("density", [0.002, 0.03])  # sampled; dense product, as the layer is dense in support
+@pytest.mark.parametrize("texts", [PROMPTS["shared prefix"], PROMPTS["start token alone"]], ids=["prefix", "none"])
+@pytest.mark.parametrize("arch, encoder", [(VIT, "both"), (VIT, "vision"), (RESNET, "text")])
+def test_twenty_training_steps(arch, encoder, texts, density):
+    plain = model_of(arch)
+    select_matrices(plain, encoder, "all")
+    fast = copy.deepcopy(plain)
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in (plain, fast)]
+    dense = DenseSO(trained[0], lr=1e-3, density_ratio=density, T=5)
+    sparse = SO(trained[1], lr=1e-3, density_ratio=density, T=5)
+    attach(fast, sparse)
+    tokens = clip.tokenize(texts)
+    prompts = PackedPrompts(tokens)
+    start = [p.detach().clone() for p in trained[1]]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        images = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
+        labels = torch.randint(len(texts), (4,), generator=generator)
+
+        def loss_of(image, text, labels=labels):
+            return F.cross_entropy(100 * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T, labels)
+
+        expected = loss_of(encode_image(plain, images), encode_text(plain, tokens))
+        loss = loss_of(fast.encode_image(images), fast.encode_text(prompts))
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
+        plain.zero_grad()
+        expected.backward()
+        dense.step()
+        sparse.zero_grad()
+        loss.backward()
+        assert all(p.grad is None for p in fast.parameters())
+        sparse.step()
+        for p, q in zip(*trained):
+            torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-10)
+    assert all(not torch.equal(p, q) for p, q in zip(trained[1], start))
+
+
+def flops(function, *args):
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_flop_counts()["Global"]
+
+
+@torch.no_grad()
+def test_the_last_block_computes_keys_and_values_alone_for_unused_tokens():
+    model = model_of(VIT).float()
+    D, T = 128, 17
+    counts = flops(model.encode_image, torch.randn(1, 3, 32, 32))
+    linear = sum(n for op, n in counts.items() if op.__name__.startswith(("addmm", "mm", "linear")))
+    full, keys_values, one_token = 2 * T * 12 * D**2, 2 * T * 2 * D**2, 2 * 10 * D**2
+    projection = 2 * D * 32
+    assert linear == 2 * full + keys_values + one_token + projection
+
+
+@torch.no_grad()
+def test_a_shared_prefix_is_computed_once_and_padding_never():
+    model = model_of(VIT).float()
+    texts = [f"a photo of a {word}." for word in ("cat", "dog", "small house")]
+    prompts = PackedPrompts(clip.tokenize(texts))
+    assert prompts.prefix == 5  # start, a, photo, of, a
+    D, T = 64, 5 + 3 + 3 + 4  # word(s), full stop, end
+    assert len(prompts.ids) == T
+    counts = flops(model.encode_text, prompts)
+    linear = sum(n for op, n in counts.items() if op.__name__.startswith(("addmm", "mm", "linear")))
+    assert linear == 2 * 2 * T * 12 * D**2 + 2 * T * 2 * D**2 + 3 * (2 * 10 * D**2 + 2 * D * 32)
+
+
+def test_frozen_parts_are_outside_the_graph():
+    model = model_of(VIT)
+    select_matrices(model, "text", "top1")
+    assert not model.encode_image(torch.randn(1, 3, 32, 32, dtype=torch.float64)).requires_grad
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        model.encode_text(clip.tokenize(PROMPTS["shared prefix"]))
+    assert len(kept) < 40  # those of one block, not of three
