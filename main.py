@@ -23,7 +23,8 @@ from clip.preprocess import train_transform
 from methods import METHODS, MethodError
 
 MISTAKES = (run_utils.UserError, datasets.DatasetError, clip.WeightsError, MethodError, train.TrainingDiverged)
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # full, or not ours to write
+DISK_TROUBLE |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}  # no possible place
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         run = run_utils.Run(settings)
         if run.finished and not settings.force:
             print(f"already done, not run again (--force does): {run.folder}")
-            record = run.result()
+            run_utils.rebuild_table(run.results)
+            record = run_utils.read_record(run.folder / "result.json")
         else:
             with run:
                 record = experiment(settings, run)
@@ -55,10 +57,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def experiment(settings: run_utils.Settings, run: run_utils.Run) -> dict:
     """From settings to the recorded result."""
     run_utils.make_reproducible(settings.seed)
+    # Data first: they are checked faster than weights are loaded, or downloaded.
+    task = datasets.build(settings.dataset, settings.root_path, settings.shots, settings.seed, settings.prompts)
     model, preprocess = clip.load(settings.backbone, settings.device)
     base_sha256 = clip.weights_sha256(model)
-    task = datasets.build(settings.dataset, settings.root_path, settings.shots, settings.seed, settings.prompts)
-    adaptation = METHODS[settings.method].prepare(model, settings)
+    adaptation = METHODS[settings.method].prepare(model, task, settings)
     print(
         f"{settings.method} on {task.name} ({len(task.class_names)} classes, {settings.shots} shots, seed "
         f"{settings.seed}), {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
@@ -91,7 +94,7 @@ def experiment(settings: run_utils.Settings, run: run_utils.Run) -> dict:
     accuracy = evaluator.adapted(adaptation.trains_images)
     eval_seconds = time.perf_counter() - start
     if settings.checkpoint and not settings.eval_only and adaptation.parameters:
-        metadata = {"method": settings.method, "settings": json.dumps(asdict(settings))}
+        metadata = {"run_id": settings.run_id, "method": settings.method, "settings": json.dumps(asdict(settings))}
         checkpoint_bytes = adaptation.save(settings.checkpoint, base_sha256, metadata)
 
     result = {

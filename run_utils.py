@@ -18,17 +18,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
+import safetensors
 import torch
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import datasets
+from clip.download import file_sha256
 from methods import METHODS
 from methods.adaptation import ENCODERS, POSITIONS
 
@@ -107,23 +109,24 @@ class Settings:
     @property
     def run_id(self) -> str:
         """Readable name, and a hash of every setting that can change the outcome."""
-        no_effect = {
-            "root_path",
-            "workers",
-            "image_cache_mb",
-            "cache_dir",
-            "results_dir",
-            "save_path",
-            "filename",
-            "force",
-        }
-        relevant = {name: value for name, value in asdict(self).items() if name not in no_effect}
-        relevant |= {"n_iters": None, "total_iters": self.iterations}  # one number, however it was given
+        relevant = {name: getattr(self, name) for name in IDENTITY} | self.hyperparameters
         relevant["device"] = self.device.split(":")[0]
+        if self.eval_only:  # the weights decide, not where they lie
+            relevant["checkpoint"] = file_sha256(self.checkpoint)
         digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
         evaluated = "_eval" if self.eval_only else ""
         name = f"{self.method}_{self.dataset}_{slug(self.backbone)}_{self.shots}shot_seed{self.seed}"
         return f"{name}{evaluated}_{digest}"
+
+    @property
+    def hyperparameters(self) -> dict:
+        """The settings that matter to this run's method, with the number of iterations as `total_iters` alone."""
+        used = {name: getattr(self, name) for name in METHODS[self.method].HYPERPARAMETERS if name != "n_iters"}
+        return used | ({"total_iters": self.iterations} if "total_iters" in used else {})
+
+
+# What identifies a run beside its method's hyperparameters. Paths, caches and workers change no result.
+IDENTITY = ("method", "dataset", "shots", "seed", "backbone", "prompts", "precision", "eval_only")
 
 
 def slug(backbone: str) -> str:
@@ -196,7 +199,7 @@ def read_config(path: Path) -> dict:
     if not isinstance(content or {}, dict):
         raise UserError(f"--config {path} must hold lines of the form `name: value`")
     known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in fields(Settings)}
-    known["s"] = (float, None, MISSING)
+    known["s"] = (float, None, 0.99995)
     settings = {}
     for name, value in (content or {}).items():
         if name not in known:
@@ -210,7 +213,7 @@ def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str
     if value is None and default is None:
         return None
     wanted = f"{where} must be {', '.join(choices) if choices else kind.__name__}, not {value!r}"
-    if isinstance(value, bool) != (kind is bool):
+    if value is None or isinstance(value, bool) != (kind is bool):
         raise UserError(wanted)
     try:
         # Through text, because YAML reads 2e-4 as text and 1 as an integer.
@@ -230,6 +233,8 @@ def check(settings: Settings) -> Settings:
         value = getattr(settings, name)
         if value is not None and not (minimum <= value < math.inf):
             raise UserError(f"--{name} must be at least {minimum}, not {value}")
+    if settings.seed >= 2**63:
+        raise UserError(f"--seed must be below 2**63, not {settings.seed}")
     if not 0 < settings.lr < math.inf:
         raise UserError(f"--lr must be positive, not {settings.lr}")
     if not 0 < settings.density_ratio <= 1:
@@ -289,67 +294,128 @@ class Run:
     @property
     def finished(self) -> bool:
         """A result is recorded, and the weights too if they are asked for and there are any."""
-        if not (self.folder / "result.json").is_file():
+        record = read_record(self.folder / "result.json")
+        if record is None:
             return False
         checkpoint = self.settings.checkpoint
-        return checkpoint is None or checkpoint.is_file() or self.result()["trainable_weights"] == 0
+        return (
+            checkpoint is None
+            or self.settings.eval_only
+            or record["trainable_weights"] == 0
+            or (checkpoint.is_file() and checkpoint_run_id(checkpoint) == self.settings.run_id)
+        )
 
     def __enter__(self) -> "Run":
         try:
             self._make(self.folder)
-            if self.settings.checkpoint and not self.settings.eval_only:
-                self._make(self.settings.checkpoint.parent)
+            self.lock = FileLock(self.folder / ".lock", timeout=0)
+            self.lock.acquire()
+        except Timeout:
+            raise UserError(f"another process is doing this run in {self.folder}; wait for it") from None
         except OSError:
+            self._remove_empty()
+            raise
+        try:
+            if self.csv.is_dir():
+                raise UserError(f"{self.csv} is a folder, but the table of results must go there; remove it")
+            if self.settings.checkpoint and not self.settings.eval_only:
+                self._reserve(self.settings.checkpoint)
+        except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _make(self, folder: Path) -> None:
-        """Makes a folder and makes sure, before hours of work, that files can be written there."""
+    def _make(self, folder: Path, name: str = "") -> None:
+        """Makes a folder and makes sure, before hours of work, that files of such names can be written there."""
         self.made += [f for f in (folder, *folder.parents) if not f.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder, prefix=name):
             pass
 
+    def _reserve(self, checkpoint: Path) -> None:
+        self._make(checkpoint.parent, checkpoint.name)
+        if checkpoint.exists() and not self.settings.force:
+            owner = checkpoint_run_id(checkpoint)
+            if owner != self.settings.run_id:
+                raise UserError(
+                    f"{checkpoint} holds the weights of another run ({owner}); choose another --filename or "
+                    "--save_path, or replace them with --force"
+                )
+
     def __exit__(self, *_) -> None:
-        if self.folder.exists() and not (self.folder / "result.json").exists():
+        self.lock.release()
+        (self.folder / ".lock").unlink(missing_ok=True)
+        if not (self.folder / "result.json").exists():
             shutil.rmtree(self.folder)
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
         for folder in sorted(self.made, key=lambda f: len(f.parts), reverse=True):
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def result(self) -> dict:
-        return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
-
     def record(self, result: dict, curve: list[dict], timing: list[dict]) -> dict:
         """Writes the curves, then the result, then the table of all results; returns the whole record."""
         settings = self.settings
-        used = {name: getattr(settings, name) for name in METHODS[settings.method].HYPERPARAMETERS}
         record = {
-            "run_id": settings.run_id,
-            "method": settings.method,
-            "dataset": settings.dataset,
-            "backbone": settings.backbone,
-            "shots": settings.shots,
-            "seed": settings.seed,
+            **{name: getattr(settings, name) for name in IDENTITY},
+            **settings.hyperparameters,
             **result,
-            **used,
-            "batch_size": settings.batch_size,
-            "precision": settings.precision,
-            "eval_only": settings.eval_only,
-            "test_curve": settings.eval_every > 0,
+            "run_id": settings.run_id,
             "git_commit": git_commit(),
             "torch_version": torch.__version__,
             "device": device_name(settings.device),
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+        record = {name: record[name] for name in _in_order(record)}
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(_config(settings), sort_keys=False))
         if curve:
-            write_atomically(self.folder / "curve.csv", pd.DataFrame(curve).to_csv(index=False))
+            columns = [name for name in CURVE if any(name in row for row in curve)]
+            write_atomically(self.folder / "curve.csv", pd.DataFrame(curve, columns=columns).to_csv(index=False))
             write_atomically(self.folder / "timing.csv", pd.DataFrame(timing).to_csv(index=False))
         write_atomically(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
         rebuild_table(self.results)
         return record
+
+
+CURVE = ("iteration", "loss", "train_accuracy", "test_accuracy", "lr")
+# Columns of results.csv in order. Hyperparameters that are not named here follow lr, density_ratio and t.
+FIRST = (
+    "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss iterations "
+    "stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights checkpoint_bytes "
+    "lr density_ratio t".split()
+)
+LAST = (
+    "encoder position precision prompts template eval_only split_sha256 weights_sha256 git_commit torch_version "
+    "device finished_at".split()
+)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """`names` in the order of the table's columns."""
+    names = list(names)
+    between = [name for name in names if name not in FIRST and name not in LAST]
+    return [*(n for n in FIRST if n in names), *between, *(n for n in LAST if n in names)]
+
+
+def read_record(path: Path) -> dict | None:
+    """The record in a result.json; None if there is none. A damaged one is named on stderr and left out."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        print(f"note: {path} is damaged and left out; run it again with --force, or remove it", file=sys.stderr)
+        return None
+
+
+def checkpoint_run_id(checkpoint: Path) -> str:
+    """The run that made a file of weights, or what the file is instead."""
+    try:
+        with safetensors.safe_open(checkpoint, "pt") as file:
+            return (file.metadata() or {}).get("run_id", "not one of this program")
+    except (OSError, safetensors.SafetensorError):
+        return "not one of this program"
 
 
 def _config(settings: Settings) -> dict:
@@ -361,9 +427,12 @@ def _config(settings: Settings) -> dict:
 def rebuild_table(results: Path) -> None:
     """results.csv from every result.json below `results`, one row a run, oldest first."""
     with FileLock(results / ".results.lock"):
-        records = [json.loads(f.read_text(encoding="utf-8")) for f in results.glob("*/result.json")]
+        records = [read_record(path) for path in results.glob("*/result.json")]
+        records = [record for record in records if record is not None]
         records.sort(key=lambda record: (record["finished_at"], record["run_id"]))
-        write_atomically(results / "results.csv", pd.DataFrame(records).to_csv(index=False))
+        names = dict.fromkeys((*FIRST, *(name for record in records for name in record), *LAST))
+        table = pd.DataFrame(records, columns=_in_order(names))
+        write_atomically(results / "results.csv", table.to_csv(index=False))
 
 
 def write_atomically(path: Path, text: str) -> None:

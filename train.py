@@ -31,7 +31,7 @@ class Fit:
     timing: list[dict] = field(default_factory=list)  # iteration, seconds since the start
     iterations: int = 0
     stopped_early: bool = False
-    seconds: float = 0.0
+    seconds: float = 0.0  # without test passes in between
 
     @property
     def last(self) -> dict:
@@ -60,9 +60,9 @@ class Evaluator:
             utils.save_features(self.cache, self.untrained_features)
         return self._accuracy(self.untrained_features, self.task.templates)
 
-    def adapted(self, image_tower_is_trained: bool, label: str = "test") -> float:
+    def adapted(self, image_tower_is_trained: bool) -> float:
         """Of the model as it is now, with text features of the first template."""
-        features = self._image_features(label) if image_tower_is_trained else self.untrained_features
+        features = self._image_features("test") if image_tower_is_trained else self.untrained_features
         return self._accuracy(features, self.task.templates[:1])
 
     def _image_features(self, label: str) -> Tensor:
@@ -90,17 +90,17 @@ def fit(
     falls below `early_stop_loss`. Every `eval_every` iterations, at the next epoch's end, the evaluator is asked for
     the test accuracy, for the curve alone. Raises TrainingDiverged on a loss that is not finite."""
     prompts = PackedPrompts(utils.tokenize_classes(task.class_names, task.templates[0])).to(model.device)
-    text = None if adaptation.trains_text else utils.text_classifier(model, task.class_names, task.templates[:1])
-    per_epoch = math.ceil(len(task.train) / settings.batch_size)
-    result, total, start = Fit(), torch.zeros(3, device=model.device), time.perf_counter()
-    next_eval = settings.eval_every or math.inf
+    text = None if adaptation.trains_text else _text_features(model, prompts, settings.precision).detach()
+    per_epoch = datasets.batches_per_epoch(len(task.train), settings.batch_size)
+    result, totals = Fit(), torch.zeros(3, device=model.device)  # sums over an epoch: loss, correct, images
+    start, evaluating, next_eval = time.perf_counter(), 0.0, settings.eval_every or math.inf
 
     bar = tqdm(loader, total=settings.iterations, desc="training", unit="it")
     for result.iterations, (images, labels) in enumerate(bar, start=1):
         labels = labels.to(model.device, non_blocking=True)
         with utils.autocast(model.device, settings.precision):
-            classifier = utils.encode_text(model, prompts) if adaptation.trains_text else text
             features = utils.encode_image(model, images)
+        classifier = _text_features(model, prompts, settings.precision) if text is None else text
         logits = utils.LOGIT_FACTOR * features @ classifier.T
         loss = F.cross_entropy(logits, labels)
         adaptation.optimizer.zero_grad()
@@ -108,28 +108,44 @@ def fit(
         lr = adaptation.optimizer.param_groups[0]["lr"]
         adaptation.optimizer.step()
         adaptation.scheduler.step()
-        with torch.no_grad():
-            correct = (logits.argmax(dim=-1) == labels).sum()
-            total += torch.stack([loss * len(labels), correct, torch.ones_like(loss) * len(labels)])
+        totals += _totals(loss.detach(), logits.detach(), labels)
 
-        if result.iterations % per_epoch == 0 or result.iterations == settings.iterations:
-            loss_sum, correct, seen = total.tolist()
-            total.zero_()
-            row = {"iteration": result.iterations, "loss": loss_sum / seen, "train_accuracy": 100 * correct / seen}
-            if not math.isfinite(row["loss"]):
-                raise TrainingDiverged(
-                    f"the training loss is {row['loss']} at iteration {result.iterations}; lower --lr"
-                    + (" or use --precision fp32" if settings.precision != "fp32" else "")
-                )
-            result.stopped_early = row["loss"] < settings.early_stop_loss
+        is_last = result.iterations == settings.iterations
+        if result.iterations % per_epoch == 0 or is_last:
+            row = _epoch_row(result.iterations, totals, settings)
             if result.iterations >= next_eval:
+                began = time.perf_counter()
                 row["test_accuracy"] = evaluator.adapted(adaptation.trains_images)
+                evaluating += time.perf_counter() - began
                 next_eval += settings.eval_every
             result.curve.append(row | {"lr": lr})
-            result.timing.append({"iteration": result.iterations, "seconds": time.perf_counter() - start})
+            result.seconds = time.perf_counter() - start - evaluating
+            result.timing.append({"iteration": result.iterations, "seconds": result.seconds})
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['train_accuracy']:.1f}", refresh=False)
-            if result.stopped_early:
+            if row["loss"] < settings.early_stop_loss and not is_last:
+                result.stopped_early = True
                 break
     bar.close()
-    result.seconds = time.perf_counter() - start
     return result
+
+
+def _text_features(model: CLIP, prompts: PackedPrompts, precision: str) -> Tensor:
+    with utils.autocast(model.device, precision):
+        return utils.encode_text(model, prompts)
+
+
+def _totals(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over a batch, left on the device: loss, correct predictions, images."""
+    correct = (logits.argmax(dim=-1) == labels).sum()
+    return torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+
+
+def _epoch_row(iteration: int, totals: Tensor, settings) -> dict:
+    """The curve's row for the epoch that ends here; the totals begin again at zero. A row per epoch, because
+    reading the totals waits for the device."""
+    loss, correct, images = totals.tolist()
+    totals.zero_()
+    if not math.isfinite(loss):
+        remedy = "lower --lr" if settings.precision == "fp32" else "lower --lr or use --precision fp32"
+        raise TrainingDiverged(f"the training loss is {loss} at iteration {iteration}; {remedy}")
+    return {"iteration": iteration, "loss": loss / images, "train_accuracy": 100 * correct / images}

@@ -8,6 +8,8 @@ from torch import nn
 from clip import CLIP, delta
 
 MINIMUM_LR = 1e-6
+# The settings that matter to every method that is trained by train.fit.
+TRAINING = ("lr", "n_iters", "total_iters", "batch_size", "early_stop_loss", "min_area", "flip", "eval_every")
 
 
 class MethodError(Exception):

@@ -4,14 +4,15 @@ Released settings: density ratio 5e-5 (s = 0.99995), T = 5, lr 2e-4 with a cosin
 """
 
 from clip import CLIP
+from datasets import Task
 from optimizers import SO, attach
 
-from .adaptation import Adaptation, cosine_schedule, select_matrices
+from .adaptation import TRAINING, Adaptation, cosine_schedule, select_matrices
 
-HYPERPARAMETERS = ("lr", "density_ratio", "t", "prune_first", "encoder", "position")
+HYPERPARAMETERS = (*TRAINING, "density_ratio", "t", "prune_first", "sampled_gradients", "encoder", "position")
 
 
-def prepare(model: CLIP, settings) -> Adaptation:
+def prepare(model: CLIP, task: Task, settings) -> Adaptation:
     parameters = select_matrices(model, settings.encoder, settings.position)
     optimizer = SO(
         parameters.values(),
