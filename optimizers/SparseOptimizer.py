@@ -13,6 +13,7 @@ Entries are flat indices in row-major order. Shapes: n tensors updated as one ba
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -26,16 +27,18 @@ def draw_support(
 
     The numbers come from the generator's own device, so a CPU generator gives the same draws for every `device`.
     Costs O(k log k): draws with repeats, keeps first occurrences and tops up; only when k is a good part of
-    numel is it a permutation.
+    numel is it a permutation. ValueError unless 1 <= k <= numel.
     """
+    if not 1 <= k <= numel:
+        raise ValueError(f"cannot draw {k} distinct indices out of {numel}")
     source = generator.device if generator is not None else "cpu"
     if 4 * k >= numel:
-        return torch.randperm(numel, generator=generator, device=source)[:k].to(device)
+        return torch.randperm(numel, generator=generator, device=source)[:k].to(device, non_blocking=True)
     drawn = torch.empty(0, dtype=torch.int64, device=source)
     while len(drawn) < k:
         more = torch.randint(numel, (k + k // 4 + 8 - len(drawn),), generator=generator, device=source)
         drawn = _first_occurrences(torch.cat([drawn, more]))
-    return drawn[:k].to(device)
+    return drawn[:k].to(device, non_blocking=True)
 
 
 def _first_occurrences(x: Tensor) -> Tensor:
@@ -58,21 +61,23 @@ def merge(
     """The moments of U = K union S.
 
     `kept` [n, k] and `support` [n, k'] have sorted, distinct indices in each row; `m` and `v` belong to `kept`,
-    `grad` to `support`. Returns indices, m, v, all [n, k + k'], and `counts` [n, k + k'], False where an entry
-    of S stands in K already: the K side carries it, and its own slot is empty.
+    `grad` to `support`. Returns indices, m, v and `is_twin`, all [n, k + k']. An entry that is in both K and S stands
+    there twice with the same moments; `is_twin` marks the second.
     """
-    at, in_support = find(support, kept)
-    _, in_kept = find(kept, support)
-    grad_of_kept = torch.where(in_support, grad.gather(1, at), 0)
-    m = torch.cat([beta1 * m + (1 - beta1) * grad_of_kept, (1 - beta1) * grad], dim=1)
-    v = torch.cat([beta2 * v + (1 - beta2) * grad_of_kept**2, (1 - beta2) * grad**2], dim=1)
-    counts = torch.cat([torch.ones_like(in_support), ~in_kept], dim=1)
-    return torch.cat([kept, support], dim=1), m, v, counts
+    in_support_at, in_support = find(support, kept)
+    in_kept_at, in_kept = find(kept, support)
+    grad_of_kept = torch.where(in_support, grad.gather(1, in_support_at), 0)
+    m = beta1 * m + (1 - beta1) * grad_of_kept
+    v = beta2 * v + (1 - beta2) * grad_of_kept**2
+    m_of_support = torch.where(in_kept, m.gather(1, in_kept_at), (1 - beta1) * grad)
+    v_of_support = torch.where(in_kept, v.gather(1, in_kept_at), (1 - beta2) * grad**2)
+    is_twin = torch.cat([torch.zeros_like(in_support), in_kept], dim=1)
+    return torch.cat([kept, support], 1), torch.cat([m, m_of_support], 1), torch.cat([v, v_of_support], 1), is_twin
 
 
-def prune(indices: Tensor, m: Tensor, v: Tensor, counts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the k counting entries with the largest |m|: (indices, m, v), each [n, k], indices sorted."""
-    best = m.abs().masked_fill(~counts, -1).topk(k, dim=1, sorted=False).indices
+def prune(indices: Tensor, m: Tensor, v: Tensor, is_twin: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the k entries with the largest |m|, twins left out: (indices, m, v), [n, k], indices sorted."""
+    best = m.abs().masked_fill(is_twin, -1).topk(k, dim=1, sorted=False).indices
     kept, order = indices.gather(1, best).sort(dim=1)
     best = best.gather(1, order)
     return kept, m.gather(1, best), v.gather(1, best)
@@ -105,7 +110,8 @@ class SO(Optimizer):
     gradient are left out, and their step counter stands still.
 
     Args:
-        params: tensors or parameter groups; every option below may be set per group and changed during the run.
+        params: tensors or parameter groups. Every option below but the seed may be set per group and, except for
+            `dense`, changed during the run.
         lr: learning rate. 2e-4 is published for CLIP.
         betas: decay of the first and of the second moment.
         eps: added to the denominator.
@@ -167,13 +173,16 @@ class SO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with_grad = [[p for p in group["params"] if p.grad is not None and p.numel()] for group in self.param_groups]
+        if any(p.grad.is_sparse for params in with_grad for p in params):
+            raise RuntimeError("SO needs strided gradients; it takes the sparse part of them itself")
         self.draw_supports()
-        for group in self.param_groups:
+        for group, params in zip(self.param_groups, with_grad):
             if group["dense"]:
-                for p in _with_gradient(group):
+                for p in params:
                     self._dense_step(p, group)
             else:
-                for p in _with_gradient(group):
+                for p in params:
                     self.add_gradient(p, entries(p.grad, self.state[p]["support"]))
                 self._sparse_step([p for p in group["params"] if p in self.gradients], group)
         self.gradients.clear()
@@ -226,7 +235,7 @@ class SO(Optimizer):
         state["step"] += 1
         grad = p.grad.to(state["m"].dtype)
         if group["weight_decay"]:
-            grad = grad + group["weight_decay"] * p
+            grad = grad + group["weight_decay"] * p.to(grad.dtype)
         state["m"].mul_(beta1).add_(grad, alpha=1 - beta1)
         state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         p.sub_(adam_update(state["m"], state["v"], state["step"], group["lr"], beta1, beta2, group["eps"]))
@@ -251,31 +260,36 @@ class SO(Optimizer):
                 [entries(p, s["support"]) for p, s in zip(params, states)]
             )
 
-        indices, m, v, counts = merge(kept, support, m, v, grad, beta1, beta2)
-        kept, kept_m, kept_v = prune(indices, m, v, counts, k)
+        indices, m, v, is_twin = merge(kept, support, m, v, grad, beta1, beta2)
+        kept, kept_m, kept_v = prune(indices, m, v, is_twin, k)
         if group["prune_first"]:
-            indices, update = kept, adam_update(kept_m, kept_v, step, group["lr"], beta1, beta2, group["eps"])
-        else:
-            # An empty slot adds zero to an entry that its twin updates: the sum does not depend on the order.
-            update = adam_update(m, v, step, group["lr"], beta1, beta2, group["eps"]).masked_fill(~counts, 0)
-        for p, state, *rows in zip(params, states, indices, -update.to(params[0].dtype), kept, kept_m, kept_v):
-            view, index = _at(p, rows[0])
-            view.index_put_(index, rows[1], accumulate=True)
-            state["kept"], state["m"], state["v"] = rows[2:]
+            indices, m, v = kept, kept_m, kept_v
+        updates = adam_update(m, v, step, group["lr"], beta1, beta2, group["eps"])
+        for p, state, index, update, *moments in zip(params, states, indices, updates, kept, kept_m, kept_v):
+            view, index = _at(p, index)
+            view[index] = (view[index] - update).to(p.dtype)  # twins write the same value
+            state["kept"], state["m"], state["v"] = moments
 
     def state_dict(self) -> dict:
         """As every optimizer's, plus the state of the generator: a run resumes in the middle of an interval."""
         return super().state_dict() | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restores what `state_dict` returned. ValueError if it is another optimizer's."""
+        """Restores what `state_dict` returned. ValueError if it is another optimizer's or of other shapes."""
         if "generator" not in state_dict:
             raise ValueError("this state_dict has no generator state; it was not made by SO")
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, p in zip(saved, params):
+            state = state_dict["state"].get(index, {})
+            fits = max(state["support"].max(), state["kept"].max()) < p.numel() if "support" in state else True
+            if not fits:
+                raise ValueError(
+                    f"this state_dict was made for other shapes: parameter {index} has {p.numel()} entries"
+                )
         super().load_state_dict(state_dict)
         # The base class casts all state to the parameter's type, which rounds indices above 2**24: take them
         # over unchanged.
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        params = (p for group in self.param_groups for p in group["params"])
         for index, p in zip(saved, params):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
@@ -305,22 +319,15 @@ def entries(tensor: Tensor, indices: Tensor) -> Tensor:
     return view[index]
 
 
-def _with_gradient(group: dict) -> list[Tensor]:
-    params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-    if any(p.grad.is_sparse for p in params):
-        raise RuntimeError("SO needs strided gradients; it takes the sparse part of them itself")
-    return params
-
-
 def _check_group(group: dict) -> None:
-    beta1, beta2 = group["betas"]
+    betas, T = group["betas"], group["T"]
     checks = {
         "lr": (group["lr"] >= 0, "at least 0"),
-        "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
+        "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
         "eps": (group["eps"] >= 0, "at least 0"),
         "weight_decay": (group["weight_decay"] >= 0, "at least 0"),
         "density_ratio": (0 < group["density_ratio"] <= 1, "in (0, 1]"),
-        "T": (isinstance(group["T"], int) and group["T"] >= 1, "an integer of at least 1"),
+        "T": (isinstance(T, Integral) and T >= 1, "an integer of at least 1"),
     }
     for name, (holds, range_) in checks.items():
         if not holds:

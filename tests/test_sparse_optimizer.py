@@ -263,6 +263,7 @@ def test_non_contiguous_and_16_bit_parameters():
     [
         {"lr": -1.0},
         {"betas": (1.0, 0.9)},
+        {"betas": (0.9,)},
         {"eps": -1e-8},
         {"weight_decay": -0.1},
         {"density_ratio": 0.0},
@@ -298,3 +299,37 @@ def test_the_file_works_copied_on_its_own(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "stepped\n", done.stderr
+
+
+def test_16_bit_weights_are_updated_in_float32():
+    torch.manual_seed(0)
+    weight, grad = torch.randn(100).bfloat16(), torch.randn(100).bfloat16()
+    sparse, dense = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
+    optimizer = SO([{"params": [sparse], "density_ratio": 1.0}, {"params": [dense], "dense": True}], weight_decay=0.1)
+    for _ in range(5):
+        sparse.grad, dense.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        assert torch.equal(sparse, dense)
+    assert optimizer.state[sparse]["m"].dtype == torch.float32
+
+
+def test_nothing_moves_if_any_gradient_is_unusable():
+    first, second = nn.Parameter(torch.ones(5)), nn.Embedding(5, 2, sparse=True)
+    optimizer = SO([{"params": [first]}, {"params": second.parameters()}])
+    first.grad = torch.ones(5)
+    second(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="strided"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(5))
+
+
+def test_states_of_other_shapes_and_impossible_draws_are_refused():
+    large, small = nn.Parameter(torch.ones(1000)), nn.Parameter(torch.ones(4))
+    optimizer = SO([large], density_ratio=0.5)
+    large.grad = torch.ones(1000)
+    optimizer.step()
+    with pytest.raises(ValueError, match="other shapes"):
+        SO([small]).load_state_dict(optimizer.state_dict())
+    for k in (0, 6):
+        with pytest.raises(ValueError, match="distinct"):
+            SparseOptimizer.draw_support(5, k)
