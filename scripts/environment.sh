@@ -23,7 +23,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 . "$venv/bin/activate"
 
-wanted="$(cat requirements.txt "$1")"
+wanted="$(cat requirements*.txt)"
 stamp="$venv/installed-$(basename "$1")"
 if [ "$wanted" != "$(cat "$stamp" 2>/dev/null)" ]; then
     echo "installing $1 (a few minutes the first time)"

@@ -1,0 +1,97 @@
+"""The scripts run: set-up in an environment that is ready, the tiny CLIP's training, the choice of settings."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clip
+
+PROJECT = Path(__file__).parent.parent
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ready_environment(tmp_path):
+    """A folder that looks to environment.sh like an environment with everything installed, and is this Python's."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (venv / "bin" / "python").chmod(0o755)
+    (venv / "bin" / "activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
+    wanted = "".join(f.read_text() for f in sorted(PROJECT.glob("requirements*.txt"))).rstrip("\n") + "\n"
+    (venv / "installed-requirements.txt").write_text(wanted)
+    return os.environ | {"VENV": str(venv)}
+
+
+def test_quick_start_reuses_the_environment_and_runs_the_main_job(tmp_path, ready_environment):
+    flags = ["--shots", "1", "--total_iters", "2", "--results_dir", tmp_path / "results", "--cache_dir", tmp_path]
+    command = ["bash", PROJECT / "scripts" / "quickstart.sh", *flags]
+    done = subprocess.run(command, env=ready_environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "installing" not in done.stdout and "->  so" in done.stdout
+    assert (tmp_path / "results" / "results.csv").is_file()
+
+
+def test_an_old_python_is_refused_with_the_remedy(tmp_path):
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    environment = os.environ | {"VENV": str(tmp_path / "venv"), "PYTHON": str(old)}
+    command = ["bash", PROJECT / "scripts" / "quickstart.sh"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Python 3.10" in done.stderr and not (tmp_path / "venv").exists()
+
+
+def test_the_tiny_clip_is_trained_from_a_seed(tmp_path):
+    script = load_script("train_tiny_clip")
+    files = [tmp_path / f"{name}.safetensors" for name in ("a", "b", "c")]
+    for file, seed in zip(files, (0, 0, 1)):
+        script.main(["--steps", "3", "--batch_size", "8", "--seed", str(seed), "--out", str(file)])
+    a, b, c = (file.read_bytes() for file in files)
+    assert a == b != c
+    model, _ = clip.load(files[0])
+    assert model.arch == clip.load("tiny")[0].arch
+    assert model.logit_scale.exp() > 14 and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_pictures_of_the_tiny_clips_training_show_what_their_captions_say():
+    script = load_script("train_tiny_clip")
+    pictures = script.Pictures(torch.Generator().manual_seed(0))
+    images, captions, characters = pictures.batch(64)
+    assert images.shape == (64, 3, 32, 32) and captions.shape == (64, 77)
+    for caption, character in zip(captions, characters):
+        assert any(torch.equal(caption, possible) for possible in pictures.captions[character])
+    share_of_digits = (pictures.weight * (pictures.characters < 10)).sum() / pictures.weight.sum()
+    assert share_of_digits == pytest.approx(0.5)
+    words = clip.tokenizer.tokenizer().decode(pictures.captions[7][0].tolist())
+    assert "seven" in words
+
+
+def test_settings_are_tuned_on_the_val_part(monkeypatch, capsys):
+    script = load_script("tune_digits")
+    grid = {"shots": (1,), "total_iters": (2,), "density_ratio": (0.01,), "lr": (1e-3,), "min_area": (0.6,)}
+    monkeypatch.setattr(script, "GRID", grid)
+    seen = []
+    evaluator = script.train.Evaluator
+
+    class Watched(evaluator):
+        def __init__(self, model, task, *rest):
+            seen.append(task)
+            super().__init__(model, task, *rest)
+
+    monkeypatch.setattr(script.train, "Evaluator", Watched)
+    script.main()
+    assert capsys.readouterr().out.count("(2 it)") == 2
+    split = script.split_digits()
+    assert all(task.test == split.val and not set(task.test) & set(split.test) for task in seen)
