@@ -23,22 +23,25 @@ from clip.preprocess import train_transform
 from methods import METHODS, MethodError
 
 MISTAKES = (run_utils.UserError, datasets.DatasetError, clip.WeightsError, MethodError, train.TrainingDiverged)
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # full, or not ours to write
-DISK_TROUBLE |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}  # no possible place
+FULL = {errno.ENOSPC, errno.EDQUOT}
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+NO_PLACE |= {errno.ENAMETOOLONG}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Runs one experiment and returns its record. A mistake of the user ends in one line and exit code 2."""
     try:
         settings = run_utils.parse(argv)
+        # Data first: they are checked faster than weights are loaded, or downloaded.
+        task = datasets.build(settings.dataset, settings.root_path, settings.shots, settings.seed, settings.prompts)
         run = run_utils.Run(settings)
-        if run.finished and not settings.force:
+        record = None if settings.force else run.finished(task.split_sha256)
+        if record is not None:
             print(f"already done, not run again (--force does): {run.folder}")
             run_utils.rebuild_table(run.results)
-            record = run_utils.read_record(run.folder / "result.json")
         else:
             with run:
-                record = experiment(settings, run)
+                record = experiment(settings, task, run)
         report(record, run)
         return record
     except MISTAKES as error:
@@ -49,22 +52,21 @@ def main(argv: Sequence[str] | None = None) -> dict:
     except torch.OutOfMemoryError:
         sys.exit(fail("the GPU's memory is too small for this; lower --batch_size or use --precision bf16"))
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        if error.errno not in FULL | NO_PLACE:
             raise
-        sys.exit(fail(f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder"))
+        remedy = "free space there" if error.errno in FULL else "choose another folder"
+        sys.exit(fail(f"{error.filename or 'disk'}: {error.strerror}; {remedy}"))
 
 
-def experiment(settings: run_utils.Settings, run: run_utils.Run) -> dict:
-    """From settings to the recorded result."""
+def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils.Run) -> dict:
+    """From settings and data to the recorded result."""
     run_utils.make_reproducible(settings.seed)
-    # Data first: they are checked faster than weights are loaded, or downloaded.
-    task = datasets.build(settings.dataset, settings.root_path, settings.shots, settings.seed, settings.prompts)
     model, preprocess = clip.load(settings.backbone, settings.device)
     base_sha256 = clip.weights_sha256(model)
     adaptation = METHODS[settings.method].prepare(model, task, settings)
     print(
-        f"{settings.method} on {task.name} ({len(task.class_names)} classes, {settings.shots} shots, seed "
-        f"{settings.seed}), {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
+        f"{settings.method} on {task.name} ({len(task.class_names)} classes), shots {settings.shots}, seed "
+        f"{settings.seed}, {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
         f"{adaptation.trainable_weights:,} weights"
     )
     loader = None
@@ -90,6 +92,8 @@ def experiment(settings: run_utils.Settings, run: run_utils.Run) -> dict:
         checkpoint_bytes = settings.checkpoint.stat().st_size
     elif loader is not None:
         fit = train.fit(model, task, adaptation, loader, settings, evaluator)
+        if fit.stopped_early:
+            print(f"stopped at iteration {fit.iterations}: the training loss fell below {settings.early_stop_loss}")
     start = time.perf_counter()
     accuracy = evaluator.adapted(adaptation.trains_images)
     eval_seconds = time.perf_counter() - start
@@ -119,7 +123,10 @@ def experiment(settings: run_utils.Settings, run: run_utils.Run) -> dict:
 
 def report(record: dict, run: run_utils.Run) -> None:
     """The last lines that a run prints."""
-    print(f"zero-shot {record['zero_shot_accuracy']:.2f} %  ->  {record['method']} {record['test_accuracy']:.2f} %")
+    accuracies = f"zero-shot {record['zero_shot_accuracy']:.2f} %"
+    if record["method"] != "zero_shot":
+        accuracies += f"  ->  {record['method']} {record['test_accuracy']:.2f} %"
+    print(accuracies)
     if run.settings.checkpoint and run.settings.checkpoint.is_file():
         print(f"weights: {run.settings.checkpoint}")
     print(f"record:  {run.folder / 'result.json'}\nresults: {run.csv}")

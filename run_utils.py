@@ -104,7 +104,7 @@ class Settings:
         if self.save_path is None:
             return None
         folder = Path(self.save_path) / slug(self.backbone) / self.dataset / f"{self.shots}shots" / f"seed{self.seed}"
-        return folder / f"{self.filename or self.method}.safetensors"
+        return folder / f"{(self.filename or self.method).removesuffix('.safetensors')}.safetensors"
 
     @property
     def run_id(self) -> str:
@@ -135,6 +135,8 @@ def slug(backbone: str) -> str:
     return name.replace("/", "-").replace("@", "-")
 
 
+MAX_SHOTS = 10_000  # no class of the data sets has more images; beyond it lists of repeats fill the memory
+
 # Two spellings of one thing: whichever the later layer uses replaces the other.
 ALTERNATIVES = (("s", "density_ratio"), ("n_iters", "total_iters"))
 
@@ -149,13 +151,12 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Settings from the command line and, below it, a config file. UserError for anything that cannot work.
 
-    Without `--config`, the data set digits takes configs/digits.yaml, the quick start, whose backbone is tiny.
+    For the data set digits, the quick start's configs/digits.yaml lies below both; its backbone is tiny.
     """
     given = vars(_parser().parse_args(argv))
-    config = given.pop("config", None)
-    if config is None and given.get("dataset", "digits") == "digits":
-        config = QUICK_START
-    layers = [given] if config is None else [read_config(Path(config)), given]
+    layers = [read_config(Path(given.pop("config"))), given] if "config" in given else [given]
+    if next((layer["dataset"] for layer in reversed(layers) if "dataset" in layer), "digits") == "digits":
+        layers.insert(0, read_config(QUICK_START))
     merged: dict = {}
     for layer in layers:
         for pair in ALTERNATIVES:
@@ -166,13 +167,19 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         merged |= layer
     if "s" in merged:
         merged["density_ratio"] = round(1 - merged.pop("s"), 12)
-    return check(Settings(**merged))
+    settings = check(Settings(**merged))
+    if settings.eval_only:  # what the weights were trained with is the truth, whatever else was given
+        trained = json.loads(checkpoint_metadata(settings.checkpoint).get("settings", "{}"))
+        known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS if name in trained}
+        settings = replace(settings, **known)
+    return settings
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="main.py",
-        description="Few-shot adaptation of CLIP. Without arguments: SO on the embedded digits.",
+        description="Few-shot adaptation of CLIP. Defaults are in brackets. For the embedded digits, which are taken\n"
+        "when no data set is named, configs/digits.yaml replaces some of them: tiny CLIP, 16 shots and others.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -233,6 +240,8 @@ def check(settings: Settings) -> Settings:
         value = getattr(settings, name)
         if value is not None and not (minimum <= value < math.inf):
             raise UserError(f"--{name} must be at least {minimum}, not {value}")
+    if settings.shots > MAX_SHOTS:
+        raise UserError(f"--shots must be at most {MAX_SHOTS}, not {settings.shots}")
     if settings.seed >= 2**63:
         raise UserError(f"--seed must be below 2**63, not {settings.seed}")
     if not 0 < settings.lr < math.inf:
@@ -243,6 +252,8 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--min_area must be in (0, 1], not {settings.min_area}")
     if settings.dataset != "digits" and not settings.root_path:
         raise UserError(f"--dataset {settings.dataset} needs --root_path, the folder that holds the data sets")
+    if settings.save_path == "":
+        raise UserError("--save_path is empty; name a folder, . for this one")
     if settings.eval_only and settings.method == "zero_shot":
         raise UserError("--eval_only evaluates adapted weights, and zero_shot has none; leave --eval_only out")
     if settings.eval_only and settings.save_path is None:
@@ -291,19 +302,15 @@ class Run:
         self.csv = self.results / "results.csv"
         self.made: list[Path] = []
 
-    @property
-    def finished(self) -> bool:
-        """A result is recorded, and the weights too if they are asked for and there are any."""
+    def finished(self, split_sha256: str) -> dict | None:
+        """The record, if this run is done: on the same split, and its weights are saved if they are asked for."""
         record = read_record(self.folder / "result.json")
-        if record is None:
-            return False
         checkpoint = self.settings.checkpoint
-        return (
-            checkpoint is None
-            or self.settings.eval_only
-            or record["trainable_weights"] == 0
-            or (checkpoint.is_file() and checkpoint_run_id(checkpoint) == self.settings.run_id)
-        )
+        if record is None or record["split_sha256"] != split_sha256:
+            return None
+        no_weights = checkpoint is None or self.settings.eval_only or record["trainable_weights"] == 0
+        saved = no_weights or checkpoint_metadata(checkpoint).get("run_id") == self.settings.run_id
+        return record if saved else None
 
     def __enter__(self) -> "Run":
         try:
@@ -335,7 +342,7 @@ class Run:
     def _reserve(self, checkpoint: Path) -> None:
         self._make(checkpoint.parent, checkpoint.name)
         if checkpoint.exists() and not self.settings.force:
-            owner = checkpoint_run_id(checkpoint)
+            owner = checkpoint_metadata(checkpoint).get("run_id", "none of this program")
             if owner != self.settings.run_id:
                 raise UserError(
                     f"{checkpoint} holds the weights of another run ({owner}); choose another --filename or "
@@ -346,7 +353,7 @@ class Run:
         self.lock.release()
         (self.folder / ".lock").unlink(missing_ok=True)
         if not (self.folder / "result.json").exists():
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._remove_empty()
 
     def _remove_empty(self) -> None:
@@ -368,6 +375,7 @@ class Run:
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         record = {name: record[name] for name in _in_order(record)}
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up since
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(_config(settings), sort_keys=False))
         if curve:
             columns = [name for name in CURVE if any(name in row for row in curve)]
@@ -409,13 +417,13 @@ def read_record(path: Path) -> dict | None:
         return None
 
 
-def checkpoint_run_id(checkpoint: Path) -> str:
-    """The run that made a file of weights, or what the file is instead."""
+def checkpoint_metadata(checkpoint: Path) -> dict[str, str]:
+    """What a run wrote beside its weights: run_id, method and settings; empty for other files and for none."""
     try:
         with safetensors.safe_open(checkpoint, "pt") as file:
-            return (file.metadata() or {}).get("run_id", "not one of this program")
+            return file.metadata() or {}
     except (OSError, safetensors.SafetensorError):
-        return "not one of this program"
+        return {}
 
 
 def _config(settings: Settings) -> dict:

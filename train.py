@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import datasets
 import utils
@@ -95,7 +94,7 @@ def fit(
     result, totals = Fit(), torch.zeros(3, device=model.device)  # sums over an epoch: loss, correct, images
     start, evaluating, next_eval = time.perf_counter(), 0.0, settings.eval_every or math.inf
 
-    bar = tqdm(loader, total=settings.iterations, desc="training", unit="it")
+    bar = utils.progress(loader, "training", settings.iterations, leave=True, unit="it")
     for result.iterations, (images, labels) in enumerate(bar, start=1):
         labels = labels.to(model.device, non_blocking=True)
         with utils.autocast(model.device, settings.precision):

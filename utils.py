@@ -4,7 +4,8 @@ Shapes: B images, C classes, E embedding size, P prompts.
 """
 
 import hashlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import PIL
@@ -23,6 +24,16 @@ from clip.weights import save_tensors
 
 LOGIT_FACTOR = 100.0  # logits are 100 x cosine, as published, not the model's own logit_scale
 PROMPTS_AT_ONCE = 256  # without gradients, to bound memory
+
+
+def progress(
+    iterable: Iterable, label: str, total: int | None = None, leave: bool = False, unit: str = "batch"
+) -> tqdm:
+    """A progress bar; where it does not go to a terminal but to a log, a line every half minute at most."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(
+        iterable, desc=label, total=total, leave=leave, unit=unit, mininterval=interval, maxinterval=2 * interval
+    )
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -61,7 +72,7 @@ def text_classifier(model: clip.CLIP, class_names: Sequence[str], templates: Seq
 def image_features(model: clip.CLIP, loader: DataLoader, precision: str, label: str) -> Tensor:
     """Unit features [N, E] in float32, in main memory, of all the loader's images in order."""
     parts = []
-    for images, _ in tqdm(loader, desc=label, unit="batch", leave=False):
+    for images, _ in progress(loader, label):
         with autocast(model.device, precision):
             parts.append(encode_image(model, images).cpu())
     return torch.cat(parts)

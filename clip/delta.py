@@ -61,6 +61,8 @@ def apply_delta(model: CLIP, path: Path, base_sha256: str) -> dict[str, str]:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
+    except FileNotFoundError:
+        raise WeightsError(f"there is no file {path}; save one with --save_path") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} is no readable delta ({error}); save it again") from error
     if metadata.get("format") != FORMAT:

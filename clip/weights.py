@@ -37,8 +37,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"there is no weight file {path}") from None
+    except PermissionError:
+        raise WeightsError(f"the weight file {path} may not be read; change its permissions") from None
     except Exception as error:  # a damaged archive or pickle raises almost anything
         reason = (str(error) or type(error).__name__).split("\n")[0]
+        if "weights_only" in reason:  # torch advises to load it all the same, which may run code
+            reason = "damaged, or more than tensors in it"
         raise WeightsError(
             f"{path} is no readable weight file ({reason}); expected OpenAI's .pt, a saved state dict or .safetensors"
         ) from error

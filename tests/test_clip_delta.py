@@ -164,7 +164,7 @@ def test_refused_when_applied_twice(base, delta):
 
 def test_files_that_are_no_deltas(base, delta, tmp_path):
     sha256 = clip.weights_sha256(base)
-    assert "no readable delta" in refusal(base, tmp_path / "none.safetensors", sha256)
+    assert "there is no file" in refusal(base, tmp_path / "none.safetensors", sha256)
     content = delta.read_bytes()
     for length in (0, 5, 100, len(content) // 2, len(content) - 1):
         delta.write_bytes(content[:length])

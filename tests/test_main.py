@@ -1,6 +1,7 @@
 """Whole runs of the program: what they leave behind, and that they can be repeated."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -93,6 +94,51 @@ def test_saved_weights_evaluate_to_the_same_accuracy(run_main, encoder):
     assert (
         sum(int((t != base.state_dict()[n]).sum()) for n, t in model.state_dict().items()) == trained["changed_weights"]
     )
+
+
+def test_evaluation_records_what_the_weights_were_trained_with(run_main):
+    _, trained, _, _ = run_main(*QUICK, "--save_path", "saved", "--lr", "1e-2")
+    _, evaluated, _, _ = run_main(*QUICK, "--save_path", "saved", "--eval_only", "--lr", "1", "--encoder", "text")
+    for name in ("lr", "encoder", "test_accuracy", "changed_weights", "total_iters"):
+        assert evaluated[name] == trained[name]
+
+
+def test_weights_of_different_runs_are_never_mistaken_for_each_other(run_main):
+    save = (*QUICK, "--save_path", "saved")
+    _, first, _, _ = run_main(*save)
+    _, evaluated, _, _ = run_main(*save, "--eval_only")
+    code, _, _, err = run_main(*save, "--lr", "0.1")
+    assert code == 2 and "another run" in err and first["run_id"] in err
+    _, second, _, _ = run_main(*save, "--lr", "0.1", "--force")
+    assert second["test_accuracy"] != first["test_accuracy"] == evaluated["test_accuracy"]
+    _, again, out, _ = run_main(*save, "--eval_only")
+    assert "already done" not in out and again["test_accuracy"] == second["test_accuracy"]
+    assert run_main(*save)[0] == 2  # its record is there, its weights are not
+
+
+def test_a_run_on_another_split_is_another_run(run_main, tmp_path):
+    fabricate("dtd", tmp_path / "data")
+    fabricate("dtd", tmp_path / "other", classes=4)
+    flags = ("--dataset", "dtd", "--backbone", "tiny", "--shots", 1, "--total_iters", 1, "--root_path")
+    _, first, _, _ = run_main(*flags, tmp_path / "data")
+    _, second, out, _ = run_main(*flags, tmp_path / "other")
+    assert "already done" not in out and first["split_sha256"] != second["split_sha256"]
+    assert "already done" in run_main(*flags, tmp_path / "other")[2]
+
+
+def test_a_deleted_table_is_rebuilt_and_a_deleted_folder_made_again(run_main, monkeypatch):
+    run_main(*QUICK)
+    Path("results/results.csv").unlink()
+    run_main(*QUICK)
+    assert len(pd.read_csv("results/results.csv")) == 1
+
+    def clean_up(*_):
+        shutil.rmtree("elsewhere")
+        return 90.0
+
+    monkeypatch.setattr("train.Evaluator.adapted", clean_up)
+    code, _, _, _ = run_main(*QUICK, "--results_dir", "elsewhere")
+    assert code == 0 and len(pd.read_csv("elsewhere/results.csv")) == 1
 
 
 def test_a_checkpoint_that_was_not_asked_for_before_is_made(run_main):

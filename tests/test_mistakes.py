@@ -52,6 +52,8 @@ def refused(call, before=()):
         (["--eval_only"], ["--eval_only", "--save_path"]),
         (["--eval_only", "--save_path", "nowhere"], ["nowhere", "so.safetensors"]),
         (["--filename", "a/b"], ["--filename", "plain name"]),
+        (["--save_path", ""], ["--save_path", "empty"]),
+        (["--shots", "1000000000"], ["--shots", "at most"]),
     ],
 )
 def test_bad_arguments(run_main, argv, words):
@@ -67,6 +69,7 @@ def test_bad_arguments(run_main, argv, words):
         ("shots: several\n", ["shots", "int", "several"]),
         ("shots: 1.5\n", ["shots", "int"]),
         ("flip: 3\n", ["flip", "bool"]),
+        ("results_dir: null\n", ["results_dir", "str"]),
         ("lr: true\n", ["lr", "float"]),
         ("method: sgd\n", ["method", "so, zero_shot"]),
         ("shots: [\n", ["not valid YAML"]),
