@@ -31,12 +31,22 @@ def _join_heads(x: Tensor) -> Tensor:  # [B, H, T, D/H] -> [B, T, D]
     return x.transpose(1, 2).flatten(2)
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, all [B, H, T, D/H]; `mask` is True where a query sees a key."""
+    plain = mask is None and not is_causal
+    if plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # On a CPU the fused kernel's backward is slow in bf16: forward and backward of ViT-B/16's attention on
+        # 4 pictures take 25 ms with it and 11 ms as matrix products (benchmarks/RESULTS.md).
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
 class Pictures:
     """Image tokens [B, T, D]: every token sees every other of its picture; the class token, the first, is used."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         q, k, v = (_split_heads(x, heads) for x in (q, k, v))
-        return _join_heads(F.scaled_dot_product_attention(q, k, v))
+        return _join_heads(_attention(q, k, v))
 
     def used(self, x: Tensor) -> Tensor:
         return x[:, 0]
@@ -99,10 +109,8 @@ class PackedPrompts:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         shared = (_split_heads(x[None, : self.prefix], heads) for x in (q, k, v))
-        first = _join_heads(F.scaled_dot_product_attention(*shared, is_causal=True))[0]  # [prefix, D]
-        rests = F.scaled_dot_product_attention(
-            self._pad(q, heads), self._prefixed(k, heads), self._prefixed(v, heads), attn_mask=self.causal
-        )
+        first = _join_heads(_attention(*shared, is_causal=True))[0]  # [prefix, D]
+        rests = _attention(self._pad(q, heads), self._prefixed(k, heads), self._prefixed(v, heads), self.causal)
         return torch.cat([first, _join_heads(rests).flatten(0, 1)[self.slots]])
 
     def used(self, x: Tensor) -> Tensor:
@@ -111,4 +119,4 @@ class PackedPrompts:
     def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         q = _split_heads(q.unsqueeze(1), heads)  # [B, H, 1, D/H]
         keys, values = self._prefixed(k, heads), self._prefixed(v, heads)
-        return _join_heads(F.scaled_dot_product_attention(q, keys, values, attn_mask=self.until_end)).squeeze(1)
+        return _join_heads(_attention(q, keys, values, self.until_end)).squeeze(1)
