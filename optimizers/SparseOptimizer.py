@@ -64,14 +64,15 @@ def merge(
     `grad` to `support`. Returns indices, m, v and `is_twin`, all [n, k + k']. An entry that is in both K and S stands
     there twice with the same moments; `is_twin` marks the second.
     """
-    in_support_at, in_support = find(support, kept)
-    in_kept_at, in_kept = find(kept, support)
-    grad_of_kept = torch.where(in_support, grad.gather(1, in_support_at), 0)
+    at, in_kept = find(kept, support)
+    # The gradients of S n K to their places in K; the others go to a last column that is cut off.
+    places = torch.where(in_kept, at, kept.shape[1])
+    grad_of_kept = grad.new_zeros(len(kept), kept.shape[1] + 1).scatter_(1, places, grad)[:, :-1]
     m = beta1 * m + (1 - beta1) * grad_of_kept
     v = beta2 * v + (1 - beta2) * grad_of_kept**2
-    m_of_support = torch.where(in_kept, m.gather(1, in_kept_at), (1 - beta1) * grad)
-    v_of_support = torch.where(in_kept, v.gather(1, in_kept_at), (1 - beta2) * grad**2)
-    is_twin = torch.cat([torch.zeros_like(in_support), in_kept], dim=1)
+    m_of_support = torch.where(in_kept, m.gather(1, at), (1 - beta1) * grad)
+    v_of_support = torch.where(in_kept, v.gather(1, at), (1 - beta2) * grad**2)
+    is_twin = torch.cat([torch.zeros_like(kept, dtype=torch.bool), in_kept], dim=1)
     return torch.cat([kept, support], 1), torch.cat([m, m_of_support], 1), torch.cat([v, v_of_support], 1), is_twin
 
 
