@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     except MISTAKES as error:
         sys.exit(fail(str(error)))
     except KeyboardInterrupt:
-        print("interrupted; nothing was recorded", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit(fail("the GPU's memory is too small for this; lower --batch_size or use --precision bf16"))

@@ -111,6 +111,8 @@ class Settings:
         """Readable name, and a hash of every setting that can change the outcome."""
         relevant = {name: getattr(self, name) for name in IDENTITY} | self.hyperparameters
         relevant["device"] = self.device.split(":")[0]
+        if Path(self.backbone).is_file():
+            relevant["backbone"] = file_sha256(Path(self.backbone))
         if self.eval_only:  # the weights decide, not where they lie
             relevant["checkpoint"] = file_sha256(self.checkpoint)
         digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
@@ -169,9 +171,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         merged["density_ratio"] = round(1 - merged.pop("s"), 12)
     settings = check(Settings(**merged))
     if settings.eval_only:  # what the weights were trained with is the truth, whatever else was given
-        trained = json.loads(checkpoint_metadata(settings.checkpoint).get("settings", "{}"))
-        known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS if name in trained}
-        settings = replace(settings, **known)
+        try:
+            trained = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])
+            known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS}
+            settings = check(replace(settings, **known))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
     return settings
 
 
@@ -336,7 +341,7 @@ class Run:
         """Makes a folder and makes sure, before hours of work, that files of such names can be written there."""
         self.made += [f for f in (folder, *folder.parents) if not f.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, prefix=name):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", suffix=".part"):
             pass
 
     def _reserve(self, checkpoint: Path) -> None:
@@ -350,11 +355,11 @@ class Run:
                 )
 
     def __exit__(self, *_) -> None:
-        self.lock.release()
         (self.folder / ".lock").unlink(missing_ok=True)
         if not (self.folder / "result.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._remove_empty()
+        self.lock.release()
 
     def _remove_empty(self) -> None:
         for folder in sorted(self.made, key=lambda f: len(f.parts), reverse=True):
@@ -409,12 +414,15 @@ def _in_order(names: Iterable[str]) -> list[str]:
 def read_record(path: Path) -> dict | None:
     """The record in a result.json; None if there is none. A damaged one is named on stderr and left out."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and {"run_id", "split_sha256", "trainable_weights", "finished_at"} <= record.keys():
+            return record
     except FileNotFoundError:
         return None
     except ValueError:
-        print(f"note: {path} is damaged and left out; run it again with --force, or remove it", file=sys.stderr)
-        return None
+        pass
+    print(f"note: {path} is damaged and left out; run it again with --force, or remove it", file=sys.stderr)
+    return None
 
 
 def checkpoint_metadata(checkpoint: Path) -> dict[str, str]:

@@ -145,6 +145,7 @@ class SO(Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
         self.gradients: dict[Tensor, Tensor] = {}  # of the coming step: parameter -> values [k] at its support
         self.is_drawn = False  # whether the supports of the coming step are drawn
+        self.casts: dict[Tensor, tuple[Tensor, int]] = {}  # copies in another type, and the version they are of
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -163,7 +164,7 @@ class SO(Optimizer):
         self.is_drawn = False
         try:
             _check_group(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -267,9 +268,30 @@ class SO(Optimizer):
             indices, m, v = kept, kept_m, kept_v
         updates = adam_update(m, v, step, group["lr"], beta1, beta2, group["eps"])
         for p, state, index, update, *moments in zip(params, states, indices, updates, kept, kept_m, kept_v):
-            view, index = _at(p, index)
-            view[index] = (view[index] - update).to(p.dtype)  # twins write the same value
+            self._subtract(p, index, update)
             state["kept"], state["m"], state["v"] = moments
+
+    def _subtract(self, p: Tensor, indices: Tensor, update: Tensor) -> None:
+        view, index = _at(p, indices)
+        values = (view[index] - update).to(p.dtype)
+        copy, version = self.casts.get(p, (None, None))
+        is_current = copy is not None and version == p._version
+        view[index] = values  # twins write the same value
+        if is_current:
+            view, index = _at(copy, indices)
+            view[index] = values.to(copy.dtype)
+            self.casts[p] = copy, p._version
+
+    def cast(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """`p` in another type, for forward and backward in 16 bits. The copy is kept, and each step changes in it
+        what it changes in `p`; if anything else has changed `p`, it is made anew."""
+        if p.dtype == dtype:
+            return p.detach()
+        copy, version = self.casts.get(p, (None, None))
+        if copy is None or copy.dtype != dtype or version != p._version:
+            copy = p.detach().to(dtype)
+            self.casts[p] = copy, p._version
+        return copy
 
     def state_dict(self) -> dict:
         """As every optimizer's, plus the state of the generator: a run resumes in the middle of an interval."""
@@ -305,7 +327,7 @@ class SO(Optimizer):
             state = dict(state)
             self.generator = torch.Generator()
             self.generator.set_state(state.pop("generator_state"))
-            self.gradients, self.is_drawn = {}, False
+            self.gradients, self.is_drawn, self.casts = {}, False, {}
         super().__setstate__(state)
 
 

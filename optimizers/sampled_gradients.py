@@ -39,7 +39,7 @@ class SampledLinear(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(x.device.type)
         else:
             dtype = x.dtype
-        x, used = x.to(dtype), weight[start:stop].to(dtype)
+        x, used = x.to(dtype), optimizer.cast(weight, dtype)[start:stop]
         support = optimizer.state[weight]["support"]
         rows, columns = support // weight.shape[1], support % weight.shape[1]
         flat = x.reshape(-1, x.shape[-1])

@@ -129,6 +129,30 @@ def test_autocast_computes_in_bf16_and_sums_in_float32():
     torch.testing.assert_close(values, dense, rtol=0.01, atol=0.01 * dense.abs().max().item())
 
 
+def test_the_low_precision_copy_of_a_weight_is_always_its_cast():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    optimizer = SO(layer.parameters(), lr=0.1, density_ratio=0.01, T=2)
+    attach(layer, optimizer)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(torch.ones(3, 64))
+        assert torch.equal(y, F.linear(torch.ones(3, 64).bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()))
+        return y
+
+    for _ in range(7):
+        forward().float().square().sum().backward()
+        optimizer.step()
+        copy, _ = optimizer.casts[layer.weight]
+        assert torch.equal(copy, layer.weight.bfloat16())
+    layer.load_state_dict({name: t + 1 for name, t in layer.state_dict().items()})
+    forward()
+    with torch.no_grad():
+        layer.weight[3] *= 2
+    forward()
+
+
 def test_remove_restores_plain_gradients():
     layer = nn.Linear(8, 8)
     optimizer = SO(layer.parameters(), density_ratio=0.1)
