@@ -8,9 +8,9 @@ python main.py --config configs/so_paper.yaml --dataset dtd --shots 4 --root_pat
 
 import os
 
-# Before torch is imported: threads that wait for each other sleep instead of spinning. Spinning gains nothing
-# measurable here, and where cores are shared with other programs it makes a run up to ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported: its threads wait for each other by spinning, and shall give up soon and sleep. Where cores
+# are shared with other programs, long spinning makes a small model's run ten times slower (GNU OpenMP, so on Linux).
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import errno
 import json

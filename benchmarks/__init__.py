@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does, before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as main.py does, before torch is imported
