@@ -33,11 +33,13 @@ def _join_heads(x: Tensor) -> Tensor:  # [B, H, T, D/H] -> [B, T, D]
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, all [B, H, T, D/H]; `mask` is True where a query sees a key."""
-    plain = mask is None and not is_causal
-    if plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and not is_causal:
         # On a CPU the fused kernel's backward is slow in bf16: forward and backward of ViT-B/16's attention on
         # 4 pictures take 25 ms with it and 11 ms as matrix products (benchmarks/RESULTS.md).
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 

@@ -6,8 +6,9 @@
 The pictures are printed characters (0-9, A-Z, a-z) of many fonts, bent, squeezed, blurred, coloured and
 lowered in resolution; the captions name the character in varied words. No handwritten digit is ever seen:
 the digits data set stays unseen for the experiments. Same seed, same machine, same thread count, same
-packages: same weights. The default 2,500 steps took 13 minutes on two cores of an Intel Xeon with AMX, shared with
-other work; the progress bar shows what they take elsewhere.
+packages, same code: same weights. The shipped ones (seed 0) are older than the packing of prompts in
+`clip/layouts.py`, which rounds differently. The default 2,500 steps took 13 minutes on two cores of an Intel Xeon
+with AMX, shared with other work; the progress bar shows what they take elsewhere.
 """
 
 import argparse
