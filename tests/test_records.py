@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -432,19 +433,15 @@ def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
 # --- measurements
 
 
-@needs_fork
 def test_peak_memory_is_in_mib():
-    receiving, sending = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-    def allocate():  # in a process of its own, whose peak is not another test's
-        before = run_utils.peak_memory_mb(torch.device("cpu"))
-        block = bytearray(b"x") * (200 * 2**20)
-        during = run_utils.peak_memory_mb(torch.device("cpu"))
-        del block
-        sending.send((before, during, run_utils.peak_memory_mb(torch.device("cpu"))))
-
-    in_another_process(allocate).join()
-    before, during, after = receiving.recv()
+    code = (  # a program of its own: in this one much may have been in use before, or be let go of meanwhile
+        "import torch, run_utils\n"
+        "def peak(): print(run_utils.peak_memory_mb(torch.device('cpu')))\n"
+        "peak(); block = bytearray(b'x') * (200 * 2**20); peak(); del block; peak()"
+    )
+    command, folder = [sys.executable, "-c", code], Path(run_utils.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    before, during, after = map(float, done.stdout.split())
     assert during - before == pytest.approx(200, abs=4) and before > 20
     assert after == pytest.approx(during, abs=4)  # a peak does not fall
 
