@@ -361,7 +361,6 @@ def test_a_failed_save_leaves_the_old_file(broken, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 def test_saved_files_heed_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
