@@ -101,7 +101,7 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         if fit.stopped_early:
             print(f"stopped at iteration {fit.iterations}: the training loss fell below {settings.early_stop_loss}")
     start = time.perf_counter()
-    accuracy = evaluator.adapted(adaptation.trains_images)
+    accuracy = evaluator.adapted(adaptation)
     eval_seconds = time.perf_counter() - start
     if settings.checkpoint and not settings.eval_only and adaptation.parameters:
         metadata = {"run_id": settings.run_id, "method": settings.method, "settings": json.dumps(asdict(settings))}

@@ -153,13 +153,16 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Settings from the command line and, below it, a config file. UserError for anything that cannot work.
 
-    For the data set digits, the quick start's configs/digits.yaml lies below both; its backbone is tiny.
+    Below both lie the method's published values and, for the data set digits, the quick start's configs/digits.yaml.
     """
     given = vars(_parser().parse_args(argv))
     layers = [read_config(Path(given.pop("config"))), given] if "config" in given else [given]
-    if next((layer["dataset"] for layer in reversed(layers) if "dataset" in layer), "digits") == "digits":
+    merged = {name: value for layer in layers for name, value in layer.items() if name in ("dataset", "method")}
+    method = merged.get("method", "so")
+    if merged.get("dataset", "digits") == "digits":
         layers.insert(0, read_config(QUICK_START))
-    merged: dict = {}
+    layers = [METHODS[method].DEFAULTS, *(part for layer in layers for part in _general_and_own(layer, method))]
+    merged = {}
     for layer in layers:
         for pair in ALTERNATIVES:
             if set(pair) <= layer.keys():
@@ -178,6 +181,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
     return settings
+
+
+def _general_and_own(layer: dict, method: str) -> tuple[dict, dict]:
+    """A config file's settings for all methods, and those that it has for this one."""
+    own = layer.get("methods", {}).get(method, {})
+    return {name: value for name, value in layer.items() if name != "methods"}, own
 
 
 def _parser() -> Parser:
@@ -201,23 +210,39 @@ def _parser() -> Parser:
 
 
 def read_config(path: Path) -> dict:
-    """The settings in a YAML file, each in its proper type. UserError names the file, the key and the remedy."""
+    """The settings in a YAML file, each in its proper type, and under `methods` those for single methods, by name.
+    UserError names the file, the key and the remedy."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    where = f"--config {path}"
+    settings = _settings(content, where, ("methods",))
+    if "methods" in settings:
+        methods = settings["methods"]
+        if not isinstance(methods, dict) or not methods.keys() <= METHODS.keys():
+            raise UserError(f"{where}: methods must hold settings under the names {', '.join(METHODS)}")
+        settings["methods"] = {name: _settings(own, f"{where}: methods: {name}") for name, own in methods.items()}
+    return settings
+
+
+def _settings(content, where: str, untyped: Sequence[str] = ()) -> dict:
+    """The settings in a part of a config file, each in its proper type."""
     if not isinstance(content or {}, dict):
-        raise UserError(f"--config {path} must hold lines of the form `name: value`")
+        raise UserError(f"{where} must hold lines of the form `name: value`")
     known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in fields(Settings)}
     known["s"] = (float, None, 0.99995)
     settings = {}
     for name, value in (content or {}).items():
+        if name in untyped:
+            settings[name] = value
+            continue
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
-            raise UserError(f"--config {path}: unknown setting {name!r}" + (f"; meant {close[0]}?" if close else ""))
-        settings[name] = _typed(value, *known[name], where=f"--config {path}: {name}")
+            raise UserError(f"{where}: unknown setting {name!r}" + (f"; meant {close[0]}?" if close else ""))
+        settings[name] = _typed(value, *known[name], where=f"{where}: {name}")
     return settings
 
 
