@@ -28,12 +28,17 @@ from scripts.reporting import comparison, figures, page
 from scripts.reporting.results import Results, read_results
 from scripts.reporting.sheets import accuracy_tables
 
-HIDDEN = ["evaluated", "column", "name"]  # of the report's own, from columns that are there
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes in one line."""
+
+    def error(self, message: str):
+        sys.exit(fail(f"{message}; see --help"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the report. A mistake of the user ends in one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="report.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="--results_dir of the runs")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report [report]")
     compare = "two methods, or rows of the tables; may be given several times [so with every other]"
@@ -60,17 +65,13 @@ def write(results: Results, pairs: Sequence[tuple[str, str]], folder: Path, out:
     if len(deviations):
         published.insert(0, comparison.deviation_sheet(deviations))
     grids, damaged = figures.grids(results, folder)
-    first = results.runs.pop("configuration")
-    results.runs.insert(0, "configuration", first)
-    runs_csv = results.runs.drop(columns=HIDDEN).to_csv(index=False)
-    everything = page.page(
-        results, runs_csv, tables, difference_sheets, published, unmatched, grids, [*results.notes, *damaged]
-    )
-    pictures = {
-        f"{grid.name}.{kind}": figures.picture(grid, kind)
-        for grid in tqdm(grids, desc="figures", unit="figure", leave=False, disable=None)
-        for kind in ("png", "svg")
-    }
+    drawn, pictures = [], {}
+    for grid in tqdm(grids, desc="figures", unit="figure", leave=False, disable=None):
+        drawn.append((grid, *figures.inline(grid)))
+        pictures |= {f"{grid.name}.{kind}": figures.picture(grid, kind) for kind in ("png", "svg")}
+    runs_csv = results.tidy().to_csv(index=False)
+    notes = [*results.notes, *damaged]
+    everything = page.page(results, runs_csv, tables, difference_sheets, published, unmatched, drawn, notes)
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

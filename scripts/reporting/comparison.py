@@ -9,7 +9,7 @@ from scipy import stats
 
 from run_utils import UserError
 from scripts.reporting.results import ELEVEN, Results, text
-from scripts.reporting.sheets import MISSING, Cell, Sheet, average, suites
+from scripts.reporting.sheets import MISSING, Cell, Sheet, average, in_words, suites
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 CONFIDENCE = 0.95
@@ -67,7 +67,7 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     high (empty where there are too few values for an interval).
     """
     runs = results.runs[~results.runs.evaluated]
-    place = ["shots", "column", "seed"]
+    place = ["shots", "tested_on", "seed"]
     one, two = (runs[runs.configuration == label].set_index(place) for label in (a, b))
     both = one.join(two[["test_accuracy", "split_sha256"]], how="inner", rsuffix="_b")
     both = both[both.split_sha256 == both.split_sha256_b].reset_index()
@@ -76,11 +76,10 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     rows = []
     for shots, pairs in both.groupby("shots"):
         for suite, columns in suites(pairs).items():
-            parts = [pairs[pairs.column == column] for column in columns]
-            rows += [
-                {"shots": shots, "data_set": part.name.iloc[0], "pairs": len(part), "data_sets": 1} | _difference(part)
-                for part in parts
-            ]
+            parts = [pairs[pairs.tested_on == column] for column in columns]
+            for part in parts:
+                row = {"shots": shots, "data_set": part.short_name.iloc[0], "pairs": len(part), "data_sets": 1}
+                rows.append(row | _difference(part))
             if suite and len(parts) > 1:
                 means = pd.DataFrame([part[["mean_a", "mean_b", "difference"]].mean() for part in parts])
                 row = {"shots": shots, "data_set": f"mean of {len(parts)}", "data_sets": len(parts)}
@@ -99,15 +98,15 @@ def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sh
     pairs = int(rows.pairs[rows.data_sets == 1].sum())
     alone = len(runs) - 2 * pairs
     title = f"{a} minus {b}"
-    header = ["data set", "shots", "pairs", a, b, "difference", f"{CONFIDENCE:.0%} interval"]
+    header = ["data set", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]
     cells = [
         [
             Cell(row.data_set),
             Cell(str(row.shots), row.shots),
+            Cell(signed(row.difference), row.difference),
+            Cell(MISSING) if pd.isna(row.low) else Cell(f"{signed(row.low)} to {signed(row.high)}", row.low),
             Cell(str(row.pairs), row.pairs),
             *(Cell(f"{value:.2f}", value) for value in (row.mean_a, row.mean_b)),
-            Cell(signed(row.difference), row.difference),
-            Cell(MISSING if pd.isna(row.low) else f"{signed(row.low)} to {signed(row.high)}", row.low),
         ]
         for row in rows.itertuples()
     ]
@@ -137,7 +136,7 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
     data sets are compared if all eleven are there.
     """
     published, rows, notes = read_published(), [], []
-    runs = results.runs[~results.runs.evaluated & results.runs.column.isin(ELEVEN)]
+    runs = results.runs[~results.runs.evaluated & results.runs.tested_on.isin(ELEVEN)]
     for row in published["rows"]:
         own = runs[runs.method == row.get("method")]
         for (label, shots), group in own.groupby(["configuration", "shots"], sort=False):
@@ -147,14 +146,14 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
                 continue
             mismatch = min((_mismatch(group.iloc[0], wanted) for wanted in row["settings"]), key=len)
             if mismatch:
-                notes.append(f"{label}, {shots} shots, is not compared with {row['name']}: {'; '.join(mismatch)}.")
+                notes.append(f"{label}, {in_words(shots)}, is not compared with {row['name']}: {'; '.join(mismatch)}.")
                 continue
-            measured = {name: part.test_accuracy for name, part in group.groupby("name", sort=False)}
+            measured = {name: part.test_accuracy for name, part in group.groupby("short_name", sort=False)}
             compared = {name: (value, measured[name]) for name, value in reported.items() if name in measured}
             averages = average(group, list(ELEVEN))
             if mean is not None and averages is not None:
                 compared["mean of 11"] = (mean, averages)
-            fewest = group.groupby("column").size().min()
+            fewest = group.groupby("tested_on").size().min()
             for name, (value, accuracies) in compared.items():
                 head = {"name": row["name"], "paper": published["papers"][row["paper"]]["url"], "configuration": label}
                 head |= {"shots": shots, "data_set": name, "published": value, "read_off": row.get("read_off")}
@@ -192,7 +191,10 @@ def deviation_sheet(rows: pd.DataFrame) -> Sheet:
         ]
         for row in rows.itertuples(index=False)
     ]
-    return Sheet("Deviations from published accuracies", header, cells)
+    known = {row["name"]: list(row["settings"][0]) for row in read_published()["rows"] if "settings" in row}
+    notes = ["Percentage points. Compared are runs that agree with what is known of the published settings."]
+    notes += [f"{name}: {', '.join(known[name])}." for name in rows.name.unique()]
+    return Sheet("Deviations from published accuracies", header, cells, notes)
 
 
 def published_sheet() -> Sheet:
@@ -207,7 +209,7 @@ def published_sheet() -> Sheet:
         ]
         for row in content["rows"]
     ]
-    header = ["method", *(f"{number} shot{'s' * (number > 1)}" for number in shots), "source"]
+    header = ["method", *map(in_words, shots), "source"]
     notes = ["Per cent, ViT-B/16, averages over the eleven data sets. ≈: read off a plot."]
     return Sheet("Published averages", header, rows, notes)
 

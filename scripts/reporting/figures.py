@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from scripts.reporting.results import Results
-from scripts.reporting.sheets import average, suites
+from scripts.reporting.sheets import average, in_words, suites
 
 # Okabe and Ito's colours that show on white and on black; markers and dashes say the same without colour. Only after
 # 56 configurations a colour meets its marker again.
@@ -25,7 +25,6 @@ DASHES = ("-", "--", "-.", (0, (1, 1)))
 INK = "#123456"  # of text and axes on the page, where the page's own colour takes its place
 TRAINING_POINTS = 100  # to which a longer training curve is averaged; in full, curves would weigh megabytes
 WIDEST = 4  # panels side by side
-FEW = 3  # lines in a legend below one panel
 
 Style = dict[str, str | tuple]
 
@@ -100,12 +99,12 @@ def _places(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
     """What accuracies can be shown of: averages over suites, then single data sets; each as title, runs, data sets."""
     averages, single = [], []
     for suite, columns in suites(runs).items():
-        part = runs[runs.column.isin(columns)]
+        part = runs[runs.tested_on.isin(columns)]
         if suite and len(columns) > 1:
             averages.append((f"average of {len(columns)}", part, columns))
         for column in columns:
-            own = part[part.column == column]
-            single.append((own.name.iloc[0], own, [column]))
+            own = part[part.tested_on == column]
+            single.append((own.short_name.iloc[0], own, [column]))
     return averages + single
 
 
@@ -146,11 +145,11 @@ def _against_cost(runs: pd.DataFrame, styles: dict[str, Style]) -> list[Grid]:
                 for label, own in at.dropna(subset=cost).groupby("configuration"):
                     accuracies = _accuracies(own, columns)
                     if accuracies is not None:
-                        points[label] = (own.groupby("column")[cost].mean().mean(), accuracies)
+                        points[label] = (own.groupby("tested_on")[cost].mean().mean(), accuracies)
                         shown.append(own)
                 if points:
-                    panels[f"{title}, {shots} shot{'s' * (shots > 1)}"] = lambda ax, points=points, axis=axis: (
-                        _draw_against_cost(ax, points, axis, styles)
+                    panels[f"{title}, {in_words(shots)}"] = lambda ax, points=points, axis=axis: _draw_against_cost(
+                        ax, points, axis, styles
                     )
         caption = "Mean and standard deviation over seeds."
         if cost == "peak_memory_mb":
@@ -169,6 +168,8 @@ def _draw_against_cost(ax: Axes, points: dict, axis: str, styles: dict[str, Styl
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(min(costs))))
     elif costs and max(costs) / min(costs) > 20:
         ax.set_xscale("log")
+    else:
+        ax.locator_params(axis="x", nbins=4)
     ax.margins(x=0.15, y=0.15)
     ax.set_xlabel(axis)
     ax.set_ylabel("test accuracy, %")
@@ -198,14 +199,15 @@ def _curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame], styles: dict[st
     found = []
     for shots, at in runs.groupby("shots"):
         panels = {
-            part.name.iloc[0]: lambda ax, part=part: _draw_curves(ax, part, curves, styles)
-            for _, part in at.groupby("column", sort=False)
+            title: lambda ax, part=part: _draw_curves(ax, part, curves, styles)
+            for title, part, columns in _places(at)
+            if len(columns) == 1
         }
         caption = (
             f"A line is a run. Thin: training accuracy, on augmented images, averaged to at most {TRAINING_POINTS} "
             "points. Thick, with markers: test accuracy, of runs with --eval_every."
         )
-        title = f"Training and test curves, {shots} shot{'s' * (shots > 1)}"
+        title = f"Training and test curves, {in_words(shots)}"
         found.append(Grid(f"curves_{shots}shot", title, caption, panels, _only(styles, at)))
     return found
 
@@ -218,7 +220,8 @@ def _draw_curves(ax: Axes, runs: pd.DataFrame, curves: dict[str, pd.DataFrame], 
         ax.plot(training.iteration, training.train_accuracy, linewidth=0.6, alpha=0.7, **style | {"marker": ""})
         if "test_accuracy" in curve:
             test = curve.dropna(subset="test_accuracy")
-            ax.plot(test.iteration, test.test_accuracy, linewidth=1.6, markersize=3, **style)
+            ax.plot(test.iteration, test.test_accuracy, linewidth=1.4, markersize=2.5, **style)
+    ax.locator_params(axis="x", nbins=4)
     ax.set_xlabel("iteration")
     ax.set_ylabel("accuracy, %")
 
@@ -250,11 +253,11 @@ def picture(grid: Grid, kind: str) -> bytes:
         across = max(1, int(wide / (0.5 + 0.07 * max(map(len, grid.styles)))))
         legend_height = 0.2 * -(-len(grid.styles) // across)
         figure = Figure(figsize=(wide, rows * 2.2 + legend_height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax, (title, draw) in zip(axes, grid.panels.items()):
             draw(ax)
             ax.set_title(title)
-        for ax in list(axes)[len(grid.panels) :]:
+        for ax in axes[len(grid.panels) :]:
             ax.remove()
         figure.legend(handles=_handles(grid), loc="outside lower center", ncols=across, frameon=False)
         return _saved(figure, kind)

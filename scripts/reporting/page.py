@@ -9,7 +9,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from scripts.reporting.comparison import ASSUMPTIONS, read_published
-from scripts.reporting.figures import Grid, inline
+from scripts.reporting.figures import Grid
 from scripts.reporting.results import Results
 from scripts.reporting.sheets import Cell, Sheet
 
@@ -23,29 +23,26 @@ def page(
     differences: Sequence[Sheet],
     published: Sequence[Sheet],
     unmatched: Sequence[str],
-    figures: Sequence[Grid],
+    figures: Sequence[tuple[Grid, str, list[str]]],
     notes: Sequence[str],
 ) -> str:
-    """The HTML of the whole report. `runs_csv` is the tidy table, whose every value is in the page."""
+    """The HTML of the whole report. `runs_csv` is the tidy table, whose every value is in the page; `figures` are grids
+    with the SVG of their legend and panels."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     runs, constant = _runs_sheet(runs_csv)
-    drawn = []
-    for grid in figures:
-        legend, panels = inline(grid)
-        drawn.append({"grid": grid, "legend": Markup(legend), "panels": [Markup(panel) for panel in panels]})
     return template.render(
         results=results,
-        last=str(results.runs.finished_at.max()),
+        last=str(results.runs.finished_at.max())[:10],
         accuracies=accuracies,
         differences=differences,
         assumptions=ASSUMPTIONS,
         published=published,
         unmatched=unmatched,
         papers=read_published()["papers"].values(),
-        figures=drawn,
+        figures=[(grid, Markup(legend), [*map(Markup, panels)]) for grid, legend, panels in figures],
         notes=notes,
         runs=runs,
         constant=constant,

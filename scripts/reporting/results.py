@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from run_utils import Settings, UserError, read_record
+from run_utils import FIRST, LAST, Settings, UserError, read_record
 
 # Columns with which the published tables are made, in their order.
 ELEVEN = {
@@ -30,6 +30,7 @@ ELEVEN = {
     "ucf101": "UCF101",
 }
 VARIANTS = {"imagenet_v2": "V2", "imagenet_sketch": "Sketch", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
+SHORT = ELEVEN | VARIANTS  # in tables; others are called by their own names
 # Data sets over which an average is usual.
 SUITES = {"the eleven data sets": ELEVEN, "variants of ImageNet": VARIANTS}
 
@@ -49,14 +50,21 @@ BUDGETS = ("epochs", "n_iters", "total_iters")
 
 @dataclass
 class Results:
-    """`runs` has a row for each run and, beside the record's columns, `configuration` (label), `column` (data set that
-    was tested on), `name` (that data set's name in tables) and `evaluated` (whether saved weights were evaluated). Of
-    runs that repeat another's configuration, data set, shots and seed, the newest is here. `settings` has a row for
-    each label, in the order of the tables' rows."""
+    """`runs` has a row for each run and, beside the record's columns, `configuration` (label), `tested_on` (data set),
+    `short_name` (of that, in tables) and `evaluated` (whether saved weights were evaluated). Of runs that repeat
+    another's configuration, data set, shots and seed, the newest is here. `settings` has a row for each label, in the
+    order of the tables' rows. `recorded` are the records' columns."""
 
     runs: pd.DataFrame
     settings: pd.DataFrame
+    recorded: list[str]
     notes: list[str] = field(default_factory=list)
+
+    def tidy(self) -> pd.DataFrame:
+        """One row a run: its configuration, then all recorded columns in the order of results.csv."""
+        between = [name for name in self.recorded if name not in FIRST and name not in LAST]
+        ordered = ["configuration", *FIRST[1:], *between, *LAST, "run_id"]
+        return self.runs[[name for name in ordered if name == "configuration" or name in self.recorded]]
 
     def labels(self, runs: pd.DataFrame) -> list[str]:
         """The configurations of these runs, in order."""
@@ -109,7 +117,7 @@ def _check(runs: pd.DataFrame, source: Path) -> None:
 
 def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
     """Runs by configuration and data set."""
-    runs = runs.copy()
+    runs, recorded = runs.copy(), list(runs)
     optional = ("test_dataset", "root_path", "split_sha256", "weights_sha256", "template", "device", *ALWAYS, *BUDGETS)
     for name in optional:
         if name not in runs:
@@ -119,30 +127,31 @@ def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
     runs["test_dataset"] = runs.test_dataset.astype(object).where(runs.test_dataset.notna(), runs.dataset)
     runs["split_sha256"] = runs.split_sha256.fillna("")
     runs["evaluated"] = runs.eval_only.map(text) == "true"
-    runs["column"] = _columns(runs)
-    runs["name"] = runs.column.map(lambda column: (ELEVEN | VARIANTS).get(column, column))
+    runs["tested_on"] = _columns(runs)
+    runs["short_name"] = runs.tested_on.map(lambda column: SHORT.get(column, column))
 
     settings = _settings(runs)
     runs["configuration"] = _labels(runs, settings)
-    order = runs.assign(last=runs.method == "so", first=runs.method != "zero_shot")
-    order = order.sort_values(["evaluated", "first", "last", "method", "configuration"]).configuration.unique()
-    settings = settings.assign(label=runs.configuration).drop_duplicates("label").set_index("label").loc[order]
+    ends = runs.method.map({"zero_shot": 0, "so": 2}).fillna(1)  # baselines first, SO last, as in the papers
+    order = runs.assign(ends=ends).sort_values(["evaluated", "ends", "method", "configuration"]).configuration.unique()
+    settings = settings.set_axis(pd.Index(runs.configuration))
+    settings = settings[~settings.index.duplicated()].loc[order]
 
     runs = runs.sort_values(["finished_at", "run_id"])
-    repeats = runs.duplicated(["configuration", "column", "shots", "seed"], keep="last")
+    repeats = runs.duplicated(["configuration", "tested_on", "shots", "seed"], keep="last")
     notes = list(notes)
     if repeats.any():
         notes.append(
             f"{repeats.sum()} runs are left out because a newer one has the same settings, data set, shots and seed: "
             f"{', '.join(runs.run_id[repeats].astype(str))}."
         )
-    rank = {column: i for i, column in enumerate((*ELEVEN, *VARIANTS))}
-    runs = runs[~repeats].assign(
-        row=runs.configuration.map({label: i for i, label in enumerate(order)}),
-        rank=runs.column.map(lambda column: rank.get(column, len(rank))),
+    rows = {label: i for i, label in enumerate(order)}
+    columns = {name: i for i, name in enumerate(dict.fromkeys((*SHORT, *sorted(set(runs.tested_on)))))}
+    runs = runs[~repeats].sort_values(
+        ["configuration", "shots", "tested_on", "seed"],
+        key=lambda key: key.map({"configuration": rows, "tested_on": columns}.get(key.name, lambda value: value)),
     )
-    runs = runs.sort_values(["row", "shots", "rank", "column", "seed"]).drop(columns=["row", "rank"])
-    return Results(runs.reset_index(drop=True), settings, notes)
+    return Results(runs.reset_index(drop=True), settings, recorded, notes)
 
 
 def text(value) -> str:
@@ -166,7 +175,7 @@ def _columns(runs: pd.DataFrame) -> pd.Series:
 
 def _settings(runs: pd.DataFrame) -> pd.DataFrame:
     """All settings of each run as text, a column for each."""
-    added = {"evaluated", "column", "name"}
+    added = {"evaluated", "tested_on", "short_name"}
     names = [name for name in runs if name not in MEASURED | PLACE | added and name not in BUDGETS]
     settings = runs[names].apply(lambda column: column.map(text))
     # Prompts that belong to the data set vary with it; those of the user's own are a setting.
@@ -175,8 +184,7 @@ def _settings(runs: pd.DataFrame) -> pd.DataFrame:
     weights = settings.backbone.map(lambda name: Path(name).name if Path(name).suffix else name)
     several = runs.weights_sha256.astype(str).groupby(weights).transform("nunique") > 1
     settings["backbone"] = weights.where(~several, weights + " " + runs.weights_sha256.astype(str).str[:8])
-    elsewhere = runs.evaluated & (runs.dataset != runs.test_dataset)
-    settings["trained_on"] = runs.dataset.where(elsewhere, "-")
+    settings["trained_on"] = runs.dataset.where(runs.dataset != runs.test_dataset, "the same")
     settings["iterations"] = _budgets(runs, settings)
     return settings
 

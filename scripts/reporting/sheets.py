@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from scripts.reporting.results import SUITES, Results
+from scripts.reporting.results import SHORT, SUITES, Results
 
 MISSING = "-"
 
@@ -54,17 +54,21 @@ def _latex(words: str) -> str:
 _ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
-def spread(values: pd.Series, counted: bool = False) -> Cell:
-    """Mean and, of several, standard deviation (of a sample, n - 1) in per cent; with `counted`, also how many."""
+def in_words(shots: int) -> str:
+    return f"{shots} shot{'s' * (shots > 1)}"
+
+
+def spread(values: pd.Series, usual: int | None = None) -> Cell:
+    """Mean and, of several, standard deviation (of a sample, n - 1) in per cent; and how many, unless as `usual`."""
     if values.empty:
         return Cell(MISSING)
     shown = f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
-    return Cell(shown + (f" (n={len(values)})" if counted else ""), float(values.mean()))
+    return Cell(shown + (f" (n={len(values)})" if usual not in (None, len(values)) else ""), float(values.mean()))
 
 
 def suites(runs: pd.DataFrame) -> dict[str, list[str]]:
     """Data sets that share a table, in order, by the name of the suite; those of no suite are under ``."""
-    present = list(runs.column.unique())
+    present = list(runs.tested_on.unique())
     found = {suite: [column for column in names if column in present] for suite, names in SUITES.items()}
     found[""] = sorted(set(present) - {column for columns in found.values() for column in columns})
     return {suite: columns for suite, columns in found.items() if columns}
@@ -73,9 +77,9 @@ def suites(runs: pd.DataFrame) -> dict[str, list[str]]:
 def average(runs: pd.DataFrame, columns: list[str]) -> pd.Series | None:
     """Averages over data sets of one configuration and number of shots, one for each seed. None if a data set is
     missing. If not all data sets have the same seeds there is one value, the average of the data sets' means."""
-    if set(runs.column) != set(columns):
+    if set(runs.tested_on) != set(columns):
         return None
-    table = runs.pivot(index="seed", columns="column", values="test_accuracy")
+    table = runs.pivot(index="seed", columns="tested_on", values="test_accuracy")
     return table.mean(axis=1) if table.notna().all(axis=None) else pd.Series([table.mean().mean()])
 
 
@@ -85,7 +89,7 @@ def accuracy_tables(results: Results) -> list[Sheet]:
     sheets = []
     for evaluated, kind in results.runs.groupby("evaluated"):
         for suite, columns in suites(kind).items():
-            for shots, runs in kind[kind.column.isin(columns)].groupby("shots"):
+            for shots, runs in kind[kind.tested_on.isin(columns)].groupby("shots"):
                 sheets.append(_accuracy_table(results, runs, suite, columns, shots, evaluated))
     return sheets
 
@@ -93,26 +97,25 @@ def accuracy_tables(results: Results) -> list[Sheet]:
 def _accuracy_table(
     results: Results, runs: pd.DataFrame, suite: str, columns: list[str], shots: int, evaluated: bool
 ) -> Sheet:
-    names = dict(zip(runs.column, runs.name)) | {column: column for column in columns if column not in set(runs.column)}
-    names |= {column: SUITES[suite][column] for column in columns if suite}
-    counts = runs.groupby(["configuration", "column"]).size()
-    counted = counts.nunique() > 1
-    title = f"Test accuracy after {shots} shot{'s' * (shots > 1)}" + (", evaluated weights" if evaluated else "")
-    header, rows, uneven = ["method", *(names[column] for column in columns)], [], False
+    counts = runs.groupby(["configuration", "tested_on"]).size()
+    usual = int(counts.mode().max())
+    title = f"Test accuracy after {in_words(shots)} on {suite or ', '.join(columns)}"
+    title += ", evaluated weights" * evaluated
+    header, rows, mixed = ["method", *(SHORT.get(column, column) for column in columns)], [], False
     if suite:
         header.append(f"average of {len(columns)}")
     for label in results.labels(runs):
         own = runs[runs.configuration == label]
-        row = [Cell(label), *(spread(own.test_accuracy[own.column == column], counted) for column in columns)]
+        row = [Cell(label), *(spread(own.test_accuracy[own.tested_on == column], usual) for column in columns)]
         if suite:
             mean = average(own, columns)
-            uneven |= mean is not None and len(mean) < own.groupby("column").size().max()
+            mixed |= mean is not None and len(mean) < own.groupby("tested_on").size().max()
             row.append(Cell(MISSING) if mean is None else spread(mean))
         rows.append(row)
-    notes = [_seeds(runs, counted)]
+    notes = [_seeds(sorted(runs.seed.unique()), usual, counts.nunique() > 1)]
     if any(cell.text == MISSING for row in rows for cell in row):
         notes.append(f"{MISSING}: no run" + (", and no average without it." if suite else "."))
-    if uneven:
+    if mixed:
         notes.append("An average without ± is of data sets that have different seeds.")
     absent = [name for column, name in SUITES.get(suite, {}).items() if column not in columns]
     if absent:
@@ -120,12 +123,9 @@ def _accuracy_table(
     return Sheet(title, header, rows, notes)
 
 
-def _seeds(runs: pd.DataFrame, counted: bool) -> str:
-    seeds = sorted(runs.seed.unique())
+def _seeds(seeds: list[int], usual: int, uneven: bool) -> str:
     listed = ", ".join(map(str, seeds))
-    if counted:
-        return f"Per cent, mean ± standard deviation over n of the seeds {listed}."
-    n = runs.groupby(["configuration", "column"]).size().iloc[0]
-    if n < len(seeds):
-        return f"Per cent, mean ± standard deviation over {n} of the seeds {listed} in each cell."
-    return f"Per cent, mean ± standard deviation over the seeds {listed}." if n > 1 else f"Per cent, seed {listed}."
+    if len(seeds) == 1:
+        return f"Per cent, seed {listed}."
+    over = f"{usual} of the seeds" if uneven or usual < len(seeds) else "the seeds"
+    return f"Per cent, mean ± standard deviation over {over} {listed}" + (", or n where it says so." if uneven else ".")
