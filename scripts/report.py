@@ -71,6 +71,8 @@ def write(results: Results, pairs: Sequence[tuple[str, str]], folder: Path, out:
         pictures |= {f"{grid.name}.{kind}": figures.picture(grid, kind) for kind in ("png", "svg")}
     runs_csv = results.tidy().to_csv(index=False)
     notes = [*results.notes, *damaged]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     everything = page.page(results, runs_csv, tables, difference_sheets, published, unmatched, drawn, notes)
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def write(results: Results, pairs: Sequence[tuple[str, str]], folder: Path, out:
         (out / "figures" / name).write_bytes(picture)
     write_atomically(out / "runs.csv", runs_csv)
     sheets = [*tables, *difference_sheets, *published]
-    write_atomically(out / "tables.md", "\n".join(sheet.markdown() for sheet in sheets))
+    write_atomically(out / "tables.md", "\n".join([*(f"{note}\n" for note in notes), *(s.markdown() for s in sheets)]))
     write_atomically(out / "tables.tex", "\n".join(sheet.latex() for sheet in tables))
     rows = pd.concat(compared) if compared else pd.DataFrame(columns=comparison.DIFFERENCES)
     write_atomically(out / "differences.csv", rows.to_csv(index=False))

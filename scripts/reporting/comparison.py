@@ -69,10 +69,10 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     runs = results.runs[~results.runs.evaluated]
     place = ["shots", "tested_on", "seed"]
     one, two = (runs[runs.configuration == label].set_index(place) for label in (a, b))
-    both = one.join(two[["test_accuracy", "split_sha256"]], how="inner", rsuffix="_b")
-    both = both[both.split_sha256 == both.split_sha256_b].reset_index()
-    both = both.assign(mean_a=both.test_accuracy, mean_b=both.test_accuracy_b)
-    both["difference"] = both.mean_a - both.mean_b
+    two = two[["test_accuracy", "split_sha256"]].set_axis(["mean_b", "other_split"], axis=1)
+    both = one.rename(columns={"test_accuracy": "mean_a"}).join(two, how="inner").reset_index()
+    both = both[both.split_sha256 == both.other_split]
+    both = both.assign(difference=both.mean_a - both.mean_b)
     rows = []
     for shots, pairs in both.groupby("shots"):
         for suite, columns in suites(pairs).items():

@@ -84,7 +84,6 @@ def _draw_against_shots(ax: Axes, means: dict, shots: list[int], styles: dict[st
             [values.mean() for _, values in points],
             yerr=[_sd(values) for _, values in points],
             capsize=2,
-            label=label,
             **styles[label],
         )
     ax.set_xscale("log", base=2)
@@ -162,7 +161,7 @@ def _against_cost(runs: pd.DataFrame, styles: dict[str, Style]) -> list[Grid]:
 def _draw_against_cost(ax: Axes, points: dict, axis: str, styles: dict[str, Style]) -> None:
     for label, (cost, accuracies) in points.items():
         style = styles[label] | {"linestyle": "none"}
-        ax.errorbar([cost], [accuracies.mean()], yerr=[_sd(accuracies)], capsize=2, label=label, **style)
+        ax.errorbar([cost], [accuracies.mean()], yerr=[_sd(accuracies)], capsize=2, **style)
     costs = [cost for cost, _ in points.values() if cost > 0]
     if costs and max(costs) / min(costs) > 20 and len(costs) < len(points):
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(min(costs))))
@@ -256,7 +255,7 @@ def picture(grid: Grid, kind: str) -> bytes:
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax, (title, draw) in zip(axes, grid.panels.items()):
             draw(ax)
-            ax.set_title(title)
+            ax.set_title(_plain(title))
         for ax in axes[len(grid.panels) :]:
             ax.remove()
         figure.legend(handles=_handles(grid), loc="outside lower center", ncols=across, frameon=False)
@@ -271,7 +270,7 @@ def inline(grid: Grid) -> tuple[str, list[str]]:
             figure = Figure(figsize=(3.4, 2.5), layout="constrained")
             ax = figure.subplots()
             draw(ax)
-            ax.set_title(title)
+            ax.set_title(_plain(title))
             panels.append(_element(figure, f"{grid.title}: {title}", f"{grid.name} {title}"))
         figure = Figure(figsize=(0.6 + 0.075 * max(map(len, grid.styles)), 0.2 * len(grid.styles)))
         figure.legend(handles=_handles(grid), loc="center left", frameon=False, borderpad=0, borderaxespad=0)
@@ -279,7 +278,12 @@ def inline(grid: Grid) -> tuple[str, list[str]]:
 
 
 def _handles(grid: Grid) -> list[Line2D]:
-    return [Line2D([], [], label=label, **style) for label, style in grid.styles.items()]
+    return [Line2D([], [], label=_plain(label), **style) for label, style in grid.styles.items()]
+
+
+def _plain(words: str) -> str:
+    """Words in which a dollar sign begins no formula."""
+    return words.replace("$", r"\$")
 
 
 def _saved(figure: Figure, kind: str, **options) -> bytes:

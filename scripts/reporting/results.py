@@ -5,7 +5,7 @@ its label is the method and those settings in which the method's configurations 
 of it: they are the tables' captions and columns.
 """
 
-import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,9 +84,7 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"{folder}: no record can be read; do the runs again with --force")
     source = folder if paths else folder / "results.csv"
     try:
-        # Records pass through CSV as well, so that both have the same types.
-        text = pd.DataFrame(records).to_csv(index=False) if paths else source.read_text(encoding="utf-8")
-        runs = pd.read_csv(io.StringIO(text), float_precision="round_trip", low_memory=False)
+        runs = pd.DataFrame(records) if paths else pd.read_csv(source, low_memory=False)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no results, no */result.json; name the --results_dir of your runs") from None
     except OSError as error:
@@ -94,7 +92,7 @@ def read_results(folder: Path) -> Results:
     except ValueError as error:  # of pandas and of decoding
         raise UserError(f"{source} is damaged ({' '.join(str(error).split())}); any run of main.py mends it") from None
     _check(runs, source)
-    return arrange(runs, notes)
+    return arrange(runs.astype({"shots": int, "seed": int, "test_accuracy": float}), notes)
 
 
 def _check(runs: pd.DataFrame, source: Path) -> None:
@@ -156,6 +154,8 @@ def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
 
 def text(value) -> str:
     """A setting as it is shown and compared: `-` where a method has none, numbers without trailing zeros."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value)
     if pd.isna(value):
         return "-"
     if isinstance(value, str):
