@@ -249,7 +249,7 @@ def test_markdown_and_latex_have_the_same_table(results):
 
 def test_differences_are_paired_t_tests(results, make, no_figures):
     generator = np.random.default_rng(1)
-    names = ("imagenet", "dtd", "ucf101", "digits")
+    names = ("imagenet", "dtd", "ucf101", "digits", "birds")  # the last two have no mean
     a, b = generator.uniform(40, 60, (2, len(names), 4))
     for (d, seed), _ in np.ndenumerate(a):
         results.add("so", names[d], seed=seed, accuracy=a[d, seed])
@@ -261,10 +261,10 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
     code, _, _, out = make()
     assert code == 0
     rows = pd.read_csv(out / "differences.csv").set_index("data_set")
-    assert list(rows.index) == ["ImageNet", "DTD", "UCF101", "mean of 3", "digits"]
-    assert rows.pairs.tolist() == [4, 3, 4, 11, 4] and set(rows.a) == {"so"} and set(rows.b) == {"lora"}
+    assert list(rows.index) == ["ImageNet", "DTD", "UCF101", "mean of 3", "birds", "digits"]
+    assert rows.pairs.tolist() == [4, 3, 4, 11, 4, 4] and set(rows.a) == {"so"} and set(rows.b) == {"lora"}
     differences = []
-    for d, name in enumerate(("ImageNet", "DTD", "UCF101", "digits")):
+    for d, name in enumerate(("ImageNet", "DTD", "UCF101", "digits", "birds")):
         first, second = (a[d], b[d]) if d != 1 else (a[d, 1:], b[d, 1:])
         test = stats.ttest_rel(first, second)
         wanted = [first.mean(), second.mean(), (first - second).mean(), *test.confidence_interval(0.95)]
@@ -274,7 +274,7 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
     mean = rows.loc["mean of 3"]
     assert (mean.difference, mean.low, mean.high) == pytest.approx((np.mean(differences[:3]), *wanted))
     page = (out / "index.html").read_text()
-    assert "15 pairs of runs" in page and "4 runs of the two have no partner" in page
+    assert "19 pairs of runs" in page and "4 runs of the two have no partner" in page
 
 
 def test_one_pair_has_no_interval_and_the_order_decides_the_sign(results, make, no_figures):
@@ -432,13 +432,18 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.loads, self.links, self.full = [], [], set()
+        self.loads, self.links, self.full, self.ids, self.used = [], [], set(), [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         for name, value in attributes:
             if name == "data-v":
                 self.full.add(value)
+            if name == "id":
+                self.ids.append(value)
+        if tag == "use":
+            self.used.append(dict(attributes).get("href"))
+        for name, value in attributes:
             if tag == "a" and name == "href":
                 self.links.append(value)
             elif name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster") and not value.startswith(
@@ -477,6 +482,9 @@ def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, 
     assert not page.loads and all(link.startswith(("#", "https://arxiv.org/")) for link in page.links)
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", text)
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    clips = re.findall(r"url\(#([^)]*)\)", text)
+    assert page.used and clips and {*page.used, *(f"#{clip}" for clip in clips)} <= {f"#{name}" for name in page.ids}
+    assert len(set(page.ids)) == len(page.ids)
     assert text.count("<svg") == 4 * 2  # a legend and a panel each
     for name in tidy:
         for value in pd.read_csv("one/runs.csv", dtype=str)[name].dropna().unique():
