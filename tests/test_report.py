@@ -480,6 +480,7 @@ def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, 
     text = (tmp_path / "one" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not page.loads and all(link.startswith(("#", "https://arxiv.org/")) for link in page.links)
+    assert set(re.findall(r"\w+://[^\s\"<]+", text)) == {link for link in page.links if not link.startswith("#")}
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", text)
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     clips = re.findall(r"url\(#([^)]*)\)", text)
