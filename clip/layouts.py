@@ -112,10 +112,13 @@ class PackedPrompts:
         return torch.cat([shared, self._pad(x, heads)], dim=2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        rests = _attention(self._pad(q, heads), self._prefixed(k, heads), self._prefixed(v, heads), self.causal)
+        rests = _join_heads(rests).flatten(0, 1)[self.slots]
+        if self.prefix == 0:
+            return rests
         shared = (_split_heads(x[None, : self.prefix], heads) for x in (q, k, v))
         first = _join_heads(_attention(*shared, is_causal=True))[0]  # [prefix, D]
-        rests = _attention(self._pad(q, heads), self._prefixed(k, heads), self._prefixed(v, heads), self.causal)
-        return torch.cat([first, _join_heads(rests).flatten(0, 1)[self.slots]])
+        return torch.cat([first, rests])
 
     def used(self, x: Tensor) -> Tensor:
         return x[self.ends]

@@ -17,7 +17,7 @@ from clip import CLIP
 from datasets import Task
 
 from . import lora
-from .adaptation import TRAINING, Adaptation, cosine_schedule
+from .adaptation import TRAINING, Adaptation, MethodError, cosine_schedule
 from .adapters import WEIGHT_DECAY
 from .peft_adapters import ADAPTER, PeftAdapters, library
 
@@ -33,6 +33,8 @@ class AdaLoRA(PeftAdapters):
     FORMAT = "clip-adalora-1"
 
     def __init__(self, model: CLIP, settings):
+        if settings.iterations < 2:
+            raise MethodError("--method adalora needs 2 iterations or more, to choose ranks in; raise --total_iters")
         peft = library("adalora")
         config = peft.AdaLoraConfig(
             init_r=math.ceil(INITIAL_RANK * settings.rank),

@@ -50,7 +50,12 @@ class PeftAdapters(Adapters):
             if settings.dropout > 0:
                 layer.lora_dropout[ADAPTER] = SeededDropout(settings.dropout, generator)
             layer.forward = partial(_forward, layer)
-        super().__init__(model, settings, {name: p for name, p in model.named_parameters() if p.requires_grad})
+        # AdaLoRA's constants, which peft makes trainable where it moves them to another device or type, stay frozen.
+        parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+        model.requires_grad_(False)
+        for p in parameters.values():
+            p.requires_grad_(True)
+        super().__init__(model, settings, parameters)
 
     def merged_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         return ((layer.base_layer.weight, merged(layer)) for layer in self.layers.values())
