@@ -72,6 +72,12 @@ class Settings:
     t: int = option(5, "iterations between two draws of SO's support")
     prune_first: bool = option(False, "SO prunes before it updates, as the paper's equation; released: after")
     sampled_gradients: bool = option(True, "SO: compute weight gradients at the support alone; the same to rounding")
+    # LoRA and its kin
+    rank: int = option(2, "LoRA: rank of each update; AdaLoRA: mean rank at the end")
+    alpha: float = option(1.0, "LoRA: updates are scaled by alpha / sqrt(rank); AdaLoRA: by alpha / (1.5 rank)")
+    dropout: float = option(0.25, "LoRA: part of its input that is dropped at random while training")
+    lora_on: str = option("q,k,v", "LoRA: which of the attention's projections q, k, v and o it is on")
+    merge_every: int = option(125, "ReLoRA: iterations between two merges")
     # images, classes and prompts
     draw: str = option("released", "order of the few-shot draw: the released code's, or CoOp's", datasets.ORDERS)
     split: str | None = option(
@@ -300,9 +306,9 @@ def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str
 
 
 def check(settings: Settings) -> Settings:
-    """The same settings with device and workers decided. UserError for values out of range or at odds."""
+    """The same settings, with device and workers decided. UserError for values out of range or at odds."""
     at_least = {"shots": 1, "seed": 0, "n_iters": 1, "total_iters": 1, "batch_size": 1, "t": 1, "eval_every": 0}
-    at_least |= {"early_stop_loss": 0, "workers": 0, "image_cache_mb": 0}
+    at_least |= {"early_stop_loss": 0, "workers": 0, "image_cache_mb": 0, "rank": 1, "merge_every": 1}
     for name, minimum in at_least.items():
         value = getattr(settings, name)
         if value is not None and not (minimum <= value < math.inf):
@@ -311,8 +317,14 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--shots must be at most {MAX_SHOTS}, not {settings.shots}")
     if settings.seed >= 2**63:
         raise UserError(f"--seed must be below 2**63, not {settings.seed}")
-    if not 0 < settings.lr < math.inf:
-        raise UserError(f"--lr must be positive, not {settings.lr}")
+    for name in ("lr", "alpha"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise UserError(f"--{name} must be positive, not {getattr(settings, name)}")
+    if not 0 <= settings.dropout < 1:
+        raise UserError(f"--dropout must be in [0, 1), not {settings.dropout}")
+    lora_on = [part.strip() for part in settings.lora_on.split(",")]
+    if len(set(lora_on)) < len(lora_on) or not set(lora_on) <= set("qkvo"):
+        raise UserError(f"--lora_on must name some of q,k,v,o with commas between, not {settings.lora_on!r}")
     if not 0 < settings.density_ratio <= 1:
         raise UserError(f"--density_ratio (1 - s) must be in (0, 1], not {settings.density_ratio}")
     if not 0 < settings.min_area <= 1:
@@ -331,7 +343,8 @@ def check(settings: Settings) -> Settings:
     if settings.filename and Path(settings.filename).name != settings.filename:
         raise UserError(f"--filename {settings.filename} must be a plain name; folders go into --save_path")
     workers = datasets.default_workers() if settings.workers is None else settings.workers
-    return replace(settings, device=_device(settings.device), workers=workers)
+    lora_on = ",".join(part for part in "qkvo" if part in lora_on)  # one order, one run
+    return replace(settings, device=_device(settings.device), workers=workers, lora_on=lora_on)
 
 
 def _check_data(settings: Settings) -> None:

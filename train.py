@@ -88,7 +88,8 @@ def fit(
     """Trains on the loader's batches with cross-entropy of the method's logits; ends early when an epoch's mean loss
     falls below `early_stop_loss`. Every `eval_every` iterations, at the next epoch's end, the evaluator is asked for
     the test accuracy, for the curve alone. Raises TrainingDiverged on a loss that is not finite."""
-    prompts = PackedPrompts(utils.tokenize_classes(task.class_names, task.templates[0])).to(model.device)
+    tokens = utils.tokenize_classes(task.class_names, task.templates[0])
+    prompts = PackedPrompts(tokens, adaptation.shares_prefix).to(model.device)
     text = None if adaptation.trains_text else _text_features(model, prompts, settings.precision).detach()
     per_epoch = datasets.batches_per_epoch(len(task.train), settings.batch_size)
     result, totals = Fit(), torch.zeros(3, device=model.device)  # sums over an epoch: loss, correct, images

@@ -2,9 +2,16 @@
 published values where they differ from those in run_utils.Settings; and `prepare(model, task, settings) -> Adaptation`,
 which freezes everything but what it trains."""
 
-from . import so, zero_shot
+from . import adalora, dora, lora, relora, so, zero_shot
 from .adaptation import Adaptation, MethodError, cosine_schedule, select_matrices
 
-METHODS = {"so": so, "zero_shot": zero_shot}
+METHODS = {
+    "so": so,
+    "zero_shot": zero_shot,
+    "lora": lora,
+    "relora": relora,
+    "dora": dora,
+    "adalora": adalora,
+}
 
 __all__ = ["METHODS", "Adaptation", "MethodError", "cosine_schedule", "select_matrices"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clip import CLIP, delta
+from clip.model import Block
 from utils import cosine_logits
 
 MINIMUM_LR = 1e-6
@@ -36,6 +37,12 @@ class Adaptation:
     @property
     def trainable_weights(self) -> int:
         return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether all prompts may share the activations of their common beginning while training: not if a method
+        draws something at random for every token."""
+        return True
 
     @property
     def trains_images(self) -> bool:
@@ -109,14 +116,20 @@ def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Pa
     They are, in the chosen blocks of the chosen towers, the attention's input projection (query, key and value
     stacked) and output projection, and the two matrices of the MLP: 96 tensors, 122,683,392 weights in ViT-B/16.
     """
+    for block in select_blocks(model, encoder, position).values():
+        for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+            linear.weight.requires_grad_(True)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def select_blocks(model: CLIP, encoder: str, position: str) -> dict[str, Block]:
+    """Freezes the model, and returns the chosen blocks of the chosen towers by name."""
     towers = {"vision": model.visual, "text": model}
     if encoder != "text" and not model.arch.is_vit:
         raise MethodError("a ResNet image encoder has no transformer blocks to adapt; use --encoder text")
     model.requires_grad_(False)
+    chosen = set()
     for name in ("text", "vision") if encoder == "both" else (encoder,):
         blocks = towers[name].transformer.resblocks
-        for index in chosen_blocks(position, len(blocks)):
-            block = blocks[index]
-            for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                linear.weight.requires_grad_(True)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+        chosen |= {blocks[index] for index in chosen_blocks(position, len(blocks))}
+    return {name: module for name, module in model.named_modules() if module in chosen}
