@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,7 +42,7 @@ class UserError(Exception):
     """A mistake that the user can mend; the message is one line with the remedy."""
 
 
-def option(default, text: str, choices: Sequence[str] | None = None, kind: type | None = None):
+def option(default, text: str, choices: Collection[str] | None = None, kind: type | None = None):
     """A field of Settings that is also a command-line flag and a key of config files."""
     return field(default=default, metadata={"help": text, "choices": choices, "kind": kind or type(default)})
 
@@ -52,7 +52,7 @@ class Settings:
     """All that determines a run. The names are those of the flags; no code changes them after `parse`."""
 
     # what
-    method: str = option("so", "method of adaptation", tuple(METHODS))
+    method: str = option("so", "method of adaptation", METHODS)
     dataset: str = option("digits", "data set; digits is embedded", datasets.available_datasets())
     root_path: str = option("", "folder that holds the data sets ($DATA)")
     shots: int = option(1, "labelled training images per class")
@@ -65,6 +65,7 @@ class Settings:
     lr: float = option(2e-4, "initial learning rate; cosine schedule down to 1e-6")
     n_iters: int = option(2000, "iterations per shot: n_iters x shots in all")
     total_iters: int | None = option(None, "iterations in all, instead of n_iters x shots", kind=int)
+    epochs: int | None = option(None, "passes over the training images, instead of n_iters x shots", kind=int)
     batch_size: int = option(32, "training images per iteration")
     early_stop_loss: float = option(0.01, "stop when an epoch's mean training loss falls below this; 0 never stops")
     # SO
@@ -72,6 +73,15 @@ class Settings:
     t: int = option(5, "iterations between two draws of SO's support")
     prune_first: bool = option(False, "SO prunes before it updates, as the paper's equation; released: after")
     sampled_gradients: bool = option(True, "SO: compute weight gradients at the support alone; the same to rounding")
+    # classifiers on frozen features
+    probe_c: float = option(0.316, "linear_probe: inverse strength of the L2 penalty, scikit-learn's C")
+    probe_iters: int = option(1000, "linear_probe: most iterations of the solver")
+    text_init: bool = option(False, "linear_probe: the solver starts at the text classifier, not at zero")
+    tip_alpha: float = option(1.0, "Tip-Adapter: residual ratio, weight of the cache beside CLIP's logits")
+    tip_beta: float = option(5.5, "Tip-Adapter: sharpness of the cache's affinities")
+    cache_passes: int = option(10, "Tip-Adapter: augmented views of an image whose mean is its key")
+    # ProLIP
+    prolip_lambda: float = option(1.0, "ProLIP: its regulariser's lambda times shots; 1 means lambda = 1 / shots")
     # images and prompts
     prompts: str = option(
         "released", "'a photo of a {}.' for all data sets, or each one's own", ("released", "specific")
@@ -96,6 +106,9 @@ class Settings:
 
     @property
     def iterations(self) -> int:
+        """Iterations in all. ValueError before `settle_epochs` has seen the data where `epochs` are asked for."""
+        if self.epochs is not None:
+            raise ValueError("epochs become iterations by settle_epochs")
         return self.total_iters or self.n_iters * self.shots
 
     @property
@@ -139,8 +152,8 @@ def slug(backbone: str) -> str:
 
 MAX_SHOTS = 10_000  # no class of the data sets has more images; beyond it lists of repeats fill the memory
 
-# Two spellings of one thing: whichever the later layer uses replaces the other.
-ALTERNATIVES = (("s", "density_ratio"), ("n_iters", "total_iters"))
+# Spellings of one thing: whichever the later layer uses replaces the others.
+ALTERNATIVES = (("s", "density_ratio"), ("n_iters", "total_iters", "epochs"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,11 +177,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     layers = [METHODS[method].DEFAULTS, *(part for layer in layers for part in _general_and_own(layer, method))]
     merged = {}
     for layer in layers:
-        for pair in ALTERNATIVES:
-            if set(pair) <= layer.keys():
-                raise UserError(f"{pair[0]} and {pair[1]} say the same thing twice; give one of them")
-            if set(pair) & layer.keys():
-                merged = {name: value for name, value in merged.items() if name not in pair}
+        for names in ALTERNATIVES:
+            used = [name for name in names if name in layer]
+            if len(used) > 1:
+                raise UserError(f"{used[0]} and {used[1]} say the same thing twice; give one of them")
+            if used:
+                merged = {name: value for name, value in merged.items() if name not in names}
         merged |= layer
     if "s" in merged:
         merged["density_ratio"] = round(1 - merged.pop("s"), 12)
@@ -176,11 +190,21 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if settings.eval_only:  # what the weights were trained with is the truth, whatever else was given
         try:
             trained = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])
+            if trained["method"] != settings.method:
+                raise UserError(f"{settings.checkpoint} was trained with --method {trained['method']}; evaluate it so")
             known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS}
-            settings = check(replace(settings, **known))
+            settings = check(replace(settings, epochs=None, **known))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
     return settings
+
+
+def settle_epochs(settings: Settings, training_images: int) -> Settings:
+    """The same settings with `epochs` as `total_iters`, for when the number of training images is known."""
+    if settings.epochs is None:
+        return settings
+    per_epoch = datasets.batches_per_epoch(training_images, settings.batch_size)
+    return replace(settings, epochs=None, total_iters=settings.epochs * per_epoch)
 
 
 def _general_and_own(layer: dict, method: str) -> tuple[dict, dict]:
@@ -264,8 +288,18 @@ def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str
 
 def check(settings: Settings) -> Settings:
     """The same settings with device and workers decided. UserError for values out of range or at odds."""
-    at_least = {"shots": 1, "seed": 0, "n_iters": 1, "total_iters": 1, "batch_size": 1, "t": 1, "eval_every": 0}
+    at_least = {
+        "shots": 1,
+        "seed": 0,
+        "n_iters": 1,
+        "total_iters": 1,
+        "epochs": 1,
+        "batch_size": 1,
+        "t": 1,
+        "eval_every": 0,
+    }
     at_least |= {"early_stop_loss": 0, "workers": 0, "image_cache_mb": 0}
+    at_least |= {"probe_iters": 1, "tip_alpha": 0, "tip_beta": 0, "cache_passes": 1, "prolip_lambda": 0}
     for name, minimum in at_least.items():
         value = getattr(settings, name)
         if value is not None and not (minimum <= value < math.inf):
@@ -274,8 +308,10 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--shots must be at most {MAX_SHOTS}, not {settings.shots}")
     if settings.seed >= 2**63:
         raise UserError(f"--seed must be below 2**63, not {settings.seed}")
-    if not 0 < settings.lr < math.inf:
-        raise UserError(f"--lr must be positive, not {settings.lr}")
+    for name in ("lr", "probe_c"):
+        value = getattr(settings, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} must be positive, not {value}")
     if not 0 < settings.density_ratio <= 1:
         raise UserError(f"--density_ratio (1 - s) must be in (0, 1], not {settings.density_ratio}")
     if not 0 < settings.min_area <= 1:
@@ -338,7 +374,8 @@ class Run:
         checkpoint = self.settings.checkpoint
         if record is None or record["split_sha256"] != split_sha256:
             return None
-        no_weights = checkpoint is None or self.settings.eval_only or record["trainable_weights"] == 0
+        nothing_changed = record["trainable_weights"] == 0 == record["changed_weights"]
+        no_weights = checkpoint is None or self.settings.eval_only or nothing_changed
         saved = no_weights or checkpoint_metadata(checkpoint).get("run_id") == self.settings.run_id
         return record if saved else None
 
@@ -461,7 +498,7 @@ def checkpoint_metadata(checkpoint: Path) -> dict[str, str]:
 
 def _config(settings: Settings) -> dict:
     """Settings as a config file that repeats the run; of two alternatives only the one in force."""
-    left_out = {"n_iters" if settings.total_iters else "total_iters", "force"}
+    left_out = {"n_iters" if settings.total_iters else "total_iters", "epochs", "force"}
     return {name: value for name, value in asdict(settings).items() if name not in left_out}
 
 

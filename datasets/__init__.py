@@ -11,7 +11,14 @@ from pathlib import Path
 
 from datasets.digits import CLASS_NAMES, TEMPLATES, DigitsTask, split_digits
 from datasets.fewshot import draw, draw_disjoint, val_shots
-from datasets.images import batches_per_epoch, default_workers, read_image, test_loader, training_loader
+from datasets.images import (
+    augmented_loader,
+    batches_per_epoch,
+    default_workers,
+    read_image,
+    test_loader,
+    training_loader,
+)
 from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, locate
 from datasets.splits import Split, list_imagenet, read_fgvc_split, read_json_split
 from datasets.task import DatasetError, Item, Task
@@ -20,6 +27,7 @@ __all__ = [
     "DatasetError",
     "Item",
     "Task",
+    "augmented_loader",
     "available_datasets",
     "batches_per_epoch",
     "build",
