@@ -91,6 +91,20 @@ def test_a_text_classifier_that_needs_no_improvement_stays(classes, capsys):
     assert not torch.equal(plain, text.double()) and not capsys.readouterr().err
 
 
+def test_logits_by_hand():
+    model, _ = clip.load("tiny")
+    items = (datasets.Item("0.jpg", 0), datasets.Item("1.jpg", 1))
+    task = datasets.Task("noise", ("cat", "dog"), ("{}",), items, (), (), None)
+    probe = METHODS["linear_probe"].prepare(model, task, Settings(backbone="tiny", device="cpu"))
+    with torch.no_grad():
+        probe.weight[0, :2], probe.weight[1, 1] = torch.tensor([0.25, 0.5]), -2
+        probe.bias.copy_(torch.tensor([7.0, 300.0]))
+    features = torch.zeros(1, 64)
+    features[0, :2] = torch.tensor([0.6, 0.8])
+    expected = [100 * (0.25 * 0.6 + 0.5 * 0.8) + 7, 100 * -2 * 0.8 + 300]
+    assert probe.logits(features, torch.randn(2, 64))[0].tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 def test_probabilities_are_scikit_learns(classes):
     generator = torch.Generator().manual_seed(0)

@@ -38,11 +38,24 @@ def test_logits_by_hand():
     cat = 80 + 2 * math.exp(-3 * 0.2)
     dog = 0 + 2 * (math.exp(-3 * 0.04) + math.exp(-3 * 0.4))
     assert logits[0].tolist() == pytest.approx([cat, dog], rel=1e-5)
-    task = datasets.Task("plane", ("cat", "dog"), ("{}",), items, (), (), None)
     plain = METHODS["tip_adapter"].prepare(Plane(), task, settings_of())  # alpha 1, beta 5.5
     plain.keys.copy_(adapter.keys)
     logits = plain.logits(torch.tensor([[0.8, 0.6]]), torch.tensor([[1.0, 0.0], [0.6, -0.8]]))
     assert logits[0, 0].item() == pytest.approx(80 + math.exp(-5.5 * 0.2), rel=1e-6)
+
+
+def test_a_saved_cache_brings_its_labels(tmp_path):
+    def adapter_of(*labels):
+        items = tuple(datasets.Item(f"{i}.jpg", label) for i, label in enumerate(labels))
+        task = datasets.Task("plane", ("cat", "dog"), ("{}",), items, (), (), None)
+        return METHODS["tip_adapter"].prepare(Plane(), task, settings_of())
+
+    saved, loaded = adapter_of(0, 1, 1), adapter_of(1, 0, 1)
+    saved.keys.copy_(torch.eye(3, 2))
+    saved.save(tmp_path / "cache.safetensors", "a" * 64, {})
+    loaded.load(tmp_path / "cache.safetensors", "a" * 64)
+    features = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
+    assert torch.equal(loaded.logits(features, torch.eye(2)), saved.logits(features, torch.eye(2)))
 
 
 @pytest.fixture(scope="module")
