@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
     """
     try:
         settings = run_utils.parse(argv)
-        runs = [run_utils.Run(one) for one in run_utils.one_by_one(settings)]
         # Data first, all of them: they are checked faster than weights are loaded, or downloaded.
-        tasks = [read_data(run.settings) for run in runs]
-        records = [run_once(run, task) for run, task in zip(runs, tasks)]
+        tasks = [(single, read_data(single)) for single in run_utils.one_by_one(settings)]
+        runs = [(run_utils.Run(run_utils.settle_epochs(single, len(task.train))), task) for single, task in tasks]
+        records = [run_once(run, task) for run, task in runs]
         return records[0] if settings.eval_datasets is None else records
     except MISTAKES as error:
         sys.exit(fail(str(error)))
@@ -102,6 +102,11 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         f"{settings.seed}, {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
         f"{adaptation.trainable_weights:,} weights"
     )
+    evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
+    start = time.perf_counter()
+    if not settings.eval_only:
+        adaptation.build()
+    build_seconds = time.perf_counter() - start
     loader = None
     if adaptation.optimizer is not None and not settings.eval_only:  # made first: it finds damaged training images
         augment = train_transform(model.arch.resolution, settings.min_area, settings.flip)
@@ -115,7 +120,6 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
             settings.image_cache_mb,
             pin_memory=model.device.type == "cuda",
         )
-    evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
     zero_shot = evaluator.zero_shot()
     print(f"zero-shot accuracy {zero_shot:.2f} % on {len(task.test)} test images")
 
@@ -130,7 +134,7 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
     start = time.perf_counter()
     accuracy = evaluator.adapted(adaptation)
     eval_seconds = time.perf_counter() - start
-    if settings.checkpoint and not settings.eval_only and adaptation.parameters:
+    if settings.checkpoint and not settings.eval_only and adaptation.has_weights:
         metadata = {"run_id": settings.run_id, "method": settings.method, "settings": json.dumps(asdict(settings))}
         checkpoint_bytes = adaptation.save(settings.checkpoint, base_sha256, metadata)
 
@@ -141,7 +145,7 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         "final_loss": fit.last["loss"],
         "iterations": fit.iterations,
         "stopped_early": fit.stopped_early,
-        "train_seconds": fit.seconds,
+        "train_seconds": build_seconds + fit.seconds,
         "eval_seconds": eval_seconds,
         "peak_memory_mb": run_utils.peak_memory_mb(model.device),
         "trainable_weights": adaptation.trainable_weights,

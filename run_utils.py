@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,7 +42,7 @@ class UserError(Exception):
     """A mistake that the user can mend; the message is one line with the remedy."""
 
 
-def option(default, text: str, choices: Sequence[str] | None = None, kind: type | None = None):
+def option(default, text: str, choices: Collection[str] | None = None, kind: type | None = None):
     """A field of Settings that is also a command-line flag and a key of config files."""
     return field(default=default, metadata={"help": text, "choices": choices, "kind": kind or type(default)})
 
@@ -52,7 +52,7 @@ class Settings:
     """All that determines a run. The names are those of the flags; no code changes them after `parse`."""
 
     # what
-    method: str = option("so", "method of adaptation", tuple(METHODS))
+    method: str = option("so", "method of adaptation", METHODS)
     dataset: str = option("digits", "data set; digits is embedded, folder your own", datasets.available_datasets())
     root_path: str = option("", "folder that holds the data sets ($DATA); for folder, that of your images")
     shots: int = option(1, "labelled training images per class")
@@ -65,6 +65,7 @@ class Settings:
     lr: float = option(2e-4, "initial learning rate; cosine schedule down to 1e-6")
     n_iters: int = option(2000, "iterations per shot: n_iters x shots in all")
     total_iters: int | None = option(None, "iterations in all, instead of n_iters x shots", kind=int)
+    epochs: int | None = option(None, "passes over the training images, instead of n_iters x shots", kind=int)
     batch_size: int = option(32, "training images per iteration")
     early_stop_loss: float = option(0.01, "stop when an epoch's mean training loss falls below this; 0 never stops")
     # SO
@@ -78,6 +79,15 @@ class Settings:
     dropout: float = option(0.25, "LoRA: part of its input that is dropped at random while training")
     lora_on: str = option("q,k,v", "LoRA: which of the attention's projections q, k, v and o it is on")
     merge_every: int = option(125, "ReLoRA: iterations between two merges")
+    # classifiers on frozen features
+    probe_c: float = option(0.316, "linear_probe: inverse strength of the L2 penalty, scikit-learn's C")
+    probe_iters: int = option(1000, "linear_probe: most iterations of the solver")
+    text_init: bool = option(False, "linear_probe: the solver starts at the text classifier, not at zero")
+    tip_alpha: float = option(1.0, "Tip-Adapter: residual ratio, weight of the cache beside CLIP's logits")
+    tip_beta: float = option(5.5, "Tip-Adapter: sharpness of the cache's affinities")
+    cache_passes: int = option(10, "Tip-Adapter: augmented views of an image whose mean is its key")
+    # ProLIP
+    prolip_lambda: float = option(1.0, "ProLIP: its regulariser's lambda times shots; 1 means lambda = 1 / shots")
     # images, classes and prompts
     draw: str = option("released", "order of the few-shot draw: the released code's, or CoOp's", datasets.ORDERS)
     split: str | None = option(
@@ -111,6 +121,9 @@ class Settings:
 
     @property
     def iterations(self) -> int:
+        """Iterations in all. ValueError before `settle_epochs` has seen the data where `epochs` are asked for."""
+        if self.epochs is not None:
+            raise ValueError("epochs become iterations by settle_epochs")
         return self.total_iters or self.n_iters * self.shots
 
     @property
@@ -173,8 +186,8 @@ def slug(backbone: str) -> str:
 
 MAX_SHOTS = 10_000  # no class of the data sets has more images; beyond it lists of repeats fill the memory
 
-# Two spellings of one thing: whichever the later layer uses replaces the other.
-ALTERNATIVES = (("s", "density_ratio"), ("n_iters", "total_iters"))
+# Spellings of one thing: whichever the later layer uses replaces the others.
+ALTERNATIVES = (("s", "density_ratio"), ("n_iters", "total_iters", "epochs"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -198,11 +211,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     layers = [METHODS[method].DEFAULTS, *(part for layer in layers for part in _general_and_own(layer, method))]
     merged = {}
     for layer in layers:
-        for pair in ALTERNATIVES:
-            if set(pair) <= layer.keys():
-                raise UserError(f"{pair[0]} and {pair[1]} say the same thing twice; give one of them")
-            if set(pair) & layer.keys():
-                merged = {name: value for name, value in merged.items() if name not in pair}
+        for names in ALTERNATIVES:
+            used = [name for name in names if name in layer]
+            if len(used) > 1:
+                raise UserError(f"{used[0]} and {used[1]} say the same thing twice; give one of them")
+            if used:
+                merged = {name: value for name, value in merged.items() if name not in names}
         merged |= layer
     if "s" in merged:
         merged["density_ratio"] = round(1 - merged.pop("s"), 12)
@@ -212,11 +226,21 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if settings.eval_only:  # what the weights were trained with is the truth, whatever else was given
         try:
             trained = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])
+            if trained["method"] != settings.method:
+                raise UserError(f"{settings.checkpoint} was trained with --method {trained['method']}; evaluate it so")
             known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS}
-            settings = check(replace(settings, **known))
+            settings = check(replace(settings, epochs=None, **known))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
     return settings
+
+
+def settle_epochs(settings: Settings, training_images: int) -> Settings:
+    """The same settings with `epochs` as `total_iters`, for when the number of training images is known."""
+    if settings.epochs is None:
+        return settings
+    per_epoch = datasets.batches_per_epoch(training_images, settings.batch_size)
+    return replace(settings, epochs=None, total_iters=settings.epochs * per_epoch)
 
 
 def _general_and_own(layer: dict, method: str) -> tuple[dict, dict]:
@@ -307,8 +331,10 @@ def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str
 
 def check(settings: Settings) -> Settings:
     """The same settings, with device and workers decided. UserError for values out of range or at odds."""
-    at_least = {"shots": 1, "seed": 0, "n_iters": 1, "total_iters": 1, "batch_size": 1, "t": 1, "eval_every": 0}
-    at_least |= {"early_stop_loss": 0, "workers": 0, "image_cache_mb": 0, "rank": 1, "merge_every": 1}
+    at_least = dict.fromkeys("shots n_iters total_iters epochs batch_size t rank merge_every".split(), 1)
+    at_least |= dict.fromkeys("probe_iters cache_passes".split(), 1)
+    at_least |= dict.fromkeys("seed eval_every early_stop_loss workers image_cache_mb".split(), 0)
+    at_least |= dict.fromkeys("tip_alpha tip_beta prolip_lambda".split(), 0)
     for name, minimum in at_least.items():
         value = getattr(settings, name)
         if value is not None and not (minimum <= value < math.inf):
@@ -317,7 +343,7 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--shots must be at most {MAX_SHOTS}, not {settings.shots}")
     if settings.seed >= 2**63:
         raise UserError(f"--seed must be below 2**63, not {settings.seed}")
-    for name in ("lr", "alpha"):
+    for name in ("lr", "alpha", "probe_c"):
         if not 0 < getattr(settings, name) < math.inf:
             raise UserError(f"--{name} must be positive, not {getattr(settings, name)}")
     if not 0 <= settings.dropout < 1:
@@ -431,7 +457,8 @@ class Run:
         checkpoint = self.settings.checkpoint
         if record is None or record["split_sha256"] != split_sha256:
             return None
-        no_weights = checkpoint is None or self.settings.eval_only or record["trainable_weights"] == 0
+        nothing_changed = record["trainable_weights"] == 0 == record["changed_weights"]
+        no_weights = checkpoint is None or self.settings.eval_only or nothing_changed
         saved = no_weights or checkpoint_metadata(checkpoint).get("run_id") == self.settings.run_id
         return record if saved else None
 
@@ -560,7 +587,7 @@ def checkpoint_metadata(checkpoint: Path) -> dict[str, str]:
 
 def _config(settings: Settings) -> dict:
     """Settings as a config file that repeats the run; of two alternatives only the one in force."""
-    left_out = {"n_iters" if settings.total_iters else "total_iters", "force"}
+    left_out = {"n_iters" if settings.total_iters else "total_iters", "epochs", "force"}
     return {name: value for name, value in asdict(settings).items() if name not in left_out}
 
 

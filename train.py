@@ -103,16 +103,21 @@ def fit(
         classifier = _text_features(model, prompts, settings.precision) if text is None else text
         logits = adaptation.logits(features, classifier)
         loss = F.cross_entropy(logits, labels)
-        adaptation.optimizer.zero_grad()
-        (loss + adaptation.penalty()).backward()
+        begins_epoch, ends_epoch = (result.iterations - 1) % per_epoch == 0, result.iterations % per_epoch == 0
+        if begins_epoch or not adaptation.full_batch:
+            adaptation.optimizer.zero_grad()
+        # The shares of an epoch's batches add up to 1: the penalty is counted once, the loss is the mean over images.
+        share = len(labels) / len(task.train) if adaptation.full_batch else 1.0
+        (share * (loss + adaptation.penalty())).backward()
         lr = adaptation.optimizer.param_groups[0]["lr"]
-        adaptation.optimizer.step()
-        adaptation.scheduler.step()
-        adaptation.after_step(result.iterations)
+        if ends_epoch or not adaptation.full_batch:
+            adaptation.optimizer.step()
+            adaptation.scheduler.step()
+            adaptation.after_step(result.iterations)
         totals += _totals(loss.detach(), logits.detach(), labels)
 
         is_last = result.iterations == settings.iterations
-        if result.iterations % per_epoch == 0 or is_last:
+        if ends_epoch or is_last:
             row = _epoch_row(result.iterations, totals, settings)
             if result.iterations >= next_eval:
                 began = time.perf_counter()

@@ -15,7 +15,14 @@ from datasets.digits import DigitsTask, split_digits
 from datasets.fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
 from datasets.folder import TEMPLATES as FOLDER_TEMPLATES
 from datasets.folder import FolderTask, read_folder
-from datasets.images import batches_per_epoch, default_workers, read_image, test_loader, training_loader
+from datasets.images import (
+    augmented_loader,
+    batches_per_epoch,
+    default_workers,
+    read_image,
+    test_loader,
+    training_loader,
+)
 from datasets.recorded import import_coop, replay, to_json
 from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, locate
 from datasets.splits import (
@@ -34,6 +41,7 @@ __all__ = [
     "DatasetError",
     "Item",
     "Task",
+    "augmented_loader",
     "available_datasets",
     "batches_per_epoch",
     "build",

@@ -2,16 +2,20 @@
 published values where they differ from those in run_utils.Settings; and `prepare(model, task, settings) -> Adaptation`,
 which freezes everything but what it trains."""
 
-from . import adalora, dora, lora, relora, so, zero_shot
+from . import adalora, dora, linear_probe, lora, prolip, relora, so, tip_adapter, tip_adapter_f, zero_shot
 from .adaptation import Adaptation, MethodError, cosine_schedule, select_matrices
 
 METHODS = {
     "so": so,
-    "zero_shot": zero_shot,
     "lora": lora,
     "relora": relora,
     "dora": dora,
     "adalora": adalora,
+    "prolip": prolip,
+    "linear_probe": linear_probe,
+    "tip_adapter": tip_adapter,
+    "tip_adapter_f": tip_adapter_f,
+    "zero_shot": zero_shot,
 }
 
 __all__ = ["METHODS", "Adaptation", "MethodError", "cosine_schedule", "select_matrices"]

@@ -21,8 +21,13 @@ class MethodError(Exception):
 class Adaptation:
     """Parameters that are trained in place, what updates them, and the weights that changed since.
 
-    `parameters` are the model's by name; all others must be frozen. Without an optimizer nothing is trained.
+    `parameters` are the model's by name; all others must be frozen. Without an optimizer train.fit is not called.
     """
+
+    # One update per epoch, from the mean loss of all its images: batch_size is then how many are read at a time.
+    full_batch = False
+    # Whether this works for the classes alone that it was made for, so that another data set must be refused.
+    bound_to_classes = False
 
     def __init__(
         self,
@@ -54,6 +59,15 @@ class Adaptation:
         """Whether the text tower changes; if not, text features stay what they are."""
         return any(not name.startswith("visual.") for name in self.parameters)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is anything to save."""
+        return bool(self.parameters)
+
+    def build(self) -> None:
+        """Called once before training, but not where saved weights are evaluated: for what a method computes from the
+        training images without the training loop."""
+
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Logits [B, C] of unit image features [B, E] and the classes' unit text features [C, E]: as CLIP's, unless a
         method has a classifier of its own."""
@@ -80,9 +94,11 @@ class Adaptation:
         delta.apply_delta(self.model, path, base_sha256)
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, iterations: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """From the optimizer's learning rate down to 1e-6 along half a cosine, one step an iteration."""
-    lowest = min(MINIMUM_LR, *(group["lr"] for group in optimizer.param_groups))
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, iterations: int, lowest: float = MINIMUM_LR
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """From the optimizer's learning rate down to `lowest` along half a cosine, one step an iteration."""
+    lowest = min(lowest, *(group["lr"] for group in optimizer.param_groups))
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=lowest)
 
 

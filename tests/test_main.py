@@ -246,7 +246,7 @@ def test_published_values_of_a_method_lie_below_everything_else(tmp_path, monkey
 
 def test_shipped_configs_say_what_they_promise():
     configs = Path(__file__).parent.parent / "configs"
-    assert yaml.safe_load((configs / "default.yaml").read_text()).keys() | {"total_iters"} == set(
+    assert yaml.safe_load((configs / "default.yaml").read_text()).keys() | {"total_iters", "epochs"} == set(
         Settings.__dataclass_fields__
     )
     data = ["--dataset", "dtd", "--root_path", "data", "--shots", "4"]

@@ -376,6 +376,7 @@ def still(model):
         scheduler=scheduler,
         trains_text=True,
         trains_images=True,
+        full_batch=False,
         logits=utils.cosine_logits,
         penalty=float,
         after_step=lambda iteration: None,

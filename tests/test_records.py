@@ -482,7 +482,7 @@ def test_the_largest_seed():
 
 def test_null_in_a_config_file_is_refused_where_it_has_no_meaning(tmp_path):
     path = tmp_path / "c.yaml"
-    optional = {"total_iters", "workers", "save_path", "filename", "split", "eval_datasets"}
+    optional = {"total_iters", "epochs", "workers", "save_path", "filename", "split", "eval_datasets"}
     for name in Settings.__dataclass_fields__:
         path.write_text(f"{name}: null\n")
         if name in optional:
