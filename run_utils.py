@@ -8,6 +8,7 @@ rebuilt from all of these files.
 import argparse
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import datasets
 from clip.download import file_sha256
 from methods import METHODS
 from methods.adaptation import ENCODERS, POSITIONS
+from optimizers.ablations import GRADIENTS, MOMENTS, SUPPORTS
 
 PROJECT = Path(__file__).resolve().parent
 QUICK_START = PROJECT / "configs" / "digits.yaml"
@@ -72,6 +74,21 @@ class Settings:
     t: int = option(5, "iterations between two draws of SO's support")
     prune_first: bool = option(False, "SO prunes before it updates, as the paper's equation; released: after")
     sampled_gradients: bool = option(True, "SO: compute weight gradients at the support alone; the same to rounding")
+    # SO's ablations; SO itself is random, importance, dynamic
+    gradient: str = option("random", "so_ablation: which entries have a gradient", GRADIENTS)
+    moments: str = option("importance", "so_ablation: which entries keep moments", MOMENTS)
+    support: str = option("dynamic", "so_ablation: entries with a gradient drawn every t iterations, or once", SUPPORTS)
+    # choice of settings
+    search: dict = field(  # name of a setting: values
+        default_factory=dict,
+        metadata={
+            "help": "values of a setting of the method, to choose from by accuracy on the few-shot val images; given "
+            "several times, all combinations are tried"
+        },
+    )
+    tuned_on: str = option(
+        "none", "for the record: images on which settings were chosen; --search makes it val", ("none", "val", "test")
+    )
     # images and prompts
     prompts: str = option(
         "released", "'a photo of a {}.' for all data sets, or each one's own", ("released", "specific")
@@ -115,6 +132,9 @@ class Settings:
             relevant["backbone"] = file_sha256(Path(self.backbone))
         if self.eval_only:  # the weights decide, not where they lie
             relevant["checkpoint"] = file_sha256(self.checkpoint)
+        if self.search:  # in order, which decides between equals
+            relevant = {name: value for name, value in relevant.items() if name not in self.search}
+            relevant["search"] = list(self.search.items())
         digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
         evaluated = "_eval" if self.eval_only else ""
         name = f"{self.method}_{self.dataset}_{slug(self.backbone)}_{self.shots}shot_seed{self.seed}"
@@ -126,7 +146,15 @@ class Settings:
         used = {name: getattr(self, name) for name in METHODS[self.method].HYPERPARAMETERS if name != "n_iters"}
         return used | ({"total_iters": self.iterations} if "total_iters" in used else {})
 
+    @property
+    def candidates(self) -> list["Settings"]:
+        """The settings that a search compares: all combinations of its values, the last name's varying fastest."""
+        points = [dict(zip(self.search, values)) for values in itertools.product(*self.search.values())]
+        found = replace(self, search={}, tuned_on="val")
+        return [replace(found, **({"total_iters": None} if "n_iters" in point else {}) | point) for point in points]
 
+
+SIMPLE = [f for f in fields(Settings) if f.name != "search"]  # those that have one value
 # What identifies a run beside its method's hyperparameters. Paths, caches and workers change no result.
 IDENTITY = ("method", "dataset", "shots", "seed", "backbone", "prompts", "precision", "eval_only")
 
@@ -156,6 +184,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     Below both lie the method's published values and, for the data set digits, the quick start's configs/digits.yaml.
     """
     given = vars(_parser().parse_args(argv))
+    if "search" in given:
+        given["search"] = _grid_of_words(given["search"])
     layers = [read_config(Path(given.pop("config"))), given] if "config" in given else [given]
     merged = {name: value for layer in layers for name, value in layer.items() if name in ("dataset", "method")}
     method = merged.get("method", "so")
@@ -176,8 +206,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if settings.eval_only:  # what the weights were trained with is the truth, whatever else was given
         try:
             trained = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])
-            known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS}
-            settings = check(replace(settings, **known))
+            known = {name: trained[name] for name in (*METHODS[settings.method].HYPERPARAMETERS, "tuned_on")}
+            settings = check(replace(settings, search={}, **known))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
     return settings
@@ -199,13 +229,15 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins over it")
-    for f in fields(Settings):
+    for f in SIMPLE:
         text = f"{f.metadata['help']} [{f.default}]"
         if f.metadata["kind"] is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(f"--{f.name}", type=f.metadata["kind"], choices=f.metadata["choices"], help=text)
     parser.add_argument("--s", type=float, help="sparsity, 1 - density_ratio [0.99995]")
+    search = Settings.__dataclass_fields__["search"].metadata["help"]
+    parser.add_argument("--search", action="append", metavar="NAME=VALUE,VALUE,...", help=search)
     return parser
 
 
@@ -232,18 +264,37 @@ def _settings(content, where: str, untyped: Sequence[str] = ()) -> dict:
     """The settings in a part of a config file, each in its proper type."""
     if not isinstance(content or {}, dict):
         raise UserError(f"{where} must hold lines of the form `name: value`")
-    known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in fields(Settings)}
+    known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in SIMPLE}
     known["s"] = (float, None, 0.99995)
     settings = {}
     for name, value in (content or {}).items():
         if name in untyped:
             settings[name] = value
             continue
+        if name == "search":
+            settings[name] = _grid(value, f"{where}: search")
+            continue
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             raise UserError(f"{where}: unknown setting {name!r}" + (f"; meant {close[0]}?" if close else ""))
         settings[name] = _typed(value, *known[name], where=f"{where}: {name}")
     return settings
+
+
+def _grid(content, where: str) -> dict[str, list]:
+    """What a search compares: by name of a setting its values, each in its proper type."""
+    if not isinstance(content, dict) or not all(isinstance(values, list) and values for values in content.values()):
+        raise UserError(f"{where} must be `name: [value, value, ...]`, not {content!r}")
+    return {name: [_settings({name: value}, where)[name] for value in values] for name, values in content.items()}
+
+
+def _grid_of_words(words: Sequence[str]) -> dict[str, list]:
+    """The same from the command line, where it is NAME=VALUE,VALUE,... once or more."""
+    truth, grid = {"true": True, "false": False}, {}
+    for word in words:
+        name, _, values = word.partition("=")
+        grid.setdefault(name, []).extend(truth.get(value, value) for value in values.split(","))
+    return _grid(grid, "--search")
 
 
 def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str):
@@ -292,8 +343,22 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--eval_only: there is no {settings.checkpoint}; check --save_path and the run's settings")
     if settings.filename and Path(settings.filename).name != settings.filename:
         raise UserError(f"--filename {settings.filename} must be a plain name; folders go into --save_path")
+    _check_search(settings)
     workers = datasets.default_workers() if settings.workers is None else settings.workers
     return replace(settings, device=_device(settings.device), workers=workers)
+
+
+def _check_search(settings: Settings) -> None:
+    names = [name for name in METHODS[settings.method].HYPERPARAMETERS if name != "eval_every"]
+    for name in settings.search:
+        if name not in names:
+            remedy = f"choose from {', '.join(names)}" if names else "leave --search out"
+            raise UserError(f"--search {name}: the method {settings.method} has no such setting to choose; {remedy}")
+    for pair in ALTERNATIVES:
+        if set(pair) <= settings.search.keys():
+            raise UserError(f"--search: {pair[0]} and {pair[1]} say the same thing twice; give one of them")
+    for candidate in settings.candidates if settings.search else ():
+        check(candidate)
 
 
 def _device(name: str) -> str:
@@ -391,8 +456,11 @@ class Run:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def record(self, result: dict, curve: list[dict], timing: list[dict]) -> dict:
-        """Writes the curves, then the result, then the table of all results; returns the whole record."""
+    def record(self, result: dict, curve: list[dict], timing: list[dict], search: Sequence[dict] = ()) -> dict:
+        """Writes the curves, then the result, then the table of all results; returns the whole record.
+
+        `result` may have other values of the method's settings than the run's: those that a search chose.
+        """
         settings = self.settings
         record = {
             **{name: getattr(settings, name) for name in IDENTITY},
@@ -411,6 +479,9 @@ class Run:
             columns = [name for name in CURVE if any(name in row for row in curve)]
             write_atomically(self.folder / "curve.csv", pd.DataFrame(curve, columns=columns).to_csv(index=False))
             write_atomically(self.folder / "timing.csv", pd.DataFrame(timing).to_csv(index=False))
+        if search:
+            table = pd.DataFrame(search).astype({"iterations": "Int64"})  # whole, or missing
+            write_atomically(self.folder / "search.csv", table.to_csv(index=False))
         write_atomically(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
         rebuild_table(self.results)
         return record
@@ -420,12 +491,12 @@ CURVE = ("iteration", "loss", "train_accuracy", "test_accuracy", "lr")
 # Columns of results.csv in order. Hyperparameters that are not named here follow lr, density_ratio and t.
 FIRST = (
     "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss iterations "
-    "stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights checkpoint_bytes "
-    "lr density_ratio t".split()
+    "stopped_early train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights changed_weights "
+    "optimizer_bytes checkpoint_bytes lr density_ratio t".split()
 )
 LAST = (
-    "encoder position precision prompts template eval_only split_sha256 weights_sha256 git_commit torch_version "
-    "device finished_at".split()
+    "encoder position precision prompts template eval_only tuned_on split_sha256 weights_sha256 git_commit "
+    "torch_version device finished_at".split()
 )
 
 

@@ -2,9 +2,9 @@
 published values where they differ from those in run_utils.Settings; and `prepare(model, task, settings) -> Adaptation`,
 which freezes everything but what it trains."""
 
-from . import so, zero_shot
+from . import adam, so, so_ablation, zero_shot
 from .adaptation import Adaptation, MethodError, cosine_schedule, select_matrices
 
-METHODS = {"so": so, "zero_shot": zero_shot}
+METHODS = {"so": so, "zero_shot": zero_shot, "adam": adam, "so_ablation": so_ablation}
 
 __all__ = ["METHODS", "Adaptation", "MethodError", "cosine_schedule", "select_matrices"]

@@ -17,9 +17,9 @@ from run_utils import Settings, UserError, parse
 QUICK = ("--shots", 2, "--total_iters", 6, "--workers", 0)
 COLUMNS = set(
     "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss iterations "
-    "stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights checkpoint_bytes lr "
-    "density_ratio t prune_first encoder position precision template split_sha256 weights_sha256 git_commit "
-    "torch_version device finished_at".split(" ")
+    "stopped_early train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights changed_weights "
+    "optimizer_bytes checkpoint_bytes lr density_ratio t prune_first encoder position precision template tuned_on "
+    "split_sha256 weights_sha256 git_commit torch_version device finished_at".split(" ")
 )
 
 

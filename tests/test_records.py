@@ -410,10 +410,10 @@ def test_what_is_json_but_no_record_is_left_out_too(tmp_path, capsys, text):
 
 def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
     first = "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss"
-    first += " iterations stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights"
-    first += " checkpoint_bytes lr density_ratio t"
-    last = "encoder position precision prompts template eval_only split_sha256 weights_sha256 git_commit torch_version"
-    last += " device finished_at"
+    first += " iterations stopped_early train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights"
+    first += " changed_weights optimizer_bytes checkpoint_bytes lr density_ratio t"
+    last = "encoder position precision prompts template eval_only tuned_on split_sha256 weights_sha256 git_commit"
+    last += " torch_version device finished_at"
     between = {"batch_size", "early_stop_loss", "eval_every", "flip", "min_area", "prune_first", "sampled_gradients"}
     between |= {"total_iters"}
     last_result = {"template": "a photo of a {}.", "split_sha256": "s", "weights_sha256": "w", "final_loss": 0.5}
