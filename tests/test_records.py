@@ -430,6 +430,20 @@ def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
         assert len(columns) == len(set(columns))
 
 
+def test_a_search_is_written_beside_the_result_and_its_choice_is_recorded(tmp_path):
+    settings = settings_of(tmp_path, search={"lr": [1e-3, 2e-3]}, lr=7.0)
+    rows = [dict(lr=1e-3, val_accuracy=50.0, iterations=3, chosen=True)]
+    rows += [dict(lr=2e-3, val_accuracy=None, iterations=None, chosen=False)]
+    with Run(settings) as run:
+        written = run.record(MADE_UP | {"lr": 1e-3, "tuned_on": "val", "search_seconds": 2.5}, [], [], rows)
+    text = (tmp_path / settings.run_id / "search.csv").read_text()
+    assert text == "lr,val_accuracy,iterations,chosen\n0.001,50.0,3,True\n0.002,,,False\n"
+    assert (written["lr"], written["tuned_on"], written["search_seconds"]) == (1e-3, "val", 2.5)
+    assert pd.read_csv(tmp_path / "results.csv").lr.item() == 1e-3
+    repeated = parse(["--config", str(tmp_path / settings.run_id / "config.yaml")])
+    assert repeated.search == {"lr": [1e-3, 2e-3]} and repeated.run_id == settings.run_id
+
+
 # --- measurements
 
 
