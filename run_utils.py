@@ -148,10 +148,12 @@ class Settings:
 
     @property
     def candidates(self) -> list["Settings"]:
-        """The settings that a search compares: all combinations of its values, the last name's varying fastest."""
-        points = [dict(zip(self.search, values)) for values in itertools.product(*self.search.values())]
-        found = replace(self, search={}, tuned_on="val")
-        return [replace(found, **({"total_iters": None} if "n_iters" in point else {}) | point) for point in points]
+        """The settings that a search compares: all combinations of its values, the last name's varying fastest.
+        UserError if one of them cannot work."""
+        total_iters = None if "n_iters" in self.search else self.total_iters
+        found = replace(self, search={}, tuned_on="val", total_iters=total_iters)
+        points = itertools.product(*self.search.values())
+        return [check(replace(found, **dict(zip(self.search, values)))) for values in points]
 
 
 SIMPLE = [f for f in fields(Settings) if f.name != "search"]  # those that have one value
@@ -357,8 +359,8 @@ def _check_search(settings: Settings) -> None:
     for pair in ALTERNATIVES:
         if set(pair) <= settings.search.keys():
             raise UserError(f"--search: {pair[0]} and {pair[1]} say the same thing twice; give one of them")
-    for candidate in settings.candidates if settings.search else ():
-        check(candidate)
+    if settings.search:
+        _ = settings.candidates  # each of which is checked
 
 
 def _device(name: str) -> str:

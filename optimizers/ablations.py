@@ -111,20 +111,21 @@ class SOAblation(Optimizer):
         g = grad[support] + group["weight_decay"] * weights[support]
 
         if moments == "dense":
-            m, v = (state.get(name, torch.zeros_like(weights)) for name in ("m", "v"))
-            m, v = beta1 * m, beta2 * v
+            if "m" not in state:
+                state["m"], state["v"] = torch.zeros_like(weights), torch.zeros_like(weights)
+            m, v = state["m"].mul_(beta1), state["v"].mul_(beta2)
             m[support] += (1 - beta1) * g
             v[support] += (1 - beta2) * g**2
             weights -= adam_update(m, v, *adam)
-            state["m"], state["v"] = m, v
             return
 
         if "kept" not in state:  # zero moments on the support are the same as no moments
             state["kept"], state["m"], state["v"] = support, torch.zeros_like(g), torch.zeros_like(g)
         before = (state["kept"], support, state["m"], state["v"], g)
         union, m, v, is_twin = (row[0] for row in merge(*(x[None] for x in before), beta1, beta2))
-        is_used = torch.isin(union, support) & ~is_twin if moments == "none" else ~is_twin
-        union, m, v = union[is_used], m[is_used], v[is_used]
+        # Each entry once: of all of U, or of S alone, which stands after K.
+        once = slice(len(state["kept"]), None) if moments == "none" else ~is_twin
+        union, m, v = union[once], m[once], v[once]
 
         if moments == "importance":
             chosen = m.abs().topk(k).indices
