@@ -3,6 +3,7 @@
 python main.py                                                       # SO on the embedded digits
 python main.py --shots 4 --method zero_shot                          # the same without training
 python main.py --dataset dtd --shots 4 --root_path $DATA             # the released protocol on ViT-B/16
+python main.py --shots 4 --search lr=3e-4,1e-3,3e-3                  # lr is chosen on the val images
 python main.py --config configs/so_paper.yaml --dataset dtd --shots 4 --root_path $DATA
 """
 
@@ -25,8 +26,7 @@ import clip
 import datasets
 import run_utils
 import train
-from clip.preprocess import train_transform
-from methods import METHODS, MethodError
+from methods import MethodError
 
 MISTAKES = (run_utils.UserError, datasets.DatasetError, clip.WeightsError, MethodError, train.TrainingDiverged)
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
         settings = run_utils.parse(argv)
         # Data first, all of them: they are checked faster than weights are loaded, or downloaded.
         tasks = [(single, read_data(single)) for single in run_utils.one_by_one(settings)]
-        runs = [(run_utils.Run(run_utils.settle_epochs(single, len(task.train))), task) for single, task in tasks]
+        runs = [(run_utils.Run(single.settled(len(task.train))), task) for single, task in tasks]
         records = [run_once(run, task) for run, task in runs]
         return records[0] if settings.eval_datasets is None else records
     except MISTAKES as error:
@@ -96,30 +96,16 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
     run_utils.make_reproducible(settings.seed)
     model, preprocess = clip.load(settings.backbone, settings.device)
     base_sha256 = clip.weights_sha256(model)
-    adaptation = METHODS[settings.method].prepare(model, task, settings)
+    trials, search_seconds = [], 0.0
+    if settings.search:  # before anything of the test part is computed
+        settings, trials, search_seconds = train.search(model, task, preprocess, settings, base_sha256)
+    adaptation, loader = train.prepare(model, task, settings)
     print(
         f"{settings.method} on {task.name} ({len(task.class_names)} classes), shots {settings.shots}, seed "
         f"{settings.seed}, {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
         f"{adaptation.trainable_weights:,} weights"
     )
     evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
-    start = time.perf_counter()
-    if not settings.eval_only:
-        adaptation.build()
-    build_seconds = time.perf_counter() - start
-    loader = None
-    if adaptation.optimizer is not None and not settings.eval_only:  # made first: it finds damaged training images
-        augment = train_transform(model.arch.resolution, settings.min_area, settings.flip)
-        loader = datasets.training_loader(
-            task,
-            augment,
-            settings.batch_size,
-            settings.iterations,
-            settings.seed,
-            settings.workers,
-            settings.image_cache_mb,
-            pin_memory=model.device.type == "cuda",
-        )
     zero_shot = evaluator.zero_shot()
     print(f"zero-shot accuracy {zero_shot:.2f} % on {len(task.test)} test images")
 
@@ -127,35 +113,40 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
     if settings.eval_only:
         adaptation.load(settings.checkpoint, base_sha256)
         checkpoint_bytes = settings.checkpoint.stat().st_size
-    elif loader is not None:
+    else:
         fit = train.fit(model, task, adaptation, loader, settings, evaluator)
-        if fit.stopped_early:
-            print(f"stopped at iteration {fit.iterations}: the training loss fell below {settings.early_stop_loss}")
+    if fit.stopped_early:
+        print(f"stopped at iteration {fit.iterations}: the training loss fell below {settings.early_stop_loss}")
     start = time.perf_counter()
     accuracy = evaluator.adapted(adaptation)
     eval_seconds = time.perf_counter() - start
     if settings.checkpoint and not settings.eval_only and adaptation.has_weights:
-        metadata = {"run_id": settings.run_id, "method": settings.method, "settings": json.dumps(asdict(settings))}
+        metadata = {"run_id": run.settings.run_id, "method": settings.method}
+        metadata["settings"] = json.dumps(asdict(settings))
         checkpoint_bytes = adaptation.save(settings.checkpoint, base_sha256, metadata)
 
     result = {
+        **settings.hyperparameters,  # after a search, those that it chose
         "test_accuracy": accuracy,
         "zero_shot_accuracy": zero_shot,
         "train_accuracy": fit.last["train_accuracy"],
         "final_loss": fit.last["loss"],
         "iterations": fit.iterations,
         "stopped_early": fit.stopped_early,
-        "train_seconds": build_seconds + fit.seconds,
+        "train_seconds": fit.seconds,
         "eval_seconds": eval_seconds,
+        "search_seconds": search_seconds,
         "peak_memory_mb": run_utils.peak_memory_mb(model.device),
         "trainable_weights": adaptation.trainable_weights,
         "changed_weights": adaptation.changed_weights(),
+        "optimizer_bytes": adaptation.optimizer_bytes,
         "checkpoint_bytes": checkpoint_bytes,
         "template": task.templates[0],
+        "tuned_on": settings.tuned_on,
         "split_sha256": task.split_sha256,
         "weights_sha256": base_sha256,
     }
-    return run.record(result, fit.curve, fit.timing, datasets.to_json(task) if task.train else None)
+    return run.record(result, fit.curve, fit.timing, datasets.to_json(task) if task.train else None, trials)
 
 
 def report(record: dict, run: run_utils.Run) -> None:

@@ -8,6 +8,7 @@ rebuilt from all of these files.
 import argparse
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import datasets
 from clip.download import file_sha256
 from methods import METHODS
 from methods.adaptation import ENCODERS, POSITIONS
+from optimizers.ablations import GRADIENTS, MOMENTS, SUPPORTS
 
 PROJECT = Path(__file__).resolve().parent
 QUICK_START = PROJECT / "configs" / "digits.yaml"
@@ -73,6 +75,10 @@ class Settings:
     t: int = option(5, "iterations between two draws of SO's support")
     prune_first: bool = option(False, "SO prunes before it updates, as the paper's equation; released: after")
     sampled_gradients: bool = option(True, "SO: compute weight gradients at the support alone; the same to rounding")
+    # SO's ablations; SO itself is random, importance, dynamic
+    gradient: str = option("random", "so_ablation: which entries have a gradient", GRADIENTS)
+    moments: str = option("importance", "so_ablation: which entries keep moments", MOMENTS)
+    support: str = option("dynamic", "so_ablation: entries with a gradient drawn every t iterations, or once", SUPPORTS)
     # LoRA and its kin
     rank: int = option(2, "LoRA: rank of each update; AdaLoRA: mean rank at the end")
     alpha: float = option(1.0, "LoRA: updates are scaled by alpha / sqrt(rank); AdaLoRA: by alpha / (1.5 rank)")
@@ -88,6 +94,17 @@ class Settings:
     cache_passes: int = option(10, "Tip-Adapter: augmented views of an image whose mean is its key")
     # ProLIP
     prolip_lambda: float = option(1.0, "ProLIP: its regulariser's lambda times shots; 1 means lambda = 1 / shots")
+    # choice of settings
+    search: dict = field(  # name of a setting: values
+        default_factory=dict,
+        metadata={
+            "help": "values of a setting of the method, to choose from by accuracy on the few-shot val images; given "
+            "several times, all combinations are tried"
+        },
+    )
+    tuned_on: str = option(
+        "none", "for the record: images on which settings were chosen; --search makes it val", ("none", "val", "test")
+    )
     # images, classes and prompts
     draw: str = option("released", "order of the few-shot draw: the released code's, or CoOp's", datasets.ORDERS)
     split: str | None = option(
@@ -121,10 +138,17 @@ class Settings:
 
     @property
     def iterations(self) -> int:
-        """Iterations in all. ValueError before `settle_epochs` has seen the data where `epochs` are asked for."""
+        """Iterations in all. ValueError where `epochs` are asked for and `settled` has not seen the data."""
         if self.epochs is not None:
-            raise ValueError("epochs become iterations by settle_epochs")
+            raise ValueError("epochs become iterations by `settled`")
         return self.total_iters or self.n_iters * self.shots
+
+    def settled(self, training_images: int) -> "Settings":
+        """The same settings with `epochs`, if asked for, as `total_iters`."""
+        if self.epochs is None:
+            return self
+        per_epoch = datasets.batches_per_epoch(training_images, self.batch_size)
+        return replace(self, epochs=None, total_iters=self.epochs * per_epoch)
 
     @property
     def test_dataset(self) -> str:
@@ -156,6 +180,9 @@ class Settings:
             relevant["split"] = file_sha256(Path(self.split).expanduser())
         if self.eval_only:  # the weights decide, not where they lie
             relevant["checkpoint"] = file_sha256(self.checkpoint)
+        if self.search:  # in order, which decides between equals
+            relevant = {name: value for name, value in relevant.items() if name not in self.search}
+            relevant["search"] = list(self.search.items())
         digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
         data = self.dataset if self.classes == "all" else f"{self.dataset}-{self.classes}"
         evaluated = f"_eval_{self.test_dataset}" if self.eval_only else ""
@@ -168,7 +195,17 @@ class Settings:
         used = {name: getattr(self, name) for name in METHODS[self.method].HYPERPARAMETERS if name != "n_iters"}
         return used | ({"total_iters": self.iterations} if "total_iters" in used else {})
 
+    @property
+    def candidates(self) -> list["Settings"]:
+        """The settings that a search compares: all combinations of its values, the last name's varying fastest.
+        UserError if one of them cannot work."""
+        total_iters = None if {"n_iters", "epochs"} & self.search.keys() else self.total_iters
+        found = replace(self, search={}, tuned_on="val", total_iters=total_iters)
+        points = itertools.product(*self.search.values())
+        return [check(replace(found, **dict(zip(self.search, values)))) for values in points]
 
+
+SIMPLE = [f for f in fields(Settings) if f.name != "search"]  # those that have one value
 # What identifies a run beside its method's hyperparameters. Paths, caches and workers change no result.
 IDENTITY = "method dataset test_dataset classes shots seed backbone draw prompts precision eval_only".split()
 
@@ -203,6 +240,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     Below both lie the method's published values and, for the data set digits, the quick start's configs/digits.yaml.
     """
     given = vars(_parser().parse_args(argv))
+    if "search" in given:
+        given["search"] = _grid_of_words(given["search"])
     layers = [read_config(Path(given.pop("config"))), given] if "config" in given else [given]
     merged = {name: value for layer in layers for name, value in layer.items() if name in ("dataset", "method")}
     method = merged.get("method", "so")
@@ -228,19 +267,11 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
             trained = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])
             if trained["method"] != settings.method:
                 raise UserError(f"{settings.checkpoint} was trained with --method {trained['method']}; evaluate it so")
-            known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS}
-            settings = check(replace(settings, epochs=None, **known))
+            known = {name: trained[name] for name in (*METHODS[settings.method].HYPERPARAMETERS, "tuned_on")}
+            settings = check(replace(settings, epochs=None, search={}, **known))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
     return settings
-
-
-def settle_epochs(settings: Settings, training_images: int) -> Settings:
-    """The same settings with `epochs` as `total_iters`, for when the number of training images is known."""
-    if settings.epochs is None:
-        return settings
-    per_epoch = datasets.batches_per_epoch(training_images, settings.batch_size)
-    return replace(settings, epochs=None, total_iters=settings.epochs * per_epoch)
 
 
 def _general_and_own(layer: dict, method: str) -> tuple[dict, dict]:
@@ -259,7 +290,7 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins over it")
-    for f in fields(Settings):
+    for f in SIMPLE:
         text = f"{f.metadata['help']} [{f.default}]"
         if f.metadata["kind"] is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
@@ -268,6 +299,8 @@ def _parser() -> Parser:
         else:
             parser.add_argument(f"--{f.name}", type=f.metadata["kind"], choices=f.metadata["choices"], help=text)
     parser.add_argument("--s", type=float, help="sparsity, 1 - density_ratio [0.99995]")
+    search = Settings.__dataclass_fields__["search"].metadata["help"]
+    parser.add_argument("--search", action="append", metavar="NAME=VALUE,VALUE,...", help=search)
     return parser
 
 
@@ -294,18 +327,37 @@ def _settings(content, where: str, untyped: Sequence[str] = ()) -> dict:
     """The settings in a part of a config file, each in its proper type."""
     if not isinstance(content or {}, dict):
         raise UserError(f"{where} must hold lines of the form `name: value`")
-    known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in fields(Settings)}
+    known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in SIMPLE}
     known["s"] = (float, None, 0.99995)
     settings = {}
     for name, value in (content or {}).items():
         if name in untyped:
             settings[name] = value
             continue
+        if name == "search":
+            settings[name] = _grid(value, f"{where}: search")
+            continue
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             raise UserError(f"{where}: unknown setting {name!r}" + (f"; meant {close[0]}?" if close else ""))
         settings[name] = _typed(value, *known[name], where=f"{where}: {name}")
     return settings
+
+
+def _grid(content, where: str) -> dict[str, list]:
+    """What a search compares: by name of a setting its values, each in its proper type."""
+    if not isinstance(content, dict) or not all(isinstance(values, list) and values for values in content.values()):
+        raise UserError(f"{where} must be `name: [value, value, ...]`, not {content!r}")
+    return {name: [_settings({name: value}, where)[name] for value in values] for name, values in content.items()}
+
+
+def _grid_of_words(words: Sequence[str]) -> dict[str, list]:
+    """The same from the command line, where it is NAME=VALUE,VALUE,... once or more."""
+    truth, grid = {"true": True, "false": False}, {}
+    for word in words:
+        name, _, values = word.partition("=")
+        grid.setdefault(name, []).extend(truth.get(value, value) for value in values.split(","))
+    return _grid(grid, "--search")
 
 
 def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str):
@@ -368,6 +420,7 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--eval_only: there is no {settings.checkpoint}; check --save_path and the run's settings")
     if settings.filename and Path(settings.filename).name != settings.filename:
         raise UserError(f"--filename {settings.filename} must be a plain name; folders go into --save_path")
+    _check_search(settings)
     workers = datasets.default_workers() if settings.workers is None else settings.workers
     lora_on = ",".join(part for part in "qkvo" if part in lora_on)  # one order, one run
     return replace(settings, device=_device(settings.device), workers=workers, lora_on=lora_on)
@@ -413,6 +466,20 @@ def one_by_one(settings: Settings) -> list[Settings]:
     if settings.eval_datasets is None:
         return [settings]
     return [replace(settings, eval_datasets=name) for name in settings.eval_datasets.split(",")]
+
+
+def _check_search(settings: Settings) -> None:
+    names = [name for name in METHODS[settings.method].HYPERPARAMETERS if name != "eval_every"]
+    for name in settings.search:
+        if name not in names:
+            remedy = f"choose from {', '.join(names)}" if names else "leave --search out"
+            raise UserError(f"--search {name}: the method {settings.method} has no such setting to choose; {remedy}")
+    for spellings in ALTERNATIVES:
+        used = [name for name in spellings if name in settings.search]
+        if len(used) > 1:
+            raise UserError(f"--search: {used[0]} and {used[1]} say the same thing twice; give one of them")
+    if settings.search:
+        _ = settings.candidates  # each of which is checked
 
 
 def _device(name: str) -> str:
@@ -511,9 +578,19 @@ class Run:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def record(self, result: dict, curve: list[dict], timing: list[dict], split: str | None = None) -> dict:
-        """Writes the split, if images were drawn, and the curves, then the result, then the table of all results.
-        Returns the whole record."""
+    def record(
+        self,
+        result: dict,
+        curve: list[dict],
+        timing: list[dict],
+        split: str | None = None,
+        search: Sequence[dict] = (),
+    ) -> dict:
+        """Writes the split, if images were drawn, the curves and the search, then the result, then the table of all
+        results. Returns the whole record.
+
+        `result` may have other values of the method's settings than the run's: those that a search chose.
+        """
         settings = self.settings
         own = settings.test_dataset == "folder"
         record = {
@@ -537,6 +614,9 @@ class Run:
             columns = [name for name in CURVE if any(name in row for row in curve)]
             write_atomically(self.folder / "curve.csv", pd.DataFrame(curve, columns=columns).to_csv(index=False))
             write_atomically(self.folder / "timing.csv", pd.DataFrame(timing).to_csv(index=False))
+        if search:
+            table = pd.DataFrame(search).astype({"iterations": "Int64"})  # whole, or missing
+            write_atomically(self.folder / "search.csv", table.to_csv(index=False))
         write_atomically(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
         rebuild_table(self.results)
         return record
@@ -546,11 +626,11 @@ CURVE = ("iteration", "loss", "train_accuracy", "test_accuracy", "lr")
 # Columns of results.csv in order. Hyperparameters that are not named here follow lr, density_ratio and t.
 FIRST = (
     "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss iterations "
-    "stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights checkpoint_bytes "
-    "lr density_ratio t".split()
+    "stopped_early train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights changed_weights "
+    "optimizer_bytes checkpoint_bytes lr density_ratio t".split()
 )
 LAST = (
-    "encoder position precision draw classes prompts template test_dataset root_path eval_only split_sha256 "
+    "encoder position precision draw classes prompts template test_dataset root_path eval_only tuned_on split_sha256 "
     "weights_sha256 git_commit torch_version device finished_at".split()
 )
 

@@ -2,11 +2,25 @@
 published values where they differ from those in run_utils.Settings; and `prepare(model, task, settings) -> Adaptation`,
 which freezes everything but what it trains."""
 
-from . import adalora, dora, linear_probe, lora, prolip, relora, so, tip_adapter, tip_adapter_f, zero_shot
+from . import (
+    adalora,
+    adam,
+    dora,
+    linear_probe,
+    lora,
+    prolip,
+    relora,
+    so,
+    so_ablation,
+    tip_adapter,
+    tip_adapter_f,
+    zero_shot,
+)
 from .adaptation import Adaptation, MethodError, cosine_schedule, select_matrices
 
 METHODS = {
     "so": so,
+    "adam": adam,
     "lora": lora,
     "relora": relora,
     "dora": dora,
@@ -16,6 +30,7 @@ METHODS = {
     "tip_adapter": tip_adapter,
     "tip_adapter_f": tip_adapter_f,
     "zero_shot": zero_shot,
+    "so_ablation": so_ablation,
 }
 
 __all__ = ["METHODS", "Adaptation", "MethodError", "cosine_schedule", "select_matrices"]

@@ -50,6 +50,13 @@ class Adaptation:
         return True
 
     @property
+    def optimizer_bytes(self) -> int:
+        """Size of the tensors in the optimizer's state, as it is now: nothing before the first step."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
     def trains_images(self) -> bool:
         """Whether the image tower changes; if not, image features stay what they are."""
         return any(name.startswith("visual.") for name in self.parameters)

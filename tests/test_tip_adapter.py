@@ -13,7 +13,7 @@ import datasets
 import train
 from clip.preprocess import train_transform
 from methods import METHODS
-from run_utils import Settings, parse, settle_epochs
+from run_utils import Settings, parse
 
 QUICK = ("--shots", 2, "--workers", 0)
 
@@ -127,11 +127,11 @@ def test_published_settings_and_epochs():
         assert (settings.tip_alpha, settings.tip_beta, settings.cache_passes) == (1.0, 5.5, 10)
         assert (settings.min_area, settings.flip) == (0.5, True)
     assert (trained.lr, trained.batch_size, trained.early_stop_loss, trained.epochs) == (1e-3, 256, 0, 20)
-    with pytest.raises(ValueError, match="settle_epochs"):
+    with pytest.raises(ValueError, match="settled"):
         _ = trained.iterations
-    settled = settle_epochs(trained, 47 * 16)
+    settled = trained.settled(47 * 16)
     assert settled.iterations == settled.total_iters == 20 * 3 and settled.epochs is None
-    assert settle_epochs(parse([*data, "tip_adapter_f", "--n_iters", "5"]), 752).iterations == 80
+    assert parse([*data, "tip_adapter_f", "--n_iters", "5"]).settled(752).iterations == 80
     model, _ = clip.load("tiny")
     task = datasets.build("digits", None, 1, 1)
     optimizer = METHODS["tip_adapter_f"].prepare(model, task, settled).optimizer
