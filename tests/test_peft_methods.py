@@ -144,7 +144,7 @@ def test_a_run_is_recorded_saved_and_evaluated(run_main, method):
     code, _, _, err = run_main(*flags, "--eval_only", "--backbone", "tiny.safetensors")
     assert code == 2 and "tiny/digits" in err
     code, _, _, err = run_main(*flags, "--eval_only", "--method", "lora", "--filename", method)
-    assert code == 2 and "clip-lora-1" in err
+    assert code == 2 and f"--method {method}" in err
 
 
 @pytest.mark.parametrize("method", BOTH)

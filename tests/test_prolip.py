@@ -10,7 +10,7 @@ import datasets
 import train
 from clip.model import CLIP, Architecture
 from methods import METHODS, MethodError
-from run_utils import Settings, parse, settle_epochs
+from run_utils import Settings, parse
 
 NAMES = ("cat", "dog", "traffic_light")
 ITEMS = tuple(datasets.Item(f"{i}.jpg", i % 3) for i in range(5))
@@ -98,7 +98,7 @@ def test_published_settings():
     data = ["--dataset", "dtd", "--root_path", "data", "--shots", "4", "--device", "cpu", "--method", "prolip"]
     settings = parse(data)
     assert (settings.lr, settings.epochs, settings.early_stop_loss, settings.min_area) == (1e-5, 300, 0, 0.5)
-    settings = settle_epochs(settings, len(ITEMS))
+    settings = settings.settled(len(ITEMS))
     assert settings.iterations == 300
     model, _ = clip.load("tiny")
     adaptation = METHODS["prolip"].prepare(model, TASK, settings)

@@ -435,7 +435,7 @@ def test_a_search_is_written_beside_the_result_and_its_choice_is_recorded(tmp_pa
     rows = [dict(lr=1e-3, val_accuracy=50.0, iterations=3, chosen=True)]
     rows += [dict(lr=2e-3, val_accuracy=None, iterations=None, chosen=False)]
     with Run(settings) as run:
-        written = run.record(MADE_UP | {"lr": 1e-3, "tuned_on": "val", "search_seconds": 2.5}, [], [], rows)
+        written = run.record(MADE_UP | {"lr": 1e-3, "tuned_on": "val", "search_seconds": 2.5}, [], [], search=rows)
     text = (tmp_path / settings.run_id / "search.csv").read_text()
     assert text == "lr,val_accuracy,iterations,chosen\n0.001,50.0,3,True\n0.002,,,False\n"
     assert (written["lr"], written["tuned_on"], written["search_seconds"]) == (1e-3, "val", 2.5)

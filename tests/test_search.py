@@ -26,8 +26,8 @@ def few_test_images(monkeypatch):
     """The digits with 42 of their 540 test images, because nothing here takes as long as these."""
     build = datasets.build
 
-    def smaller(*args):
-        task = build(*args)
+    def smaller(*args, **options):
+        task = build(*args, **options)
         return dataclasses.replace(task, test=task.test[::13])
 
     monkeypatch.setattr(datasets, "build", smaller)
@@ -142,8 +142,8 @@ def test_the_best_on_val_is_trained_and_recorded(run_main, searched, monkeypatch
     # Val accuracies are those of runs that are tested on the val images.
     build = datasets.build
 
-    def on_val(*args):
-        task = build(*args)
+    def on_val(*args, **options):
+        task = build(*args, **options)
         return dataclasses.replace(task, test=task.val)
 
     monkeypatch.setattr(datasets, "build", on_val)
@@ -232,11 +232,11 @@ def test_a_loss_that_diverges_is_not_chosen(run_main):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if "total_iters" in METHODS[name].HYPERPARAMETERS])
 def test_every_trained_method_can_be_searched(run_main, method):
-    flags = ("--method", method, "--shots", 1, "--workers", 0, "--search", "total_iters=1,2")
+    flags = ("--method", method, "--shots", 1, "--workers", 0, "--search", "total_iters=2,3")
     code, record, _, err = run_main(*flags)
     assert code == 0, err
     table = pd.read_csv(Path("results") / record["run_id"] / "search.csv")
-    assert list(table.iterations) == [1, 2] and record["iterations"] == table[table.chosen].iterations.item()
+    assert list(table.iterations) == [2, 3] and record["iterations"] == table[table.chosen].iterations.item()
     assert record["total_iters"] == record["iterations"] and record["tuned_on"] == "val"
 
 
