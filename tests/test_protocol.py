@@ -374,6 +374,7 @@ def still(model):
     return SimpleNamespace(
         optimizer=optimizer,
         scheduler=scheduler,
+        shares_prefix=True,
         trains_text=True,
         trains_images=True,
         full_batch=False,
