@@ -154,6 +154,14 @@ def test_both_begin_with_the_same_cache_and_training_moves_it(run_main):
     assert record["iterations"] == 20 and record["lr"] == 1e-3  # an epoch of 20 images is one iteration
 
 
+def test_an_evaluation_has_the_iterations_of_the_training(run_main):
+    """Not those that --epochs would be with the batch size of the command line."""
+    flags = (*QUICK, "--method", "tip_adapter_f", "--save_path", "s")
+    run_main(*flags, "--epochs", 2, "--batch_size", 8)
+    _, evaluated, _, _ = run_main(*flags, "--eval_only")
+    assert (evaluated["total_iters"], evaluated["batch_size"]) == (6, 8)
+
+
 def test_an_empty_say_of_the_cache_is_zero_shot(run_main):
     _, none, _, _ = run_main(*QUICK, "--method", "tip_adapter", "--tip_alpha", 0)
     assert none["test_accuracy"] == none["zero_shot_accuracy"]
