@@ -188,7 +188,7 @@ def test_no_test_image_is_read_before_the_choice(run_main, monkeypatch):
     monkeypatch.setattr(train, "search", watched_search)
     run_main(*QUICK, *GRID, "--eval_every", 1)
     before, after = events[: events.index("chosen")], events[events.index("chosen") :]
-    assert before.count("train") == 4 * 10 and before.count("val") >= 10 and "test" not in before
+    assert before.count("train") == 4 * 10 and before.count("val") == 4 * 10 and "test" not in before
     assert after.count("test") >= 42 and "val" not in after
 
 
