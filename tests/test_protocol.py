@@ -374,7 +374,6 @@ def still(model):
     return SimpleNamespace(
         optimizer=optimizer,
         scheduler=scheduler,
-        shares_prefix=True,
         trains_text=True,
         trains_images=True,
         full_batch=False,
