@@ -24,8 +24,11 @@ _UNREADABLE = (NotImplementedError, RuntimeError)  # zip: a compression that Pyt
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is by its content a zip or tar archive."""
-    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    """Whether a file is by its content a zip or tar archive, whole at least at its start."""
+    try:
+        return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    except _BROKEN:  # a compressed tar that is cut off within its first member
+        return False
 
 
 def why_no_archive(path: Path) -> str:
@@ -34,7 +37,7 @@ def why_no_archive(path: Path) -> str:
         web_page = is_web_page(file.read(1024))
     if web_page:
         return f"{path} is a web page and no archive; open it to see what the server wanted, then delete it"
-    return f"{path} is no readable zip or tar archive (perhaps cut off); fetch it again"
+    return f"{path} is no readable zip or tar archive (perhaps cut off); delete it and fetch it again"
 
 
 def member_names(path: Path) -> Iterator[str]:
@@ -77,8 +80,8 @@ def unpack_tar(archive: tarfile.TarFile, path: Path, folder: Path, progress=lamb
         elif member.isfile():
             _write(archive.extractfile(member), target)
         elif member.issym() or member.islnk():
-            base = Path(member.name).parent if member.issym() else Path()
-            links.append((member, target, base / member.linkname))
+            base = PureWindowsPath(member.name).parent if member.issym() else ""
+            links.append((member, target, PureWindowsPath(base, member.linkname)))
         else:
             raise DatasetError(f"{path}: {member.name!r} is a device file, which no data set holds; do not use it")
         progress()
@@ -114,7 +117,7 @@ def _target(folder: Path, name: str, path: Path) -> Path:
     return folder.joinpath(*parsed.parts)
 
 
-def _collapsed(path: Path) -> str:
+def _collapsed(path: PureWindowsPath) -> str:
     """A link's path without the `..` that stay inside the archive; those that leave it remain, to be refused."""
     parts: list[str] = []
     for part in path.parts:

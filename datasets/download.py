@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from clip.download import algorithm, fetch, has_checksum, is_web_page
-from datasets.archives import check_space
+from datasets.archives import check_space, is_archive, why_no_archive
 from datasets.arrange import archives_below, arrange_folder, holds, innermost, unpacked
 from datasets.imagenet_archives import arrange_imagenet
 from datasets.sources import SOURCES, SPLITS, Archive
@@ -192,6 +192,8 @@ def _fetch(archive: Archive, target: Path) -> None:
         fetch_from_drive(archive.url.removeprefix("drive:"), target)
     else:
         fetch(archive.url, target, archive.checksum, DatasetError)
+    if not is_archive(target):
+        raise DatasetError(why_no_archive(target))
 
 
 def fetch_from_drive(file_id: str, target: Path) -> None:
