@@ -57,12 +57,12 @@ class Evaluator:
         if self.untrained_features is None:
             self.untrained_features = self._image_features("zero-shot")
             utils.save_features(self.cache, self.untrained_features)
-        return self._accuracy(self.untrained_features, self.task.templates)
+        return self._accuracy(self.untrained_features, self.task.templates, utils.cosine_logits)
 
-    def adapted(self, image_tower_is_trained: bool) -> float:
-        """Of the model as it is now, with text features of the first template."""
-        features = self._image_features("test") if image_tower_is_trained else self.untrained_features
-        return self._accuracy(features, self.task.templates[:1])
+    def adapted(self, adaptation: Adaptation) -> float:
+        """Of the adapted model as it is now, with text features of the first template."""
+        features = self._image_features("test") if adaptation.trains_images else self.untrained_features
+        return self._accuracy(features, self.task.templates[:1], adaptation.logits)
 
     def _image_features(self, label: str) -> Tensor:
         pin = self.model.device.type == "cuda"
@@ -71,10 +71,10 @@ class Evaluator:
         )
         return utils.image_features(self.model, loader, self.settings.precision, label)
 
-    def _accuracy(self, features: Tensor, templates: tuple[str, ...]) -> float:
+    def _accuracy(self, features: Tensor, templates: tuple[str, ...], logits: Callable) -> float:
         with utils.autocast(self.model.device, self.settings.precision):
             classifier = utils.text_classifier(self.model, self.task.class_names, templates)
-        return utils.accuracy(features, classifier, self.labels)
+        return utils.accuracy(lambda part: logits(part.to(self.model.device), classifier), features, self.labels)
 
 
 def fit(
@@ -85,7 +85,7 @@ def fit(
     settings,
     evaluator: Evaluator,
 ) -> Fit:
-    """Trains on the loader's batches with cross-entropy of 100 x cosine; ends early when an epoch's mean loss
+    """Trains on the loader's batches with cross-entropy of the method's logits; ends early when an epoch's mean loss
     falls below `early_stop_loss`. Every `eval_every` iterations, at the next epoch's end, the evaluator is asked for
     the test accuracy, for the curve alone. Raises TrainingDiverged on a loss that is not finite."""
     prompts = PackedPrompts(utils.tokenize_classes(task.class_names, task.templates[0])).to(model.device)
@@ -100,13 +100,14 @@ def fit(
         with utils.autocast(model.device, settings.precision):
             features = utils.encode_image(model, images)
         classifier = _text_features(model, prompts, settings.precision) if text is None else text
-        logits = utils.LOGIT_FACTOR * features @ classifier.T
+        logits = adaptation.logits(features, classifier)
         loss = F.cross_entropy(logits, labels)
         adaptation.optimizer.zero_grad()
-        loss.backward()
+        (loss + adaptation.penalty()).backward()
         lr = adaptation.optimizer.param_groups[0]["lr"]
         adaptation.optimizer.step()
         adaptation.scheduler.step()
+        adaptation.after_step(result.iterations)
         totals += _totals(loss.detach(), logits.detach(), labels)
 
         is_last = result.iterations == settings.iterations
@@ -114,7 +115,7 @@ def fit(
             row = _epoch_row(result.iterations, totals, settings)
             if result.iterations >= next_eval:
                 began = time.perf_counter()
-                row["test_accuracy"] = evaluator.adapted(adaptation.trains_images)
+                row["test_accuracy"] = evaluator.adapted(adaptation)
                 evaluating += time.perf_counter() - began
                 next_eval += settings.eval_every
             result.curve.append(row | {"lr": lr})

@@ -5,7 +5,7 @@ Shapes: B images, C classes, E embedding size, P prompts.
 
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import PIL
@@ -23,7 +23,7 @@ from clip.layouts import PackedPrompts
 from clip.weights import save_tensors
 
 LOGIT_FACTOR = 100.0  # logits are 100 x cosine, as published, not the model's own logit_scale
-PROMPTS_AT_ONCE = 256  # without gradients, to bound memory
+PROMPTS_AT_ONCE, IMAGES_AT_ONCE = 256, 4096  # without gradients, to bound memory
 
 
 def progress(
@@ -78,9 +78,15 @@ def image_features(model: clip.CLIP, loader: DataLoader, precision: str, label: 
     return torch.cat(parts)
 
 
-def accuracy(features: Tensor, classifier: Tensor, labels: Sequence[int]) -> float:
-    """Per cent of the features [N, E] whose nearest row of `classifier` [C, E] is their label's."""
-    predictions = (features @ classifier.cpu().T).argmax(dim=-1)
+def cosine_logits(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """CLIP's logits [B, C]: 100 x the cosines of unit image features [B, E] and unit text features [C, E]."""
+    return LOGIT_FACTOR * image_features @ text_features.T
+
+
+@torch.no_grad()
+def accuracy(logits: Callable[[Tensor], Tensor], features: Tensor, labels: Sequence[int]) -> float:
+    """Per cent of the image features [N, E] whose largest of the `logits` [B, C] is their label's."""
+    predictions = torch.cat([logits(part).argmax(dim=-1).cpu() for part in features.split(IMAGES_AT_ONCE)])
     correct = int((predictions == torch.tensor(labels)).sum())
     return 100 * correct / len(labels)
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clip import CLIP, delta
+from utils import cosine_logits
 
 MINIMUM_LR = 1e-6
 # The settings that matter to every method that is trained by train.fit.
@@ -45,6 +46,18 @@ class Adaptation:
     def trains_text(self) -> bool:
         """Whether the text tower changes; if not, text features stay what they are."""
         return any(not name.startswith("visual.") for name in self.parameters)
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Logits [B, C] of unit image features [B, E] and the classes' unit text features [C, E]: as CLIP's, unless a
+        method has a classifier of its own."""
+        return cosine_logits(image_features, text_features)
+
+    def penalty(self) -> Tensor | float:
+        """What is added to the cross-entropy before backward; the recorded loss is without it."""
+        return 0.0
+
+    def after_step(self, iteration: int) -> None:
+        """Called after the update of `iteration` (from 1), for what a method does now and then."""
 
     def changed_weights(self) -> int:
         """Number of weights that differ from those at the start, bit for bit."""

@@ -6,6 +6,7 @@ from datasets import Task
 from .adaptation import Adaptation
 
 HYPERPARAMETERS = ()
+DEFAULTS: dict = {}
 
 
 def prepare(model: CLIP, task: Task, settings) -> Adaptation:

@@ -44,7 +44,7 @@ def val_accuracy(settings: run_utils.Settings) -> tuple[float, int]:
         task, augment, settings.batch_size, settings.iterations, settings.seed, settings.workers
     )
     fit = train.fit(model, task, adaptation, loader, settings, evaluator)
-    return evaluator.adapted(image_tower_is_trained=True), fit.iterations
+    return evaluator.adapted(adaptation), fit.iterations
 
 
 def main() -> None:

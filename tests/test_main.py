@@ -11,7 +11,8 @@ import yaml
 from fabricate import fabricate
 
 import clip
-from run_utils import Settings, parse
+from methods import METHODS
+from run_utils import Settings, UserError, parse
 
 QUICK = ("--shots", 2, "--total_iters", 6, "--workers", 0)
 COLUMNS = set(
@@ -31,7 +32,7 @@ def test_a_run_leaves_its_records(run_main):
     code, record, out, _ = run_main(*QUICK, "--early_stop_loss", 0)
     assert code == 0
     folder = only_folder("results")
-    assert {f.name for f in folder.iterdir()} == {"config.yaml", "result.json", "curve.csv", "timing.csv"}
+    assert {f.name for f in folder.iterdir()} == {"config.yaml", "result.json", "split.json", "curve.csv", "timing.csv"}
     assert json.loads((folder / "result.json").read_text()) == record
     table = pd.read_csv("results/results.csv")
     assert set(table.columns) >= COLUMNS and len(table) == 1
@@ -213,6 +214,34 @@ def test_settings_come_in_layers(tmp_path, monkeypatch):
     assert parse((*data, "--config", "c.yaml", "--density_ratio", "0.5")).density_ratio == 0.5
     with pytest.raises(AttributeError):
         layered.lr = 1.0
+
+
+def test_a_config_may_have_settings_for_single_methods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(
+        "lr: 3e-4\nmin_area: 0.5\nmethods:\n  so:\n    lr: 4e-4\n    s: 0.9\n  zero_shot:\n    lr: 1\n"
+    )
+    so = parse(["--config", "c.yaml"])
+    assert (so.lr, so.density_ratio, so.min_area) == (4e-4, 0.1, 0.5)
+    assert parse(["--config", "c.yaml", "--lr", "5e-4"]).lr == 5e-4
+    assert parse(["--config", "c.yaml", "--method", "zero_shot"]).lr == 1.0
+    for wrong in (
+        "methods: 7\n",
+        "methods:\n  sso:\n    lr: 1\n",
+        "methods:\n  so:\n    rate: 1\n",
+        "methods:\n  so: 7\n",
+    ):
+        Path("c.yaml").write_text(wrong)
+        with pytest.raises(UserError, match=r"c\.yaml.*methods"):
+            parse(["--config", "c.yaml"])
+
+
+def test_published_values_of_a_method_lie_below_everything_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS["zero_shot"], "DEFAULTS", {"n_iters": 500, "lr": 7e-4})
+    data = ["--method", "zero_shot", "--dataset", "dtd", "--root_path", "data", "--shots", "2"]
+    assert (parse(data).lr, parse(data).iterations) == (7e-4, 1000)
+    assert parse([*data, "--total_iters", "9"]).iterations == 9
+    assert parse(["--method", "so", *data[2:]]).iterations == 4000
 
 
 def test_shipped_configs_say_what_they_promise():

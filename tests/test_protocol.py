@@ -97,9 +97,13 @@ def test_many_prompts_are_encoded_in_parts_in_order():
 
 def test_accuracy_of_four_images():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
-    assert utils.accuracy(features, torch.eye(2), [0, 1, 0, 0]) == 75.0
-    assert utils.accuracy(features, torch.eye(2), [0, 1, 1, 0]) == 100.0
-    assert utils.accuracy(features, torch.eye(2), [1, 0, 0, 0]) == 25.0
+
+    def logits(part):
+        return utils.cosine_logits(part, torch.eye(2))
+
+    assert utils.accuracy(logits, features, [0, 1, 0, 0]) == 75.0
+    assert utils.accuracy(logits, features, [0, 1, 1, 0]) == 100.0
+    assert utils.accuracy(logits, features, [1, 0, 0, 0]) == 25.0
 
 
 # --- features and precision
@@ -197,7 +201,7 @@ def test_zero_shot_uses_all_templates_and_the_end_the_first(task, model, tmp_pat
     assert spy.prompts == [ids_of(task, template) for template in TEMPLATES] and sum(spy.images) == IMAGES
     assert accuracy == slow_accuracy(model, task, preprocess, TEMPLATES)
     spy.forget()
-    accuracy = evaluator.adapted(image_tower_is_trained=True)
+    accuracy = evaluator.adapted(Adaptation(model, dict(model.named_parameters())))
     assert spy.prompts == [ids_of(task, TEMPLATES[0])] and sum(spy.images) == IMAGES
     assert accuracy == slow_accuracy(model, task, preprocess, TEMPLATES[:1])
 
@@ -226,11 +230,12 @@ def test_at_the_end_features_are_new_where_the_tower_was_trained(task, model, tm
     evaluator.zero_shot()
     untrained = slow_accuracy(model, task, preprocess, TEMPLATES[:1])
     torch.manual_seed(3)
+    parameters = select_matrices(model, tower, "all")
     with torch.no_grad():
-        for p in select_matrices(model, tower, "all").values():
+        for p in parameters.values():
             p.add_(0.1 * torch.randn_like(p))
     spy = Spy(model)
-    accuracy = evaluator.adapted(image_tower_is_trained=tower == "vision")
+    accuracy = evaluator.adapted(Adaptation(model, parameters))
     assert sum(spy.images) == (IMAGES if tower == "vision" else 0)
     assert accuracy == slow_accuracy(model, task, preprocess, TEMPLATES[:1]) != untrained
 
@@ -241,7 +246,7 @@ def test_evaluation_computes_in_the_precision(task, model, tmp_path, precision):
     settings = settings_of(precision=precision, cache_dir=str(tmp_path / "cache"))
     evaluator = train.Evaluator(model, task, transform_of(32), settings, "0" * 64)
     evaluator.zero_shot()
-    evaluator.adapted(image_tower_is_trained=True)
+    evaluator.adapted(Adaptation(model, dict(model.named_parameters())))
     assert len(spy.autocast) == len(spy.images) + 4 and set(spy.autocast) == {precision == "bf16"}
 
 
@@ -366,7 +371,15 @@ def still(model):
     """An adaptation whose learning rate is zero."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return SimpleNamespace(optimizer=optimizer, scheduler=scheduler, trains_text=True, trains_images=True)
+    return SimpleNamespace(
+        optimizer=optimizer,
+        scheduler=scheduler,
+        trains_text=True,
+        trains_images=True,
+        logits=utils.cosine_logits,
+        penalty=float,
+        after_step=lambda iteration: None,
+    )
 
 
 def fit_given(batches, images, batch_size, evaluator=None, **options):
@@ -456,8 +469,8 @@ def test_time_of_test_passes_is_left_out_of_training_time(monkeypatch):
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     class Slow:
-        def adapted(self, image_tower_is_trained):
-            asked.append(image_tower_is_trained)
+        def adapted(self, adaptation):
+            asked.append(adaptation.trains_images)
             clock.now += 1000
             return 10.0 * len(asked)
 
@@ -558,9 +571,9 @@ def test_a_curve_of_test_accuracy_is_the_accuracy_at_that_time(task, model, tmp_
     evaluator.zero_shot()
 
     class Asked:
-        def adapted(self, image_tower_is_trained):
+        def adapted(self, adaptation):
             expected.append(slow_accuracy(model, task, preprocess, TEMPLATES[:1]))
-            return evaluator.adapted(image_tower_is_trained)
+            return evaluator.adapted(adaptation)
 
     fit = train.fit(model, task, adaptation, noise(4), settings, Asked())
     assert [row["iteration"] for row in fit.curve] == [2, 4]
