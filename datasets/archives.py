@@ -8,7 +8,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
@@ -67,7 +67,9 @@ def unpack(path: Path, folder: Path) -> None:
                     unpack_tar(archive, path, folder, lambda: bar.update(file.tell() - bar.n))
 
 
-def unpack_tar(archive: tarfile.TarFile, path: Path, folder: Path, progress=lambda: None) -> None:
+def unpack_tar(
+    archive: tarfile.TarFile, path: Path, folder: Path, progress: Callable[[], object] = lambda: None
+) -> None:
     """Unpack an open tar archive as `unpack` does; `path` names it in errors, `progress` is called per member.
 
     A link inside the archive becomes a copy of the file that it names.

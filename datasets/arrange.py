@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from datasets.archives import SUFFIXES, is_archive, member_names, unpack, why_no_archive
-from datasets.splits import _IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from datasets.splits import IMAGE_EXTENSIONS
 
 _DEPTH = 4  # Kaggle's ImageNet lies as deep as this: ILSVRC/Data/CLS-LOC/train
 _NO_ARCHIVES = (*IMAGE_EXTENSIONS, ".json", ".txt", ".csv", ".xml", ".mat", ".part", ".lock", ".md", ".pdf")

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
+import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
 
-from clip.download import algorithm, fetch, has_checksum, is_web_page
+from clip.download import fetch, has_checksum, is_web_page
 from datasets.archives import check_space, is_archive, why_no_archive
 from datasets.arrange import archives_below, arrange_folder, holds, innermost, unpacked
 from datasets.imagenet_archives import arrange_imagenet
 from datasets.sources import SOURCES, SPLITS, Archive
 from datasets.specs import SPECS, Layout, locate
-from datasets.splits import list_imagenet, read_fgvc_split, read_json_split
-from datasets.task import DatasetError, Item
+from datasets.splits import list_imagenet, list_imagenet_variant, read_fgvc_split, read_json_split
+from datasets.task import DatasetError, Task, check_images_exist
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,29 +86,17 @@ def check(name: str, root: Path) -> str:
     found = locate(name, root)
     if name == "imagenet":
         return f"{len(list_imagenet(found.images).test):,} validation images in {found.images}"
-    if SOURCES[name].split is None and name != "fgvc":
-        return f"images in {found.images}"
-    split = read_fgvc_split(found.folder) if name == "fgvc" else read_json_split(found.split)
-    items = (*split.train, *split.val, *split.test)
-    absent = list(_absent(found.images, items))
-    if absent:
+    if found.split is not None:
+        split = read_json_split(found.split)
+    else:
+        split = list_imagenet_variant(found.images) if SPECS[name].is_test_only else read_fgvc_split(found.folder)
+    try:
+        check_images_exist(Task(name, split.class_names, (), split.train, split.val, split.test, found.images))
+    except DatasetError as error:
         raise DatasetError(
-            f"{len(absent):,} of the split's {len(items):,} images are not in {found.images}, for example {absent[0]}; "
-            "move that folder away and run again (copies with renamed images do not fit the split)"
-        )
-    return f"{len(items):,} images in {found.images}"
-
-
-def _absent(images: Path, items: Iterable[Item]) -> Iterable[str]:
-    """The items' paths that do not exist; each folder is listed once, a look-up per file takes minutes on networks."""
-    listings: dict[str, set[str]] = {}
-    for item in items:
-        folder, _, file = item.path.rpartition("/")
-        if folder not in listings:
-            path = images / folder
-            listings[folder] = set(os.listdir(path)) if path.is_dir() else set()
-        if file not in listings[folder]:
-            yield item.path
+            f"{error} If so, move {found.images} away and run again; copies with renamed images do not fit the split"
+        ) from error
+    return f"{len(split.train) + len(split.val) + len(split.test):,} images in {found.images}"
 
 
 def _layout(name: str, root: Path) -> Layout:
@@ -248,17 +236,18 @@ def _bring_split(name: str, root: Path) -> None:
 
 
 def _check_split(name: str, path: Path, sha256: str) -> None:
-    """A split with other bytes than the known ones is taken if it has the published numbers: see `SplitSource`."""
+    """A split with other bytes than the known ones is taken if its classes and numbers are the published ones."""
     if has_checksum(path, sha256):
         return
     split, spec = read_json_split(path), SPECS[name]
-    here = (len(split.class_names), len(split.train), len(split.val), len(split.test))
-    if here != (spec.classes, *spec.sizes):
+    here = (len(split.train), len(split.val), len(split.test))
+    names = hashlib.sha256("\n".join(split.class_names).encode()).hexdigest()
+    if here != spec.sizes or names != spec.names_sha256:
         raise DatasetError(
-            f"{path} has {here[0]} classes and {here[1]}/{here[2]}/{here[3]} train/val/test images, not the published "
-            f"{spec.classes} and {'/'.join(map(str, spec.sizes))}"
+            f"{path} has {len(split.class_names)} classes and {here[0]}/{here[1]}/{here[2]} train/val/test images; "
+            f"these are not the published {spec.classes} and {'/'.join(map(str, spec.sizes))}, or have other names"
         )
-    print(f"note: the split of {name} has the published numbers, but another {algorithm(sha256)} than the known copy")
+    print(f"note: the split of {name} has the published classes and numbers, but other bytes than the known copy")
 
 
 def _print_steps(name: str, root: Path, folder: Path) -> None:
@@ -267,7 +256,7 @@ def _print_steps(name: str, root: Path, folder: Path) -> None:
     lines = [archive.url.replace("drive:", "https://drive.google.com/uc?id=") for archive in source.archives]
     print(
         f"\n{name} needs your hand:\n"
-        f"  1. Get the images, about {source.download_gb:g} GB (addresses not tried by us):\n"
+        f"  1. Get the images, about {source.download_gb:g} GB (the addresses were collected, not tried):\n"
         + "".join(f"       {line}\n" for line in (*lines, *source.hints))
         + f"  2. Put the archives or the unpacked folders, as they are and under any name, into\n       {folder}\n"
         f"  3. Run again: python -m datasets.download {name} --root_path {root}\n",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gdown
 import pytest
+from fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant
 
 from datasets import download
 from datasets.sources import SOURCES
@@ -130,3 +131,75 @@ def zip_of(folder: Path, inside: str = "") -> bytes:
         for path in sorted(folder.rglob("*")):
             archive.write(path, f"{inside}{path.relative_to(folder)}")
     return buffer.getvalue()
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run_download(data_root, capsys):
+    """Calls the program and returns (exit code, stdout, stderr)."""
+
+    def call(*names):
+        code = download.main([*names, "--root_path", str(data_root)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def original(name: str, folder: Path) -> tuple[bytes, bytes | None]:
+    """The archive of a small dataset as its authors pack it, and its split file; `folder` is scratch space."""
+    if name in VARIANTS:
+        inside = "sketch" if name == "imagenet_sketch" else VARIANTS[name][0].partition("/")[2]
+        fabricate_variant(folder, inside, ["7", "10"] if name == "imagenet_v2" else ["n01440764", "n01443537"])
+        (folder / inside / "README.txt").write_text("about")
+        if name == "imagenet_sketch":
+            return zip_of(folder), None
+        return tar_of(folder, mode="w:gz" if name == "imagenet_v2" else "w"), None
+    images = fabricate(name, folder)
+    split_folder = folder / FOLDERS[name]["coop"][0]
+    split = None
+    if name in SPLIT_FILES:
+        split = (split_folder / SPLIT_FILES[name]).read_bytes()
+        (split_folder / SPLIT_FILES[name]).unlink()
+    if name == "fgvc":
+        return tar_of(split_folder, "fgvc-aircraft-2013b/data/"), None
+    if name == "food101":
+        (split_folder / "meta").mkdir()
+        (split_folder / "meta" / "train.json").write_text("{}")
+        (split_folder / "license_agreement.txt").write_text("terms")
+        return tar_of(folder), split
+    if name == "dtd":
+        (split_folder / "labels").mkdir()
+        (split_folder / "labels" / "train1.txt").write_text("a label\n")
+        return tar_of(folder), split
+    if name == "caltech101":
+        outer = folder / "outer"
+        outer.mkdir()
+        (outer / "101_ObjectCategories.tar.gz").write_bytes(tar_of(split_folder))
+        (outer / "Annotations.tar").write_bytes(tar_of(split_folder / "none", mode="w"))
+        return zip_of(outer, "caltech-101/"), split
+    if name == "stanford_cars":
+        return zip_of(folder), split  # the copy; stanford_cars/cars_train/...
+    if name in ("eurosat", "ucf101"):
+        return zip_of(images.parent), split
+    return tar_of(images.parent), split
+
+
+def offer(world, name, tmp_path) -> str:
+    """Put the small dataset on the server; return the path of its archive."""
+    archive, split = original(name, tmp_path / f"original_{name}")
+    if split:
+        world.has_split(name, split)
+    return world.has_archive(name, archive)
+
+
+def snapshot(root: Path) -> dict:
+    """Path: time of the last change, of all that is not a lock."""
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix != ".lock"}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}

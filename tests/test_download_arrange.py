@@ -9,11 +9,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from download_server import PAGE, tar_of, world, zip_of  # noqa: F401
+from download_server import PAGE, files_in, original, tar_of, zip_of
 from fabricate import FOLDERS, SPLIT_FILES, fabricate
 from PIL import Image
 from scipy.io import savemat
-from test_download import files_in, original, root, run  # noqa: F401
 
 import datasets
 from datasets.archives import unpack
@@ -118,16 +117,16 @@ def test_a_zip_with_a_password(tmp_path):
     assert "unpack it by hand" in refused(tmp_path, bytes(content))
 
 
-def test_a_bad_member_leaves_no_dataset_behind(world, root, run, tmp_path):
+def test_a_bad_member_leaves_no_dataset_behind(world, data_root, run_download, tmp_path):
     world.has_split("eurosat", original("eurosat", tmp_path / "original")[1])
     world.has_archive("eurosat", tar_with(member("2750/a.jpg"), member("../../evil")))
-    code, _, err = run("eurosat")
+    code, _, err = run_download("eurosat")
     assert code == 2 and "'../../evil' would leave the target folder" in err
-    assert files_in(root / "eurosat") == {"EuroSAT.zip", SPLIT_FILES["eurosat"]}
-    assert not (root / "evil").exists()
+    assert files_in(data_root / "eurosat") == {"EuroSAT.zip", SPLIT_FILES["eurosat"]}
+    assert not (data_root / "evil").exists()
 
 
-def test_manual_steps(world, root, run):
+def test_manual_steps(world, data_root, run_download):
     """What cannot be fetched is told with its known mirrors, the folder and the command."""
     for name, words in {
         "imagenet": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz", "image-net"),
@@ -135,57 +134,57 @@ def test_manual_steps(world, root, run):
         "sun397": ("OpenDataLab/SUN397", "SUN397.tar.gz", "404"),
         "ucf101": ("https://drive.google.com/uc?id=10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O",),
     }.items():
-        code, _, err = run(name)
+        code, _, err = run_download(name)
         assert code == 2 and f"{name} needs your hand" in err
         assert all(word in err for word in words)
-        assert f"\n       {root / FOLDERS[name]['coop'][0]}\n" in err
-        assert f"python -m datasets.download {name} --root_path {root}\n" in err
-        assert "addresses not tried by us" in err
+        assert f"\n       {data_root / FOLDERS[name]['coop'][0]}\n" in err
+        assert f"python -m datasets.download {name} --root_path {data_root}\n" in err
+        assert "the addresses were collected, not tried" in err
 
 
 @pytest.fixture
-def cars(world, root, tmp_path):
+def cars(world, data_root, tmp_path):
     """A dataset's folder with only the split, and the images elsewhere: (folder, images)."""
     images = fabricate("stanford_cars", tmp_path / "elsewhere")
-    folder = root / "stanford_cars"
+    folder = data_root / "stanford_cars"
     folder.mkdir(parents=True)
     (images / SPLIT).rename(folder / SPLIT)
     return folder, images
 
 
-def assert_cars_are_ready(world, root, run):
+def assert_cars_are_ready(world, data_root, run_download):
     requests = len(world.requests)
-    code, out, err = run("stanford_cars")
+    code, _, err = run_download("stanford_cars")
     assert code == 0, err
-    task = datasets.build("stanford_cars", root, shots=1, seed=1)
+    task = datasets.build("stanford_cars", data_root, shots=1, seed=1)
     assert all(item.path.startswith("cars_") for item in task.train)
     for item in (*task.train, *task.val, *task.test):
         task.read(item)
     assert len(world.requests) == requests  # nothing was fetched
-    assert run("stanford_cars")[0] == 0
+    assert run_download("stanford_cars")[0] == 0
 
 
 @pytest.mark.parametrize("nesting", ["{part}/{part}", "archive/{part}/{part}", "a/b/{part}", "{part}/{part}/{part}"])
-def test_nested_cars(world, root, run, cars, nesting):
+def test_nested_cars(world, data_root, run_download, cars, nesting):
     folder, images = cars
     for part in ("cars_train", "cars_test"):
         place = folder / nesting.format(part=part)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(images / part, place)
-    assert_cars_are_ready(world, root, run)
+    assert_cars_are_ready(world, data_root, run_download)
     assert files_in(folder) == {SPLIT, "cars_train", "cars_test"}  # no empty shells remain
 
 
-def test_nested_cars_with_a_file_in_the_shell_and_an_interruption(world, root, run, cars):
+def test_nested_cars_with_a_file_in_the_shell_and_an_interruption(world, data_root, run_download, cars):
     folder, images = cars
     shutil.copytree(images / "cars_test", folder / "cars_test")
     shutil.copytree(images / "cars_train", folder / "cars_train.outer" / "cars_train")  # broken off after a first step
     (folder / "cars_train.outer" / "about.md").write_text("the user's")
-    assert_cars_are_ready(world, root, run)
+    assert_cars_are_ready(world, data_root, run_download)
     assert (folder / "cars_train.outer" / "about.md").is_file()
 
 
-def test_cars_from_renamed_archives_of_any_kind(world, root, run, cars, tmp_path):
+def test_cars_from_renamed_archives_of_any_kind(world, data_root, run_download, cars, tmp_path):
     folder, images = cars
     for part, pack, name in (("cars_train", tar_of, "one"), ("cars_test", zip_of, "downloads/two.zip")):
         single = tmp_path / part
@@ -193,59 +192,59 @@ def test_cars_from_renamed_archives_of_any_kind(world, root, run, cars, tmp_path
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(pack(single))
     (folder / "unrelated.zip").write_bytes(zip_with("readme.md"))
-    assert_cars_are_ready(world, root, run)
+    assert_cars_are_ready(world, data_root, run_download)
     assert files_in(folder) == {SPLIT, "cars_train", "cars_test", "one", "downloads", "unrelated.zip"}
 
 
-def test_cars_from_kaggles_archive_in_the_other_folder(world, root, run, cars):
+def test_cars_from_kaggles_archive_in_the_other_folder(world, data_root, run_download, cars):
     """One zip with both parts, each nested twice, in the folder of the released code."""
     folder, images = cars
-    folder.rename(root / "StanfordCars")
+    folder.rename(data_root / "StanfordCars")
     for part in ("cars_train", "cars_test"):
         (images / "nested" / part).mkdir(parents=True)
         (images / part).rename(images / "nested" / part / part)
-    (root / "StanfordCars" / "archive.zip").write_bytes(zip_of(images / "nested"))
-    assert_cars_are_ready(world, root, run)
-    assert not (root / "stanford_cars").exists()
+    (data_root / "StanfordCars" / "archive.zip").write_bytes(zip_of(images / "nested"))
+    assert_cars_are_ready(world, data_root, run_download)
+    assert not (data_root / "stanford_cars").exists()
 
 
-def test_half_of_the_cars_is_not_enough(world, root, run, cars):
+def test_half_of_the_cars_is_not_enough(world, data_root, run_download, cars):
     folder, images = cars
     shutil.copytree(images / "cars_train", folder / "cars_train")
-    code, _, err = run("stanford_cars")
+    code, _, err = run_download("stanford_cars")
     assert code == 2 and f"{folder / 'cars_test'} is missing" in err
     shutil.copytree(images / "cars_test", folder / "cars_test")
-    assert_cars_are_ready(world, root, run)
+    assert_cars_are_ready(world, data_root, run_download)
 
 
-def test_cars_with_renamed_images_are_refused(world, root, run, cars):
+def test_cars_with_renamed_images_are_refused(world, data_root, run_download, cars):
     folder, images = cars
     for part in ("cars_train", "cars_test"):
         shutil.copytree(images / part, folder / part)
         for image in (folder / part).iterdir():
             image.rename(image.with_name(f"Audi {image.name}"))
-    code, _, err = run("stanford_cars")
-    assert code == 2 and "24 of the split's 24 images are not in" in err and "copies with renamed images" in err
+    code, _, err = run_download("stanford_cars")
+    assert code == 2 and "and 23 more of stanford_cars cannot be found" in err and "copies with renamed images" in err
 
 
 @pytest.mark.parametrize("folder", ["sun397", "SUN397"])
-def test_sun397_from_the_users_archive(world, root, run, tmp_path, folder):
+def test_sun397_from_the_users_archive(world, data_root, run_download, tmp_path, folder):
     archive, split = original("sun397", tmp_path / "original")
-    (root / folder).mkdir(parents=True)
-    (root / folder / "SUN397.tar.gz").write_bytes(archive)
+    (data_root / folder).mkdir(parents=True)
+    (data_root / folder / "SUN397.tar.gz").write_bytes(archive)
     path = world.has_split("sun397", split)
-    code, _, err = run("sun397")
+    code, _, err = run_download("sun397")
     assert code == 0, err
     assert world.requests == [(path, None)]
-    assert (root / folder / "SUN397" / "a").is_dir() and (root / folder / "SUN397.tar.gz").is_file()
-    assert datasets.build("sun397", root, shots=1, seed=1).image_root == root / folder / "SUN397"
+    assert (data_root / folder / "SUN397" / "a").is_dir() and (data_root / folder / "SUN397.tar.gz").is_file()
+    assert datasets.build("sun397", data_root, shots=1, seed=1).image_root == data_root / folder / "SUN397"
 
 
-def test_what_only_looks_like_an_archive_is_told(world, root, run, cars):
+def test_what_only_looks_like_an_archive_is_told(world, data_root, run_download, cars):
     folder, _ = cars
     (folder / "cars_train.tgz").write_bytes(PAGE)
     (folder / "cars_test.zip").write_bytes(b"PK\x03\x04 cut off")
-    code, _, err = run("stanford_cars")
+    code, _, err = run_download("stanford_cars")
     assert code == 2
     assert f"{folder / 'cars_train.tgz'} is a web page and no archive" in err
     assert f"{folder / 'cars_test.zip'} is no readable zip or tar archive" in err
@@ -297,11 +296,11 @@ def ilsvrc(tmp_path_factory):
     return tar_of(folder / "train", mode="w"), tar_of(folder / "val", mode="w"), tar_of(folder / "devkit")
 
 
-def assert_imagenet_is_ready(root, run, images):
-    code, out, err = run("imagenet")
+def assert_imagenet_is_ready(data_root, run_download, images):
+    code, out, err = run_download("imagenet")
     assert code == 0, err[-1000:]
     assert "1,000 validation images" in out
-    task = datasets.build("imagenet", root, shots=1, seed=1)
+    task = datasets.build("imagenet", data_root, shots=1, seed=1)
     assert task.image_root == images
     for item in (*task.train[::97], *task.val[::97], *task.test[::97]):
         with Image.open(images / item.path) as image:
@@ -309,20 +308,20 @@ def assert_imagenet_is_ready(root, run, images):
     assert not list(images.glob(".unpacking"))
 
 
-def test_imagenet_from_its_archives_under_any_name(world, root, run, ilsvrc):
-    folder = root / "imagenet"
+def test_imagenet_from_its_archives_under_any_name(world, data_root, run_download, ilsvrc):
+    folder = data_root / "imagenet"
     (folder / "downloads").mkdir(parents=True)
     for name, content in zip(("train.tar", "downloads/b", "kit.tgz"), ilsvrc):
         (folder / name).write_bytes(content)
-    assert_imagenet_is_ready(root, run, folder / "images")
+    assert_imagenet_is_ready(data_root, run_download, folder / "images")
     assert files_in(folder) == {"images", "downloads", "train.tar", "kit.tgz"}
     assert files_in(folder / "images") == {"train", "val"}
     assert not world.requests
 
 
-def test_imagenet_from_a_nested_train_folder_and_a_flat_val_folder(world, root, run, ilsvrc, tmp_path):
+def test_imagenet_from_a_nested_train_folder_and_a_flat_val_folder(world, data_root, run_download, ilsvrc, tmp_path):
     """As Kaggle has it, annotations of the same name beside it; sorting goes on where it was interrupted."""
-    kaggle = root / "imagenet" / "ILSVRC"
+    kaggle = data_root / "imagenet" / "ILSVRC"
     for label, wnid in enumerate(WNIDS):
         (kaggle / "Data" / "CLS-LOC" / "train" / wnid).mkdir(parents=True)
         for number in range(2):
@@ -333,48 +332,48 @@ def test_imagenet_from_a_nested_train_folder_and_a_flat_val_folder(world, root, 
     (tmp_path / "val.tar").write_bytes(ilsvrc[1])
     unpack(tmp_path / "val.tar", kaggle / "Data" / "CLS-LOC" / "val")
 
-    code, _, err = run("imagenet")
-    val = root / "imagenet" / "images" / "val"
-    assert code == 2 and "devkit that has their classes is missing" in err and str(root / "imagenet") in err
-    assert len(list(val.iterdir())) == 1000 and (root / "imagenet" / "images" / "train").is_dir()
+    code, _, err = run_download("imagenet")
+    val = data_root / "imagenet" / "images" / "val"
+    assert code == 2 and "devkit that has their classes is missing" in err and str(data_root / "imagenet") in err
+    assert len(list(val.iterdir())) == 1000 and (data_root / "imagenet" / "images" / "train").is_dir()
 
     first = val / "ILSVRC2012_val_00000001.JPEG"
     (val / WNIDS[ORDER[0]]).mkdir()
     first.rename(val / WNIDS[ORDER[0]] / first.name)  # an interrupted run got as far as this
     (tmp_path / "kit.tgz").write_bytes(ilsvrc[2])
-    unpack(tmp_path / "kit.tgz", root / "imagenet")  # the kit may be unpacked already
-    assert_imagenet_is_ready(root, run, root / "imagenet" / "images")
+    unpack(tmp_path / "kit.tgz", data_root / "imagenet")  # the kit may be unpacked already
+    assert_imagenet_is_ready(data_root, run_download, data_root / "imagenet" / "images")
     assert (kaggle / "Annotations" / "CLS-LOC" / "train" / "a.xml").is_file()
 
 
-def test_imagenet_train_there_and_val_from_its_archive(world, root, run, ilsvrc):
+def test_imagenet_train_there_and_val_from_its_archive(world, data_root, run_download, ilsvrc):
     """In torchvision's layout, without `images`."""
-    images = fabricate("imagenet", root, "torchvision", per_class=2)
+    images = fabricate("imagenet", data_root, "torchvision", per_class=2)
     shutil.rmtree(images / "val")
     for label, wnid in enumerate(WNIDS):
         for number in range(2):
             (images / "train" / wnid / f"{wnid}_train_{number}.JPEG").write_bytes(jpeg(label))
     for name, content in zip(("val.tar", "kit.tgz"), ilsvrc[1:]):
         (images / name).write_bytes(content)
-    assert_imagenet_is_ready(root, run, root / "imagenet")
+    assert_imagenet_is_ready(data_root, run_download, data_root / "imagenet")
 
 
-def test_a_devkit_that_does_not_fit(world, root, run, ilsvrc, tmp_path):
-    folder = root / "imagenet"
+def test_a_devkit_that_does_not_fit(world, data_root, run_download, ilsvrc, tmp_path):
+    folder = data_root / "imagenet"
     folder.mkdir(parents=True)
     (folder / "val.tar").write_bytes(ilsvrc[1])
     devkit(folder)
     truth = folder / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("1\n2\n3\n")
-    code, _, err = run("imagenet")
+    code, _, err = run_download("imagenet")
     assert code == 2 and "the devkit knows 3 validation images" in err
     assert not (folder / "images" / "val").exists() and not list(folder.rglob(".unpacking"))
 
 
-def test_a_cut_off_imagenet_archive(world, root, run, ilsvrc):
-    folder = root / "imagenet"
+def test_a_cut_off_imagenet_archive(world, data_root, run_download, ilsvrc):
+    folder = data_root / "imagenet"
     folder.mkdir(parents=True)
     (folder / "train.tar").write_bytes(ilsvrc[0][: len(ilsvrc[0]) // 2])
-    code, _, err = run("imagenet")
+    code, _, err = run_download("imagenet")
     assert code == 2 and f"archive {folder / 'train.tar'} is damaged or cut off" in err
     assert not (folder / "images" / "train").exists() and not list(folder.rglob(".unpacking"))
