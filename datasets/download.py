@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from clip.download import fetch, has_checksum, is_web_page
 from datasets.archives import check_space, is_archive, why_no_archive
-from datasets.arrange import archives_below, arrange_folder, holds, innermost, unpacked
+from datasets.arrange import archives_below, arrange_folder, holds, is_missing, unpacked
 from datasets.imagenet_archives import arrange_imagenet
 from datasets.sources import SOURCES, SPLITS, Archive
 from datasets.specs import SPECS, Layout, locate
@@ -116,7 +116,7 @@ def _parts(name: str, layout: Layout, root: Path) -> tuple[Path, ...]:
 
 
 def _missing_parts(name: str, layout: Layout, root: Path) -> list[Path]:
-    return [part for part in _parts(name, layout, root) if not part.is_dir() or innermost(part) != part]
+    return [part for part in _parts(name, layout, root) if is_missing(part)]
 
 
 def _bring_images(name: str, root: Path) -> None:

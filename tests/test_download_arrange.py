@@ -178,10 +178,10 @@ def test_nested_cars(world, data_root, run_download, cars, nesting):
 def test_nested_cars_with_a_file_in_the_shell_and_an_interruption(world, data_root, run_download, cars):
     folder, images = cars
     shutil.copytree(images / "cars_test", folder / "cars_test")
-    shutil.copytree(images / "cars_train", folder / "cars_train.outer" / "cars_train")  # broken off after a first step
-    (folder / "cars_train.outer" / "about.md").write_text("the user's")
+    shutil.copytree(images / "cars_train", folder / "cars_train.aside" / "cars_train")  # broken off after a first step
+    (folder / "cars_train.aside" / "about.md").write_text("the user's")
     assert_cars_are_ready(world, data_root, run_download)
-    assert (folder / "cars_train.outer" / "about.md").is_file()
+    assert (folder / "cars_train.aside" / "about.md").is_file()
 
 
 def test_cars_from_renamed_archives_of_any_kind(world, data_root, run_download, cars, tmp_path):
@@ -206,6 +206,24 @@ def test_cars_from_kaggles_archive_in_the_other_folder(world, data_root, run_dow
     (data_root / "StanfordCars" / "archive.zip").write_bytes(zip_of(images / "nested"))
     assert_cars_are_ready(world, data_root, run_download)
     assert not (data_root / "stanford_cars").exists()
+
+
+def test_empty_folders_and_an_archive_in_the_image_folders_own_name(world, data_root, run_download, tmp_path):
+    """Folders made by hand are no images; what is in them is set aside, or removed if it is nothing."""
+    archive, split = original("dtd", tmp_path / "dtd")
+    world.has_split("dtd", split)
+    (data_root / "dtd" / "images").mkdir(parents=True)
+    (data_root / "dtd" / "dtd.tgz").write_bytes(archive)
+    assert run_download("dtd")[0] == 0
+    assert not (data_root / "dtd" / "images.aside").exists()
+
+    archive, _ = original("imagenet_a", tmp_path / "imagenet_a")
+    (data_root / "imagenet-a").mkdir()
+    (data_root / "imagenet-a" / "imagenet-a.tar").write_bytes(archive)
+    for _ in range(2):
+        code, out, err = run_download("imagenet_a")
+        assert code == 0 and f"2 images in {data_root / 'imagenet-a'}" in out, err
+    assert (data_root / "imagenet-a.aside" / "imagenet-a.tar").read_bytes() == archive
 
 
 def test_half_of_the_cars_is_not_enough(world, data_root, run_download, cars):
