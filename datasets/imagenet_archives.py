@@ -92,13 +92,19 @@ def _validation_wnids(folder: Path, devkit: Path | None) -> list[str]:
 def _read_devkit(tree: Path) -> list[str]:
     """The ground truth gives one ILSVRC id per image in file order; meta.mat maps the ids to WordNet's.
 
-    The ids of the 1000 classes are not in WordNet's order. Synsets with children are no classes.
+    The ids of the 1000 classes are not in WordNet's order; those above 1000 are synsets with children.
     """
     for data, _, files in walk(tree):
         if _GROUND_TRUTH in files and "meta.mat" in files:
-            ids, wnids, _, _, children = list(zip(*loadmat(data / "meta.mat", squeeze_me=True)["synsets"]))[:5]
-            names = {int(i): str(wnid) for i, wnid, count in zip(ids, wnids, children) if count == 0}
-            return [names[int(line)] for line in (data / _GROUND_TRUTH).read_text().split()]
+            try:
+                synsets = loadmat(data / "meta.mat", squeeze_me=True)["synsets"]
+                wnids = {int(synset[0]): str(synset[1]) for synset in synsets}  # ILSVRC2012_ID and WNID come first
+                return [wnids[int(line)] for line in (data / _GROUND_TRUTH).read_text().split()]
+            except (LookupError, ValueError, TypeError, NotImplementedError) as error:
+                raise DatasetError(
+                    f"imagenet: meta.mat or {_GROUND_TRUTH} in {data} is not the original ({error}); get "
+                    "ILSVRC2012_devkit_t12.tar.gz again"
+                ) from error
     return []
 
 

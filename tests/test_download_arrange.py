@@ -385,6 +385,11 @@ def test_a_devkit_that_does_not_fit(world, data_root, run_download, ilsvrc, tmp_
     truth.write_text("1\n2\n3\n")
     code, _, err = run_download("imagenet")
     assert code == 2 and "the devkit knows 3 validation images" in err
+    for wrong in ("2000\n", "cat\n"):
+        truth.write_text(wrong)
+        assert "is not the original" in run_download("imagenet")[2]
+    truth.with_name("meta.mat").write_bytes(b"not a mat file" * 100)
+    assert "is not the original" in run_download("imagenet")[2]
     assert not (folder / "images" / "val").exists() and not list(folder.rglob(".unpacking"))
 
 
