@@ -106,8 +106,8 @@ def split_paths(paths: list[str], name: str) -> tuple[list[str], list[str], list
 
 def _note_division(source: Path) -> None:
     print(
-        f"note: {source} names no train, val and test parts; its images are divided 50/20/30 % per class, always in the "
-        "same way, and the run's split.json lists them",
+        f"note: {source} names no train, val and test parts; its images are divided 50/20/30 % per class, always "
+        "in the same way, and the run's split.json lists them",
         file=sys.stderr,
     )
 
