@@ -12,7 +12,7 @@ from datasets.task import DatasetError, Item
 
 # The extensions that torchvision's ImageFolder takes for images; the published draws were made from its
 # listing.
-_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def list_imagenet_variant(image_root: Path) -> Split:
 def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
     folders, images = [], 0
     for entry in _scan(folder):
-        if entry.name.lower().endswith(_IMAGE_EXTENSIONS):
+        if entry.name.lower().endswith(IMAGE_EXTENSIONS):
             images += 1
         elif not entry.name.startswith(".") and entry.is_dir():
             folders.append(entry.name)
@@ -228,7 +228,7 @@ def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
 
 def _list_images(folder: Path) -> tuple[str, ...]:
     """Sorted names of the images in a folder, judged by name alone: a stat per file would take minutes."""
-    return tuple(sorted(e.name for e in _scan(folder) if e.name.lower().endswith(_IMAGE_EXTENSIONS)))
+    return tuple(sorted(e.name for e in _scan(folder) if e.name.lower().endswith(IMAGE_EXTENSIONS)))
 
 
 def _scan(folder: Path) -> list[os.DirEntry]:
