@@ -32,7 +32,7 @@ from datasets.images import default_workers
 from datasets.sources import SOURCES
 from datasets.specs import SPECS, Found, departure, search
 from datasets.splits import IMAGE_EXTENSIONS, Split, imagenet_classes, list_imagenet_part, read_split
-from datasets.task import DatasetError, Item, Task, has_16_bits, is_transparent, missing_images, some
+from datasets.task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, missing_images
 
 PER_CLASS = 3  # images of each class that are decoded without --all
 USUAL_SHOTS = 16  # the most that papers report
@@ -130,7 +130,7 @@ def _examine_published(name: str, root: Path, report: Report) -> None:
         _compare(name, found, split, report, command)
         _examine_shots(name, split, report)
     if found.images:
-        items = (*split.train, *split.val, *split.test) if split else tuple(_images_below(found.images))
+        items = (*split.train, *split.val, *split.test) if split else _images_below(found.images, report)
         remedy = f"move {found.images} away and {command}"
         _examine_images(Task(name, (), (), (), (), items, found.images), report, remedy)
 
@@ -143,24 +143,31 @@ def _read_imagenet(found: Found, report: Report, command: str) -> Split | None:
     parts = []
     for part in ("train", "val"):
         try:
-            listed = zip(wnids, list_imagenet_part(found.images / part))
-            images = enumerate((wnid, image) for wnid, images in listed for image in images)
-            parts.append(tuple(Item(f"{part}/{wnid}/{image}", label) for label, (wnid, image) in images))
+            listed = enumerate(zip(wnids, list_imagenet_part(found.images / part)))
+            parts.append(
+                tuple(Item(f"{part}/{wnid}/{image}", label) for label, (wnid, images) in listed for image in images)
+            )
         except DatasetError as error:
             report.problem(f"{error}; {command}, which arranges what lies there or says what is to be done")
     return Split(names, parts[0], (), parts[1]) if len(parts) == 2 else None
 
 
 def _read(name: str, found: Found, report: Report, command: str) -> Split | None:
-    """The split, or None if it is not there, as `search` has said, or cannot be read, which is reported."""
+    """The split, or None if it is not there, as `search` has said, or cannot be used, which is reported."""
     source = _source(name, found)
     if source is None:
         return None
     try:
-        return read_split(name, found)
+        split = read_split(name, found)
     except DatasetError as error:
         report.problem(f"{error}; to get it again, move {source} away and {command}")
         return None
+    names_sha256 = _names_sha256(split)
+    others = [other for other in SPECS if SPECS[other].names_sha256 == names_sha256]
+    if others and name not in others:
+        report.problem(f"{source} has the class names of {others[0]}, another dataset; move it away and {command}")
+        return None
+    return split
 
 
 def _source(name: str, found: Found) -> Path | None:
@@ -175,9 +182,7 @@ def _compare(name: str, found: Found, split: Split, report: Report, command: str
     """Compare the split with the published one: its bytes, its numbers, its class names."""
     sizes = (len(split.train), len(split.val), len(split.test))
     unlike = departure(name, len(split.class_names), sizes)
-    names_sha256 = _sha256("\n".join(split.class_names).encode("utf-8", "surrogateescape"))
-    others = [other for other in SPECS if SPECS[other].names_sha256 == names_sha256]
-    same_names, source = name in others, _source(name, found)
+    same_names, source = _names_sha256(split) == SPECS[name].names_sha256, _source(name, found)
     if found.split:
         known = SOURCES[name].split
         if _sha256(found.split.read_bytes()) == known.sha256:
@@ -191,20 +196,15 @@ def _compare(name: str, found: Found, split: Split, report: Report, command: str
         report.fact("split", f"{found.split} ({state})")
     counts = f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images"
     report.fact("numbers", counts + ("" if unlike else ", as published"))
-    if others and not same_names:
-        report.problem(
-            f"{source} has the class names of {others[0]}, it is the split of another dataset; move it away and "
-            f"{command}"
-        )
-    elif unlike:
-        report.warning(f"there are {unlike}; if that is not meant, move {source} away and {command}")
-    elif not same_names:
+    if same_names:
+        report.fact("class names", "as published")
+    elif not unlike:
         report.warning(
             f"the class names or their order are not the published ones, the first is {split.class_names[0]!r}; "
             f"results do not compare with published ones; if that is not meant, move {source} away and {command}"
         )
-    else:
-        report.fact("class names", "as published")
+    if unlike:
+        report.warning(f"there are {unlike}; if that is not meant, move {source} away and {command}")
     if found.split:
         listings = Counter(item.path for item in (*split.train, *split.val, *split.test))
         twice = [path for path, count in listings.items() if count > 1]
@@ -213,38 +213,38 @@ def _compare(name: str, found: Found, split: Split, report: Report, command: str
 
 
 def _examine_shots(name: str, split: Split, report: Report) -> None:
-    """Say how many shots the smallest class allows."""
+    """Say how many shots the smallest classes allow."""
     if name in SPECS and SPECS[name].is_test_only:
         report.fact("shots", "none, it is there to test on")
         return
+    pooled = name == "imagenet"  # validation images come from the same folders
+    needed = USUAL_SHOTS + (val_shots(USUAL_SHOTS) if pooled else 0)
     counts = Counter(item.label for item in split.train)
-    few = {}  # class -> (images, the most shots without repeats)
-    for label in range(len(split.class_names)):
-        most = _most_shots(counts[label]) if name == "imagenet" else counts[label]
-        if most < USUAL_SHOTS:
-            few[f"{split.class_names[label]} ({counts[label]} training images)"] = most
-    if not few:
+    small = sorted((counts[label], label) for label in range(len(split.class_names)) if counts[label] < needed)
+    if not small:
         report.fact("shots", f"{USUAL_SHOTS} and more")
         return
-    smallest = sorted(few, key=few.__getitem__)
-    report.fact(
-        "shots",
-        f"up to {few[smallest[0]]} without repeats; {some(smallest)} too small for {USUAL_SHOTS}",
-    )
-    if few[smallest[0]] == 0:
-        report.problem(f"{smallest[0]}: too few to train and validate with one shot; unpack the class again")
+    fewest = small[0][0]
+    most = _most_pooled_shots(fewest) if pooled else fewest
+    listed = [f"{split.class_names[label]} {count}" for count, label in small]
+    report.fact("shots", f"up to {most} without repeats; classes with fewer than {needed} images: {enumerated(listed)}")
+    if most == 0:
+        report.problem(f"too few training images, in {listed[0]}; two are needed, to train and validate")
 
 
-def _most_shots(images: int) -> int:
-    """ImageNet's validation images come from the same pool as its training images."""
+def _most_pooled_shots(images: int) -> int:
+    """The most shots for which as many images suffice to train and to validate."""
     return next(shots for shots in range(images, -1, -1) if shots + val_shots(shots) <= images)
 
 
-def _images_below(root: Path) -> Iterable[Item]:
-    """All images below `root`, for want of a split, with the number of their folder as label."""
+def _images_below(root: Path, report: Report) -> tuple[Item, ...]:
+    """All images below `root`, to be examined for want of a split, with the number of their folder as label."""
+    items: list[Item] = []
     for label, (folder, _, names) in enumerate(os.walk(root)):
-        inner = Path(folder).relative_to(root)
-        yield from (Item((inner / n).as_posix(), label) for n in sorted(names) if n.lower().endswith(IMAGE_EXTENSIONS))
+        images = sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS))
+        items += [Item((Path(folder).relative_to(root) / name).as_posix(), label) for name in images]
+    report.fact("note", f"without a split nothing tells which images belong there; {len(items)} are")
+    return tuple(items)
 
 
 # --- one's own images
@@ -264,7 +264,7 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
         report.fact("numbers", f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images")
         _examine_shots(name, split, report)
     if split or root.is_dir():
-        items = (*split.train, *split.val, *split.test) if split else tuple(_images_below(root))
+        items = (*split.train, *split.val, *split.test) if split else _images_below(root, report)
         task = FolderTask(name, (), (), (), (), items, image_root)
         _examine_images(task, report, "put the right files there, or take them out of the folder or the manifest")
 
@@ -280,23 +280,24 @@ def _examine_images(task: Task, report: Report, remedy: str) -> None:
         report.problem(f"folder {task.image_root / folder} cannot be listed ({reason}); change its permissions")
     lost = [path for path in missing if path.rpartition("/")[0] not in unlisted]
     if lost:
-        report.problem(f"{len(lost)} of {len(items)} images are missing{_clue(task.image_root, lost)}; {remedy}", lost)
+        report.problem(f"images missing: {len(lost)} of {len(items)}{_clue(task.image_root, lost)}; {remedy}", lost)
     gone = set(missing)
     there = [item for item in items if item.path not in gone]
     empty, broken = _weigh(task.image_root, there)
     if broken:
-        report.problem(f"{len(broken)} images cannot be opened; {remedy}", broken)
+        reasons = [f"{path} ({reason})" for path, reason in broken.items()]
+        report.problem(f"images that cannot be opened: {len(broken)} of {len(items)}; {remedy}", reasons)
     if empty:
-        report.problem(f"{len(empty)} images are empty files of 0 bytes; {remedy}", empty)
+        report.problem(f"images of 0 bytes: {len(empty)} of {len(items)}; {remedy}", empty)
     if not missing and not broken:
-        report.fact("images", f"all {len(items)} are there" if items else "none")
+        report.fact("images", f"all {len(items)} are there")
     bad = {*empty, *broken}
     whole = [item for item in there if item.path not in bad]
     chosen = whole if report.everything else _sample(whole)
     complaints, kinds = _decode(task, chosen)
     seen = f"{len(chosen)} of {len(items)}" + ("" if report.everything else " (a sample; --all decodes every one)")
     if complaints:
-        report.problem(f"{len(complaints)} images out of {seen} cannot be decoded; {remedy}", complaints)
+        report.problem(f"damaged images: {len(complaints)} among {seen}; {remedy}", complaints)
     elif chosen:
         report.fact("decoded", f"{seen}, all whole")
     for kind, count in kinds.items():
@@ -309,26 +310,26 @@ def _clue(root: Path, missing: Sequence[str]) -> str:
     for folder in ["", *folders]:
         nested = root / folder / (root / folder).name
         if nested.is_dir():
-            return f": those of {root / folder} lie one folder too deep, in {nested}"
+            return f"; those of {root / folder} lie one folder too deep, in {nested}"
     if not any(root.iterdir()):
-        return f": {root} is empty"
+        return f"; {root} is empty"
     folder, _, name = missing[0].rpartition("/")
     if (root / folder).is_dir():
         for entry in sorted(os.listdir(root / folder)):
             if entry.lower() == name.lower():
-                return f": their names have other upper and lower case ({entry} for {name})"
+                return f"; file names differ in upper and lower case ({entry} lies there)"
     return ""
 
 
-def _weigh(root: Path, items: Iterable[Item]) -> tuple[list[str], list[str]]:
-    """The paths of files without content, and of those that are none, such as links to nothing."""
-    empty, broken = [], []
+def _weigh(root: Path, items: Iterable[Item]) -> tuple[list[str], dict[str, str]]:
+    """The paths of files without content, and of those that are none, such as links to nothing, with the reason."""
+    empty, broken = [], {}
     for item in _progress(items, "sizes"):
         try:
             if os.stat(root / item.path).st_size == 0:
                 empty.append(item.path)
         except OSError as error:
-            broken.append(f"{item.path} ({error.strerror})")
+            broken[item.path] = error.strerror
     return empty, broken
 
 
@@ -375,6 +376,10 @@ def _progress(iterable: Iterable, label: str, total: int | None = None) -> tqdm:
     """A bar, or in a log a line every half minute."""
     interval = 0.1 if sys.stderr.isatty() else 30
     return tqdm(iterable, desc=label, total=total, leave=False, unit="image", mininterval=interval, delay=interval)
+
+
+def _names_sha256(split: Split) -> str:
+    return _sha256("\n".join(split.class_names).encode("utf-8", "surrogatepass"))
 
 
 def _sha256(content: bytes) -> str:

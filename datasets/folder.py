@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from datasets.splits import Split, check_path, parse_json, parse_json_split, read_text
-from datasets.task import DatasetError, Item, Task, read_upright_image
+from datasets.task import DatasetError, Item, Task, enumerated, read_upright_image
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -164,8 +164,7 @@ def _likewise(wrong: Sequence[str]) -> str:
     """In brackets what shares the mistake of the first, so that all can be mended at once."""
     if len(wrong) == 1:
         return ""
-    more = f" and {len(wrong) - 11} more" if len(wrong) > 11 else ""
-    return f" (likewise {', '.join(wrong[1:11])}{more})"
+    return f" (likewise {enumerated(wrong[1:])})"
 
 
 def _class_names(root: Path, folders: list[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 
 from datasets.specs import SPECS, Found
-from datasets.task import DatasetError, Item, some
+from datasets.task import DatasetError, Item, enumerated
 
 # The extensions that torchvision's ImageFolder takes for images; the published draws were made from its
 # listing.
@@ -237,7 +237,7 @@ def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
     missing, unknown = set(wnids) - set(folders), set(folders) - set(wnids)
     if missing or unknown:
         wrong = sorted(missing or unknown)
-        example = f"{some(wrong)} {'missing' if missing else 'not among them'}"
+        example = f"{'missing' if missing else 'not among them'}: {enumerated(wrong)}"
         raise DatasetError(
             f"{folder} holds {len(folders)} class folders instead of ImageNet's {len(wnids)} ({example}); "
             "unpack it again"

@@ -121,13 +121,10 @@ def missing_images(image_root: Path, items: Iterable[Item]) -> tuple[list[str], 
     return missing, {folder: reason for folder, reason in denied.items() if folder in folders}
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names in words: "a, b and c are" or "a, b, c, d, e and 12 more are"."""
-    listed, more = list(names[:most]), len(names) - most
-    if more > 0:
-        listed.append(f"{more} more")
-    first, last = ", ".join(listed[:-1]), listed[-1]
-    return f"{first} and {last} are" if first else f"{last} is"
+def enumerated(things: Sequence[str], most: int = 10) -> str:
+    """The first things separated by commas, and the number of the others."""
+    more = len(things) - most
+    return ", ".join(things[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 # What Pillow's decoders raise on damaged files, for want of a common base class.
