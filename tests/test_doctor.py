@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant, picture
+from fabricate import FOLDERS, SPLIT_FILES, VARIANTS, error_of_build, fabricate, fabricate_variant, picture
 from PIL import Image
 
 import datasets
@@ -143,18 +143,23 @@ def test_checksums_that_are_not_known_for_certain_are_said_so(name, tmp_path, ex
     assert f"{SPLIT_FILES[name]} (checksum not known for certain)\n" in examine(name, tmp_path)[1]
 
 
-def test_copies_are_named(tmp_path, examine):
+def test_copies_are_named(tmp_path, capsys, examine):
     fabricate("dtd", tmp_path, "released")
     fabricate("dtd", tmp_path, "coop")
     code, out = examine("dtd", tmp_path)
     assert code == 0 and f"images in {tmp_path / 'dtd' / 'images'}\n" in out
     if not (tmp_path / "dtd").samefile(tmp_path / "DTD"):  # they are one on a disk that ignores letter case
         assert f"note: {tmp_path / 'DTD'} is another copy, which is not used" in out
+        datasets.build("dtd", tmp_path, 1, 1)
+        assert (
+            f"note: dtd is read from {tmp_path / 'dtd'}; {tmp_path / 'DTD'} is another copy" in capsys.readouterr().err
+        )
 
 
-def test_imagenet(tmp_path, examine):
+def test_imagenet(tmp_path, capsys, examine):
     image_root = fabricate("imagenet", tmp_path, per_class=2)
     assert not is_refused("imagenet", tmp_path)
+    assert "2000/0/1000 train/val/test images, the published split 1000 and 1281167/0/50000;" in capsys.readouterr().err
     code, out = examine("imagenet", tmp_path)
     assert code == 0 and verdict(out) == "imagenet: ready, 1 warning"
     assert "1000 classes, 2000/0/1000 train/val/test images\n" in out and "1281167/0/50000" in out
@@ -175,6 +180,7 @@ def test_imagenet(tmp_path, examine):
     for wnid in ("n01443537", "n01484850"):
         shutil.rmtree(train / wnid)
     flat = [path.rename(val / path.name) for path in val.glob("*/*")]
+    assert f"the class folders in {val} are empty" in error_of_build("imagenet", tmp_path, None, 1)
     for folder in val.iterdir():
         if folder.is_dir():
             folder.rmdir()
@@ -306,6 +312,12 @@ BREAKAGES = {
         1,
         True,
         ["'../a/0.jpg' is not a relative path inside the image folder"],
+    ),
+    "a path with a zero byte": (
+        lambda r: write_split(r, rows(1, ["a\0", "b"])),
+        1,
+        True,
+        ["'a\\x00/0.jpg' is not a relative path inside the image folder"],
     ),
     "another dataset's split": (
         lambda r: write_split(r, rows(2, EUROSAT_NAMES)),
@@ -607,7 +619,9 @@ def test_own_damaged_images_are_named(tmp_path, examine):
     root = own(tmp_path / "pets", {"cat": 3, "dog": 3})
     truncate(root / "cat" / "1.jpg")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(root / "dog" / "x.tiff")
+    (root / "dog" / "y\n.jpg").write_bytes(b"")
     code, out = examine("folder", root, "--all")
-    assert code == 2 and verdict(out) == "folder: 1 problem"
-    assert "damaged images: 2 among 7 of 7; " in out
+    assert code == 2 and verdict(out) == "folder: 2 problems"
+    assert "images of 0 bytes: 1 of 8; " in out and "\n    dog/y\\n.jpg\n" in out
+    assert "damaged images: 2 among 7 of 8; " in out
     assert f"image {root / 'cat' / '1.jpg'} cannot be decoded" in out and "x.tiff" in out and "32-bit" in out
