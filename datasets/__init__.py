@@ -24,15 +24,8 @@ from datasets.images import (
     training_loader,
 )
 from datasets.recorded import import_coop, replay, to_json
-from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, locate
-from datasets.splits import (
-    ImageNetListing,
-    Split,
-    list_imagenet,
-    list_imagenet_variant,
-    read_fgvc_split,
-    read_json_split,
-)
+from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
+from datasets.splits import ImageNetListing, Split, list_imagenet, read_split
 from datasets.task import DatasetError, Item, Task, check_images_exist
 
 __all__ = [
@@ -129,11 +122,8 @@ def _read(name: str, root: Path) -> tuple[Split, Path | None]:
     if name == "folder":
         return read_folder(root)
     found = locate(name, root)
-    if found.split is not None:
-        parts = read_json_split(found.split)
-    else:
-        parts = list_imagenet_variant(found.images) if is_test_only(name) else read_fgvc_split(found.folder)
-    _note_departure(name, found, parts)
+    parts = read_split(name, found)
+    _note_departure(name, found, len(parts.class_names), (len(parts.train), len(parts.val), len(parts.test)))
     return parts, found.images
 
 
@@ -163,8 +153,11 @@ def _choose(
 
 def _list_imagenet(root: Path, shots: int | None) -> tuple[ImageNetListing, Path]:
     """ImageNet has no split file: train and val come from its train folder, test is its val folder."""
-    image_root = locate("imagenet", root).images
+    found = locate("imagenet", root)
+    image_root = found.images
     listing = list_imagenet(image_root, with_train=shots is not None)
+    n_train = sum(map(len, listing.train)) if shots else SPECS["imagenet"].sizes[0]
+    _note_departure("imagenet", found, len(listing.wnids), (n_train, 0, len(listing.test)))
     needed = shots + val_shots(shots) if shots else 0
     for wnid, names in zip(listing.wnids, listing.train):
         if len(names) < needed:
@@ -189,18 +182,13 @@ def _draw_imagenet(
     )
 
 
-def _note_departure(name: str, found: Found, split: Split) -> None:
-    """Say on stderr that a split is not the published one: that may be meant, but figures don't compare."""
-    spec = SPECS[name]
-    here = (len(split.class_names), len(split.train), len(split.val), len(split.test))
-    published = (spec.classes, *spec.sizes)
-    if here != published:
-        print(
-            f"note: {name} in {found.split or found.folder} has {here[0]} classes and "
-            f"{here[1]}/{here[2]}/{here[3]} train/val/test images, the published split {published[0]} and "
-            f"{published[1]}/{published[2]}/{published[3]}; results do not compare with published ones",
-            file=sys.stderr,
-        )
+def _note_departure(name: str, found: Found, classes: int, sizes: tuple[int, int, int]) -> None:
+    """Say on stderr what the user may not expect: there are two copies, or the split is not the published one."""
+    if found.copies:
+        print(f"note: {name} is read from {found.folder}; {found.copies[0]} is another copy", file=sys.stderr)
+    unlike = departure(name, classes, sizes)
+    if unlike:
+        print(f"note: {name} in {found.split or found.folder} has {unlike}", file=sys.stderr)
 
 
 def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:

@@ -15,13 +15,14 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from datasets.splits import Split, check_path, parse_json, parse_json_split, read_text
-from datasets.task import DatasetError, Item, Task, read_upright_image
+from datasets.task import DatasetError, Item, Task, enumerated, read_upright_image
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -82,11 +83,13 @@ def _read_class_folders(root: Path, folders: list[str]) -> Split:
     names = _class_names(root, folders)
     parts: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
     _note_division(root)
+    single = [str(root / folder) for folder, paths in images.items() if len(paths) < 2]
+    if single:
+        raise DatasetError(
+            f"{single[0]} holds one image{_likewise(single)}; each class needs at least two, one to train and one to "
+            "test"
+        )
     for label, (folder, paths) in enumerate(images.items()):
-        if len(paths) < 2:
-            raise DatasetError(
-                f"{root / folder} holds one image; each class needs at least two, one to train and one to test"
-            )
         for part, chosen in zip(parts, split_paths(paths, folder)):
             part += [Item(path, label) for path in chosen]
     return Split(names, *map(tuple, parts))
@@ -152,9 +155,16 @@ def _check_classes(root: Path, images: dict[str, list[str]]) -> None:
     if len(images) < 2:
         found = f"one folder ({next(iter(images))})" if images else "no class folders"
         raise DatasetError(f"{root} holds {found}; it needs one folder of images for each of two or more classes")
-    for folder, paths in images.items():
-        if not paths:
-            raise DatasetError(f"class folder {root / folder} holds no images; fill or remove it")
+    empty = [str(root / folder) for folder, paths in images.items() if not paths]
+    if empty:
+        raise DatasetError(f"class folder {empty[0]} holds no images{_likewise(empty)}; fill or remove it")
+
+
+def _likewise(wrong: Sequence[str]) -> str:
+    """In brackets what shares the mistake of the first, so that all can be mended at once."""
+    if len(wrong) == 1:
+        return ""
+    return f" (likewise {enumerated(wrong[1:])})"
 
 
 def _class_names(root: Path, folders: list[str]) -> tuple[str, ...]:
@@ -186,15 +196,18 @@ def _folder_and_name(line: str, folders: list[str]) -> tuple[str, str] | None:
 def check_names(names: list[str], where: str) -> tuple[str, ...]:
     """The class names, if a text encoder can tell them apart; DatasetError says `where` they come from."""
     seen: dict[str, str] = {}
+    same = []
     for name in names:
         prompt = " ".join(name.replace("_", " ").lower().split())
         if not prompt or not name.isprintable():
             raise DatasetError(f"{where}: {name!r} cannot be read as a class name; give it another in classnames.txt")
         if prompt in seen:
-            raise DatasetError(
-                f"{where}: the classes {seen[prompt]!r} and {name!r} read the same in a prompt; merge or rename them"
-            )
+            same.append(f"{seen[prompt]!r} and {name!r}")
         seen[prompt] = name
+    if same:
+        raise DatasetError(
+            f"{where}: the classes {same[0]} read the same in a prompt{_likewise(same)}; merge or rename them"
+        )
     return tuple(names)
 
 
@@ -278,7 +291,15 @@ def read_manifest(path: Path) -> Split:
         raise DatasetError(f"{path} is neither a folder nor a manifest; a manifest's name ends in .csv or .json")
     if not isinstance(rows, list) or not rows:
         raise DatasetError(f"manifest {path} lists no images")
-    rows = [_check_row(row, f"manifest {path}, row {number}") for number, row in enumerate(rows, start=1)]
+    checked, wrong = [], []
+    for number, row in enumerate(rows, start=1):
+        try:
+            checked.append(_check_row(row, f"row {number}"))
+        except DatasetError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise DatasetError(f"manifest {path}, {wrong[0]}{_likewise(wrong)}")
+    rows = checked
     for column in ("label", "class_name", "part"):
         lacking = [number for number, row in enumerate(rows, start=1) if row[column] is None]
         if lacking and len(lacking) < len(rows):

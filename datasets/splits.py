@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 
-from datasets.task import DatasetError, Item
+from datasets.specs import SPECS, Found
+from datasets.task import DatasetError, Item, enumerated
 
 # The extensions that torchvision's ImageFolder takes for images; the published draws were made from its
 # listing.
@@ -44,6 +45,13 @@ class ImageNetListing:
         return {f"train/{wnid}/{name}": label for label, (wnid, names) in classes for name in names}
 
 
+def read_split(name: str, found: Found) -> Split:
+    """The parts of a published dataset; not of imagenet, which has no val part: both draws come from train."""
+    if found.split is not None:
+        return read_json_split(found.split)
+    return list_imagenet_variant(found.images) if SPECS[name].is_test_only else read_fgvc_split(found.folder)
+
+
 def read_json_split(path: Path) -> Split:
     """Read a split in CoOp's format: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
 
@@ -55,14 +63,14 @@ def read_json_split(path: Path) -> Split:
 
 def parse_json(path: Path) -> object:
     """The content of a JSON file; DatasetError if it is none."""
+    text = read_text(path)
+    if text.lstrip("\ufeff \t\r\n").startswith("<"):
+        raise DatasetError(f"split file {path} is a web page and not JSON, as servers send under a quota; get it again")
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise DatasetError(
-            f"split file {path} is not JSON ({where}); download it again and look into it, some servers send a web "
-            "page instead"
-        ) from error
+        raise DatasetError(f"split file {path} is not JSON ({where}); download it again") from error
 
 
 def parse_json_split(content: object, path: Path) -> Split:
@@ -104,7 +112,7 @@ def check_path(path: str, where: str) -> None:
     """Refuse a path that leaves the folder it starts from; `where` says in which file it stands."""
     # A Windows path knows all dangerous forms: it splits at both slashes and sees drives as well as roots.
     parsed = PureWindowsPath(path)
-    if not parsed.parts or parsed.anchor or ".." in parsed.parts:
+    if not parsed.parts or parsed.anchor or ".." in parsed.parts or "\0" in path:
         raise DatasetError(f"{where}: {path!r} is not a relative path inside the image folder")
 
 
@@ -126,6 +134,10 @@ def read_fgvc_split(folder: Path) -> Split:
     A label is the rank of its line in variants.txt. The other files have one line per image: its id, a blank,
     and the variant's name, which may hold blanks itself. Raises DatasetError with file and line.
     """
+    files = ["variants.txt", *(f"images_variant_{part}.txt" for part in ("train", "val", "test"))]
+    lacking = [file for file in files if not (folder / file).is_file()]
+    if lacking:
+        raise DatasetError(f"{folder} lacks {', '.join(lacking)}; copy them from data/ of the dataset's archive")
     names = tuple(line.strip() for line in read_text(folder / "variants.txt").splitlines() if line.strip())
     labels = {name: label for label, name in enumerate(names)}
     parts = []
@@ -164,17 +176,22 @@ def list_imagenet(image_root: Path, with_train: bool = True) -> ImageNetListing:
     Raises DatasetError if the folders are not exactly the 1000 classes or val is still one flat folder.
     """
     wnids, names = imagenet_classes()
-    for part in ("train", "val") if with_train else ("val",):
-        _check_class_folders(image_root / part, wnids)
-    train = tuple(_list_images(image_root / "train" / wnid) for wnid in wnids) if with_train else ()
+    train = list_imagenet_part(image_root / "train") if with_train else ()
+    val = list_imagenet_part(image_root / "val")
     test = tuple(
-        Item(f"val/{wnid}/{name}", label)
-        for label, wnid in enumerate(wnids)
-        for name in _list_images(image_root / "val" / wnid)
+        Item(f"val/{wnid}/{name}", label) for label, (wnid, listed) in enumerate(zip(wnids, val)) for name in listed
     )
-    if not test:
-        raise DatasetError(f"the class folders in {image_root / 'val'} are empty; unpack the archive again")
     return ImageNetListing(wnids, names, train, test)
+
+
+def list_imagenet_part(folder: Path) -> tuple[tuple[str, ...], ...]:
+    """The image names of each class in `folder`, ImageNet's train or val; DatasetError as for `list_imagenet`."""
+    wnids, _ = imagenet_classes()
+    _check_class_folders(folder, wnids)
+    listed = tuple(_list_images(folder / wnid) for wnid in wnids)
+    if not any(listed):
+        raise DatasetError(f"the class folders in {folder} are empty; unpack the archive again")
+    return listed
 
 
 def list_imagenet_variant(image_root: Path) -> Split:
@@ -219,7 +236,8 @@ def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
         )
     missing, unknown = set(wnids) - set(folders), set(folders) - set(wnids)
     if missing or unknown:
-        example = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not one of them"
+        wrong = sorted(missing or unknown)
+        example = f"{'missing' if missing else 'not among them'}: {enumerated(wrong)}"
         raise DatasetError(
             f"{folder} holds {len(folders)} class folders instead of ImageNet's {len(wnids)} ({example}); "
             "unpack it again"

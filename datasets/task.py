@@ -6,7 +6,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,30 +82,49 @@ class Task:
 
 
 def check_images_exist(task: Task) -> None:
-    """Raise DatasetError, naming the first, if files of the task's images are missing.
-
-    Whole folders are listed instead of asking for each file: 50,000 images take a moment, on a network disk too.
-    """
+    """Raise DatasetError, naming the first, if files of the task's images are missing."""
     if task.image_root is None:
         return
-    folders: dict[str, set[str]] = {}
-    missing = []
-    for item in dict.fromkeys((*task.train, *task.val, *task.test)):
-        folder, _, name = item.path.rpartition("/")
-        if folder not in folders:
-            try:
-                folders[folder] = set(os.listdir(task.image_root / folder))
-            except OSError:
-                folders[folder] = set()
-        # A disk that ignores letter case lists a file under another name than it can be opened with.
-        if name not in folders[folder] and not (task.image_root / item.path).exists():
-            missing.append(item.path)
+    missing, unlisted = missing_images(task.image_root, (*task.train, *task.val, *task.test))
+    for folder, reason in unlisted.items():
+        raise DatasetError(f"folder {task.image_root / folder} cannot be listed ({reason}); change its permissions")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DatasetError(
             f"image {task.image_root / missing[0]}{more} of {task.name} cannot be found; is the dataset unpacked "
             "completely?"
         )
+
+
+def missing_images(image_root: Path, items: Iterable[Item]) -> tuple[list[str], dict[str, str]]:
+    """The paths among `items` that lead to no file; and of their folders those that cannot be listed, with the reason.
+
+    Whole folders are listed instead of asking for each file: 50,000 images take a moment, on a network disk too.
+    """
+    listed: dict[str, set[str]] = {}
+    denied: dict[str, str] = {}
+    missing = []
+    for path in dict.fromkeys(item.path for item in items):
+        folder, _, name = path.rpartition("/")
+        if folder not in listed:
+            listed[folder] = set()
+            try:
+                listed[folder] = set(os.listdir(image_root / folder))
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as error:
+                denied[folder] = error.strerror
+        # A disk that ignores letter case lists a file under another name than it can be opened with.
+        if name not in listed[folder] and not os.path.exists(image_root / path):
+            missing.append(path)
+    folders = {path.rpartition("/")[0] for path in missing}
+    return missing, {folder: reason for folder, reason in denied.items() if folder in folders}
+
+
+def enumerated(things: Sequence[str], most: int = 10) -> str:
+    """The first things separated by commas, and the number of the others."""
+    more = len(things) - most
+    return ", ".join(things[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 # What Pillow's decoders raise on damaged files, for want of a common base class.
@@ -140,16 +159,26 @@ def read_upright_image(path: str | Path) -> Image.Image:
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if has_16_bits(image):
         levels = np.asarray(image).astype(np.int64)  # convert would cut off everything above 255
         return Image.fromarray((levels // 256).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("nothing tells which of its 32-bit values is white; save it with 8 bits a channel")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if is_transparent(image):
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, coloured).convert("RGB")
     return image.convert("RGB")
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether a picture has 16 bits a channel; Pillow's mode I holds more, except from PNG."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether parts of a picture may be transparent."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def _decode(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
