@@ -5,7 +5,6 @@ Example: `build("dtd", "/data", shots=4, seed=1)`. The loaders of batches are in
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from datasets.splits import (
     read_fgvc_split,
     read_json_split,
 )
-from datasets.task import DatasetError, Item, Task, check_images_exist
+from datasets.task import DatasetError, Item, Task, check_images_exist, note, printable
 
 __all__ = [
     "CLASSES",
@@ -40,6 +39,8 @@ __all__ = [
     "check_images_exist",
     "default_workers",
     "is_test_only",
+    "note",
+    "printable",
     "read_image",
     "test_loader",
     "to_json",
@@ -142,9 +143,15 @@ def _choose(
         task = import_coop(task, path, pool())
     if classes != "all":
         task = base_or_new(task, classes)
+        if len(task.class_names) < 2 or not task.test:
+            found = f"{len(task.class_names)} classes and {len(task.test)} test images"
+            raise DatasetError(f"--classes {classes}: this half of {task.name} has {found}; use --classes all")
     if path and not from_coop:
         task = replay(task, path)
     if path:
+        tested = {item.path for item in task.test} & {item.path for item in (*task.train, *task.val)}
+        if tested:
+            raise DatasetError(f"--split {path} trains on images of the test part, {min(tested)} for one")
         most = max(Counter(item.label for item in task.train).values(), default=0)
         if most != shots:
             raise DatasetError(f"--split {path} has up to {most} training images per class; give --shots {most}")
@@ -187,11 +194,10 @@ def _note_departure(name: str, found: Found, split: Split) -> None:
     here = (len(split.class_names), len(split.train), len(split.val), len(split.test))
     published = (spec.classes, *spec.sizes)
     if here != published:
-        print(
-            f"note: {name} in {found.split or found.folder} has {here[0]} classes and "
+        note(
+            f"{name} in {found.split or found.folder} has {here[0]} classes and "
             f"{here[1]}/{here[2]}/{here[3]} train/val/test images, the published split {published[0]} and "
-            f"{published[1]}/{published[2]}/{published[3]}; results do not compare with published ones",
-            file=sys.stderr,
+            f"{published[1]}/{published[2]}/{published[3]}; results do not compare with published ones"
         )
 
 
@@ -201,8 +207,7 @@ def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:
     label, fewest = min(counts.items(), key=lambda pair: pair[1], default=(0, shots))
     if fewest < shots:
         rule = "some are drawn twice or more" if order == "released" else "these classes have fewer"
-        print(
-            f"note: {sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
-            f"images ({split.class_names[label]} has {fewest}); as in the published code {rule}",
-            file=sys.stderr,
+        note(
+            f"{sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
+            f"images ({split.class_names[label]} has {fewest}); as in the published code {rule}"
         )
