@@ -351,7 +351,7 @@ def _check_data(settings: Settings) -> None:
         raise UserError(f"--split {settings.split} is no file; every run that draws images writes a split.json")
     if settings.classes == "new" and trains:
         raise UserError("--classes new is there to test on; train with --classes base, then add --eval_only")
-    names = settings.test_dataset.split(",")
+    names = [settings.dataset] if settings.eval_datasets is None else settings.eval_datasets.split(",")
     if settings.eval_datasets is not None:
         known = [name for name in datasets.available_datasets() if name != "folder"]
         unknown = [name for name in names if name not in known]
