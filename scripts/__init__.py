@@ -1,0 +1,1 @@
+"""Set-up, tuning, the tiny CLIP's training, and reports."""

@@ -1,0 +1,1 @@
+"""The parts of report.py: runs, tables, comparisons, figures, page."""

@@ -1,0 +1,306 @@
+"""The figures: each is a grid of panels, drawn as one picture for files and panel by panel for the page."""
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from scripts.reporting.results import Results
+from scripts.reporting.sheets import average, in_words, suites
+
+# Okabe and Ito's colours that show on white and on black; markers and dashes say the same without colour. Only after
+# 56 configurations a colour meets its marker again.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", (0, (1, 1)))
+INK = "#123456"  # of text and axes on the page, where the page's own colour takes its place
+TRAINING_POINTS = 100  # to which a longer training curve is averaged; in full, curves would weigh megabytes
+WIDEST = 4  # panels side by side
+
+Style = dict[str, str | tuple]
+
+
+@dataclass
+class Grid:
+    """A figure: its file name, what it shows, its panels by title, and the styles of its lines by configuration."""
+
+    name: str
+    title: str
+    caption: str
+    panels: dict[str, Callable[[Axes], None]]
+    styles: dict[str, Style]
+
+
+def grids(results: Results, folder: Path) -> tuple[list[Grid], list[str]]:
+    """All figures of the runs that were trained, and notes on curves that cannot be read."""
+    runs = results.runs[~results.runs.evaluated]
+    labels = results.labels(runs)
+    styles = {
+        label: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
+        for i, label in enumerate(labels)
+    }
+    curves, notes = _read_curves(runs, folder)
+    found = [_against_shots(runs, styles), *_against_cost(runs, styles), *_curves(runs, curves, styles)]
+    return [grid for grid in found if grid.panels], notes
+
+
+# --- accuracy against shots
+
+
+def _against_shots(runs: pd.DataFrame, styles: dict[str, Style]) -> Grid:
+    shots = sorted(runs.shots.unique())
+    panels = {}
+    for title, part, columns in _places(runs):
+        means = {}
+        for label, own in part.groupby("configuration"):
+            values = {n: _accuracies(at, columns) for n, at in own.groupby("shots")}
+            means[label] = {n: value for n, value in values.items() if value is not None}
+        if any(means.values()):
+            panels[title] = lambda ax, means=means: _draw_against_shots(ax, means, shots, styles)
+    caption = "Mean and standard deviation over seeds. An average is shown where no data set is missing."
+    return Grid("accuracy_against_shots", "Test accuracy against shots", caption, panels, _only(styles, runs))
+
+
+def _draw_against_shots(ax: Axes, means: dict, shots: list[int], styles: dict[str, Style]) -> None:
+    present = [label for label in styles if means.get(label)]
+    for i, label in enumerate(present):
+        aside = 2 ** (0.06 * (i - (len(present) - 1) / 2))  # so that error bars do not hide each other
+        points = sorted(means[label].items())
+        ax.errorbar(
+            [n * aside for n, _ in points],
+            [values.mean() for _, values in points],
+            yerr=[_sd(values) for _, values in points],
+            capsize=2,
+            **styles[label],
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(shots, [str(n) for n in shots])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(shots[0] / 1.4, shots[-1] * 1.4)
+    ax.set_xlabel("shots")
+    ax.set_ylabel("test accuracy, %")
+
+
+def _places(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
+    """What accuracies can be shown of: averages over suites, then single data sets; each as title, runs, data sets."""
+    averages, single = [], []
+    for suite, columns in suites(runs).items():
+        part = runs[runs.tested_on.isin(columns)]
+        if suite and len(columns) > 1:
+            averages.append((f"average of {len(columns)}", part, columns))
+        for column in columns:
+            own = part[part.tested_on == column]
+            single.append((own.short_name.iloc[0], own, [column]))
+    return averages + single
+
+
+def _accuracies(own: pd.DataFrame, columns: list[str]) -> pd.Series | None:
+    """Accuracies of one configuration and number of shots, one for each seed; of several data sets averages."""
+    return average(own, columns) if len(columns) > 1 else own.test_accuracy
+
+
+def _sd(values: pd.Series) -> float:
+    return values.std() if len(values) > 1 else 0.0
+
+
+def _only(styles: dict[str, Style], runs: pd.DataFrame) -> dict[str, Style]:
+    present = set(runs.configuration)
+    return {label: style for label, style in styles.items() if label in present}
+
+
+# --- accuracy against what it costs
+
+
+COSTS = {
+    "changed_weights": ("changed weights", "accuracy_against_changed_weights"),
+    "peak_memory_mb": ("peak memory, MiB", "accuracy_against_memory"),
+}
+
+
+def _against_cost(runs: pd.DataFrame, styles: dict[str, Style]) -> list[Grid]:
+    """One point a configuration; of the data sets of a suite their average."""
+    found = []
+    places = _places(runs)
+    averaged = {column for _, _, columns in places if len(columns) > 1 for column in columns}
+    places = [place for place in places if len(place[2]) > 1 or place[2][0] not in averaged]
+    for cost, (axis, name) in COSTS.items():
+        panels, shown = {}, []
+        for title, part, columns in places if cost in runs else ():
+            for shots, at in part.groupby("shots"):
+                points = {}
+                for label, own in at.dropna(subset=cost).groupby("configuration"):
+                    accuracies = _accuracies(own, columns)
+                    if accuracies is not None:
+                        points[label] = (own.groupby("tested_on")[cost].mean().mean(), accuracies)
+                        shown.append(own)
+                if points:
+                    panels[f"{title}, {in_words(shots)}"] = lambda ax, points=points, axis=axis: _draw_against_cost(
+                        ax, points, axis, styles
+                    )
+        caption = "Mean and standard deviation over seeds."
+        if cost == "peak_memory_mb":
+            caption += " Memory is that of torch on a GPU, of the whole process on a CPU: compare on one device only."
+        used = _only(styles, pd.concat(shown)) if shown else {}
+        found.append(Grid(name, f"Test accuracy against {axis.split(',')[0]}", caption, panels, used))
+    return found
+
+
+def _draw_against_cost(ax: Axes, points: dict, axis: str, styles: dict[str, Style]) -> None:
+    for label, (cost, accuracies) in points.items():
+        style = styles[label] | {"linestyle": "none"}
+        ax.errorbar([cost], [accuracies.mean()], yerr=[_sd(accuracies)], capsize=2, **style)
+    costs = [cost for cost, _ in points.values() if cost > 0]
+    if costs and max(costs) / min(costs) > 20 and len(costs) < len(points):
+        ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(min(costs))))
+    elif costs and max(costs) / min(costs) > 20:
+        ax.set_xscale("log")
+    else:
+        ax.locator_params(axis="x", nbins=4)
+    ax.margins(x=0.15, y=0.15)
+    ax.set_xlabel(axis)
+    ax.set_ylabel("test accuracy, %")
+
+
+# --- training and test curves
+
+
+def _read_curves(runs: pd.DataFrame, folder: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """The curve of each run that has one, by run_id."""
+    curves, notes = {}, []
+    for run_id in runs.run_id:
+        path = folder / str(run_id) / "curve.csv"
+        try:
+            curve = pd.read_csv(path)
+            numbers = curve[["iteration", "train_accuracy"]].join(curve.filter(["test_accuracy"]))
+            curves[run_id] = numbers.astype(float)
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError):
+            notes.append(f"{path} is damaged and its curve left out.")
+    return curves, notes
+
+
+def _curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame], styles: dict[str, Style]) -> list[Grid]:
+    runs = runs[runs.run_id.isin(curves)]
+    found = []
+    for shots, at in runs.groupby("shots"):
+        panels = {
+            title: lambda ax, part=part: _draw_curves(ax, part, curves, styles)
+            for title, part, columns in _places(at)
+            if len(columns) == 1
+        }
+        caption = (
+            f"A line is a run. Thin: training accuracy, on augmented images, averaged to at most {TRAINING_POINTS} "
+            "points. Thick, with markers: test accuracy, of runs with --eval_every."
+        )
+        title = f"Training and test curves, {in_words(shots)}"
+        found.append(Grid(f"curves_{shots}shot", title, caption, panels, _only(styles, at)))
+    return found
+
+
+def _draw_curves(ax: Axes, runs: pd.DataFrame, curves: dict[str, pd.DataFrame], styles: dict[str, Style]) -> None:
+    for run in runs.itertuples():
+        curve, style = curves[run.run_id], styles[run.configuration]
+        part = np.arange(len(curve)) * min(len(curve), TRAINING_POINTS) // len(curve)
+        training = curve.groupby(part)[["iteration", "train_accuracy"]].mean()
+        ax.plot(training.iteration, training.train_accuracy, linewidth=0.6, alpha=0.7, **style | {"marker": ""})
+        if "test_accuracy" in curve:
+            test = curve.dropna(subset="test_accuracy")
+            ax.plot(test.iteration, test.test_accuracy, linewidth=1.4, markersize=2.5, **style)
+    ax.locator_params(axis="x", nbins=4)
+    ax.set_xlabel("iteration")
+    ax.set_ylabel("accuracy, %")
+
+
+# --- pictures
+
+
+def _settings(ink: str) -> dict:
+    names = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color".split()
+    return dict.fromkeys(names, ink) | {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.grid": True,
+        "grid.alpha": 0.15,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.markersize": 4,
+        "lines.linewidth": 1.2,
+        "svg.fonttype": "none",  # text stays text
+    }
+
+
+def picture(grid: Grid, kind: str) -> bytes:
+    """The whole figure, `kind` png or svg, on white. The same grid gives the same bytes."""
+    with matplotlib.rc_context(_settings("black") | {"svg.hashsalt": grid.name}):
+        columns = min(WIDEST, len(grid.panels))
+        rows = -(-len(grid.panels) // columns)
+        wide = max(columns * 2.6, 4)
+        across = max(1, int(wide / (0.5 + 0.07 * max(map(len, grid.styles)))))
+        legend_height = 0.2 * -(-len(grid.styles) // across)
+        figure = Figure(figsize=(wide, rows * 2.2 + legend_height), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax, (title, draw) in zip(axes, grid.panels.items()):
+            draw(ax)
+            ax.set_title(_plain(title))
+        for ax in axes[len(grid.panels) :]:
+            ax.remove()
+        figure.legend(handles=_handles(grid), loc="outside lower center", ncols=across, frameon=False)
+        return _saved(figure, kind)
+
+
+def inline(grid: Grid) -> tuple[str, list[str]]:
+    """The legend and the panels as SVG elements of a page, in its text colour, that scale with their container."""
+    with matplotlib.rc_context(_settings(INK)):
+        panels = []
+        for title, draw in grid.panels.items():
+            figure = Figure(figsize=(3.4, 2.5), layout="constrained")
+            ax = figure.subplots()
+            draw(ax)
+            ax.set_title(_plain(title))
+            panels.append(_element(figure, f"{grid.title}: {title}", f"{grid.name} {title}"))
+        figure = Figure(figsize=(0.6 + 0.075 * max(map(len, grid.styles)), 0.2 * len(grid.styles)))
+        figure.legend(handles=_handles(grid), loc="center left", frameon=False, borderpad=0, borderaxespad=0)
+        return _element(figure, f"Legend: {', '.join(grid.styles)}", f"{grid.name} legend"), panels
+
+
+def _handles(grid: Grid) -> list[Line2D]:
+    return [Line2D([], [], label=_plain(label), **style) for label, style in grid.styles.items()]
+
+
+def _plain(words: str) -> str:
+    """Words in which a dollar sign begins no formula."""
+    return words.replace("$", r"\$")
+
+
+def _saved(figure: Figure, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    undated = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(buffer, format=kind, dpi=200, metadata=undated, **options)
+    return buffer.getvalue()
+
+
+def _element(figure: Figure, description: str, salt: str) -> str:
+    """A figure as an <svg> that can stand in a page beside others: without header, metadata, fixed size and ids that
+    nothing refers to. The ids that stay differ from those of other figures by `salt`."""
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        svg = _saved(figure, "svg", transparent=True).decode("utf-8")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    head, _, body = svg.partition(">")
+    view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
+    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href").replace(INK, "currentColor")
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return f'<svg viewBox="{view[0][9:-1]}" style="width:{view[1]}pt" role="img" aria-label="{label}">{body.strip()}'

@@ -1,0 +1,227 @@
+"""The runs of a results folder: which of them belong together, and what tells the others apart.
+
+Runs that differ in a setting other than the seed are never mixed. A configuration is a method with all of its settings;
+its label is the method and those settings in which the method's configurations differ. Shots and data set are no part
+of it: they are the tables' captions and columns.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from run_utils import FIRST, LAST, Settings, UserError, read_record
+
+# Columns with which the published tables are made, in their order.
+ELEVEN = {
+    "imagenet": "ImageNet",
+    "sun397": "SUN397",
+    "fgvc": "Aircraft",
+    "eurosat": "EuroSAT",
+    "stanford_cars": "Cars",
+    "food101": "Food101",
+    "oxford_pets": "Pets",
+    "oxford_flowers": "Flowers",
+    "caltech101": "Caltech101",
+    "dtd": "DTD",
+    "ucf101": "UCF101",
+}
+VARIANTS = {"imagenet_v2": "V2", "imagenet_sketch": "Sketch", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
+SHORT = ELEVEN | VARIANTS  # in tables; others are called by their own names
+# Data sets over which an average is usual.
+SUITES = {"the eleven data sets": ELEVEN, "variants of ImageNet": VARIANTS}
+
+NEEDED = "run_id method dataset backbone shots seed test_accuracy finished_at".split()
+# What a run measures, and where and when it did. Every other column, known or not, is a setting.
+MEASURED = frozenset(
+    "run_id test_accuracy zero_shot_accuracy train_accuracy val_accuracy final_loss iterations stopped_early "
+    "train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights changed_weights optimizer_bytes "
+    "checkpoint_bytes split_sha256 weights_sha256 git_commit torch_version finished_at".split()
+)
+# What says on which data a run was, and how often it was repeated.
+PLACE = frozenset(("dataset", "test_dataset", "root_path", "shots", "seed"))
+# Settings of every run whose column older records lack.
+ALWAYS = ("classes", "draw", "prompts", "precision", "eval_only")
+BUDGETS = ("epochs", "n_iters", "total_iters")
+
+
+@dataclass
+class Results:
+    """`runs` has a row for each run and, beside the record's columns, `configuration` (label), `tested_on` (data set),
+    `short_name` (of that, in tables) and `evaluated` (whether saved weights were evaluated). Of runs that repeat
+    another's configuration, data set, shots and seed, the newest is here. `settings` has a row for each label, in the
+    order of the tables' rows. `recorded` are the records' columns."""
+
+    runs: pd.DataFrame
+    settings: pd.DataFrame
+    recorded: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def tidy(self) -> pd.DataFrame:
+        """One row a run: its configuration, then all recorded columns in the order of results.csv."""
+        between = [name for name in self.recorded if name not in FIRST and name not in LAST]
+        ordered = ["configuration", *FIRST[1:], *between, *LAST, "run_id"]
+        return self.runs[[name for name in ordered if name == "configuration" or name in self.recorded]]
+
+    def labels(self, runs: pd.DataFrame) -> list[str]:
+        """The configurations of these runs, in order."""
+        present = set(runs.configuration)
+        return [label for label in self.settings.index if label in present]
+
+
+def read_results(folder: Path) -> Results:
+    """The runs of a results folder: of its `*/result.json`, or where there are none of its results.csv. UserError
+    names what is missing or damaged."""
+    notes = []
+    paths = sorted(folder.glob("*/result.json"))
+    records = [record for record in map(read_record, paths) if record is not None]
+    if len(records) < len(paths):
+        notes.append(f"{len(paths) - len(records)} of {len(paths)} records are damaged and left out.")
+    if paths and not records:
+        raise UserError(f"{folder}: no record can be read; do the runs again with --force")
+    source = folder if paths else folder / "results.csv"
+    try:
+        runs = pd.DataFrame(records) if paths else pd.read_csv(source, low_memory=False)
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no results, no */result.json; name the --results_dir of your runs") from None
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}") from None
+    except ValueError as error:  # of pandas and of decoding
+        raise UserError(f"{source} is damaged ({' '.join(str(error).split())}); any run of main.py mends it") from None
+    _check(runs, source)
+    return arrange(runs.astype({"shots": int, "seed": int, "test_accuracy": float}), notes)
+
+
+def _check(runs: pd.DataFrame, source: Path) -> None:
+    missing = [name for name in NEEDED if name not in runs]
+    if missing:
+        raise UserError(f"{source} is no table of results: it lacks {', '.join(missing)}")
+    if runs.empty:
+        raise UserError(f"{source} holds no runs")
+    valid = {name: runs[name].notna() for name in NEEDED}
+    accuracy, shots, seed = (pd.to_numeric(runs[name], errors="coerce") for name in ("test_accuracy", "shots", "seed"))
+    valid["test_accuracy"] = accuracy.between(0, 100)
+    valid["shots"], valid["seed"] = (shots >= 1) & (shots % 1 == 0), (seed >= 0) & (seed % 1 == 0)
+    valid["finished_at"] = pd.to_datetime(runs.finished_at, errors="coerce", utc=True, format="ISO8601").notna()
+    for name, good in valid.items():
+        if not good.all():
+            run = runs.loc[(~good).idxmax()]
+            problem = f"run {text(run.run_id)} has the {name} {text(run[name])}"
+            raise UserError(f"{source} is damaged: {problem}; remove that run or repeat it with --force")
+
+
+def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
+    """Runs by configuration and data set."""
+    runs, recorded = runs.copy(), list(runs)
+    optional = ("test_dataset", "root_path", "split_sha256", "weights_sha256", "template", "device", *ALWAYS, *BUDGETS)
+    for name in optional:
+        if name not in runs:
+            runs[name] = None
+    for name in ALWAYS:
+        runs[name] = runs[name].astype(object).where(runs[name].notna(), getattr(Settings, name))
+    runs["test_dataset"] = runs.test_dataset.astype(object).where(runs.test_dataset.notna(), runs.dataset)
+    runs["split_sha256"] = runs.split_sha256.fillna("")
+    runs["evaluated"] = runs.eval_only.map(text) == "true"
+    runs["tested_on"] = _columns(runs)
+    runs["short_name"] = runs.tested_on.map(lambda column: SHORT.get(column, column))
+
+    settings = _settings(runs)
+    runs["configuration"] = _labels(runs, settings)
+    ends = runs.method.map({"zero_shot": 0, "so": 2}).fillna(1)  # baselines first, SO last, as in the papers
+    order = runs.assign(ends=ends).sort_values(["evaluated", "ends", "method", "configuration"]).configuration.unique()
+    settings = settings.set_axis(pd.Index(runs.configuration))
+    settings = settings[~settings.index.duplicated()].loc[order]
+
+    runs = runs.sort_values(["finished_at", "run_id"])
+    repeats = runs.duplicated(["configuration", "tested_on", "shots", "seed"], keep="last")
+    notes = list(notes)
+    if repeats.any():
+        notes.append(
+            f"{repeats.sum()} runs are left out because a newer one has the same settings, data set, shots and seed: "
+            f"{', '.join(runs.run_id[repeats].astype(str))}."
+        )
+    rows = {label: i for i, label in enumerate(order)}
+    columns = {name: i for i, name in enumerate(dict.fromkeys((*SHORT, *sorted(set(runs.tested_on)))))}
+    runs = runs[~repeats].sort_values(
+        ["configuration", "shots", "tested_on", "seed"],
+        key=lambda key: key.map({"configuration": rows, "tested_on": columns}.get(key.name, lambda value: value)),
+    )
+    return Results(runs.reset_index(drop=True), settings, recorded, notes)
+
+
+def text(value) -> str:
+    """A setting as it is shown and compared: `-` where a method has none, numbers without trailing zeros."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value)
+    if pd.isna(value):
+        return "-"
+    if isinstance(value, str):
+        return {"True": "true", "False": "false"}.get(value, value)
+    return str(bool(value)).lower() if isinstance(value, (bool, np.bool_)) else f"{value:.12g}"
+
+
+def _columns(runs: pd.DataFrame) -> pd.Series:
+    """The data set that each run was tested on; one's own data sets go by their folders."""
+    own = runs.test_dataset == "folder"
+    paths = runs.root_path.astype(object).where(runs.root_path.notna(), "")
+    names = "folder:" + paths.map(lambda path: Path(path).stem)
+    ambiguous = paths[own].groupby(names[own]).transform("nunique") > 1
+    names = names.where(~ambiguous.reindex(runs.index, fill_value=False), "folder:" + paths)
+    return runs.test_dataset.where(~own, names)
+
+
+def _settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """All settings of each run as text, a column for each."""
+    added = {"evaluated", "tested_on", "short_name"}
+    names = [name for name in runs if name not in MEASURED | PLACE | added and name not in BUDGETS]
+    settings = runs[names].apply(lambda column: column.map(text))
+    # Prompts that belong to the data set vary with it; those of the user's own are a setting.
+    settings["template"] = settings.template.where(settings.prompts == "own", "-")
+    settings["device"] = runs.device.map(lambda name: "cpu" if text(name) in ("cpu", "-") else "gpu")
+    weights = settings.backbone.map(lambda name: Path(name).name if Path(name).suffix else name)
+    several = runs.weights_sha256.astype(str).groupby(weights).transform("nunique") > 1
+    settings["backbone"] = weights.where(~several, weights + " " + runs.weights_sha256.astype(str).str[:8])
+    settings["trained_on"] = runs.dataset.where(runs.dataset != runs.test_dataset, "the same")
+    settings["iterations"] = _budgets(runs, settings)
+    return settings
+
+
+def _budgets(runs: pd.DataFrame, settings: pd.DataFrame) -> pd.Series:
+    """How many iterations were asked for, in a form that is the same for all shots of a sweep.
+
+    Records have the number of iterations in all. Whether that was meant per shot shows only in several runs: among runs
+    that agree in all else, the rule that holds for the most numbers of shots is taken first.
+    """
+    budgets = pd.Series("-", index=runs.index)
+    budgets = budgets.mask(runs.epochs.notna(), "epochs " + runs.epochs.map(text))
+    counted = runs.epochs.isna() & runs.total_iters.notna()
+    for _, family in settings[counted].groupby([*settings]):
+        totals, shots = runs.total_iters[family.index], runs.shots[family.index]
+        rules = {f"total_iters {total:.0f}": totals == total for total in sorted(totals.unique())}
+        for per_shot in sorted((totals / shots).unique()):
+            if per_shot % 1 == 0:
+                rules[f"n_iters {per_shot:.0f}"] = totals == per_shot * shots
+        open_runs = pd.Series(True, index=family.index)
+        while open_runs.any():
+            best = max(rules, key=lambda rule: shots[rules[rule] & open_runs].nunique())
+            budgets.loc[(rules[best] & open_runs).loc[lambda chosen: chosen].index] = best
+            open_runs &= ~rules[best]
+    return budgets
+
+
+def _labels(runs: pd.DataFrame, settings: pd.DataFrame) -> pd.Series:
+    labels = pd.Series("", index=runs.index)
+    for (_, evaluated), group in settings.groupby([runs.method, runs.evaluated]):
+        differing = [name for name in group if group[name].nunique() > 1]
+        parts = [
+            group[name].map(lambda value, name=name: value if name == "iterations" else f"{name} {value}")
+            for name in differing
+        ]
+        label = group.method + (", evaluated weights" if evaluated else "")
+        if parts:
+            label += " (" + parts[0].str.cat(parts[1:], sep=", ") + ")"
+        labels.loc[group.index] = label
+    return labels
