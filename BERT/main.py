@@ -133,7 +133,7 @@ class Parser(argparse.ArgumentParser):
     """Reports mistakes as UserError, so that all of them reach the user in one way."""
 
     def error(self, message: str):
-        raise UserError(f"{message}; see python {self.prog} --help")
+        raise UserError(f"{message}; see --help")
 
 
 def parser() -> Parser:
@@ -196,6 +196,8 @@ def run(settings: Settings) -> Result:
     validation = rte.Encoded(data.validation, tokenizer, with_segments, device)
     model.to(device)
     optimizer = prepare(model, settings)
+    if settings.method == "SO":
+        attach(model, optimizer)  # the same numbers, without dense gradients of the linear layers
     counts = {True: 0, False: 0}
     for group in optimizer.param_groups:
         counts[group.get("dense", True)] += sum(p.numel() for p in group["params"])
@@ -303,9 +305,7 @@ def prepare(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
         return torch.optim.Adam([*lora, *dense], lr=LR, betas=BETAS)
     groups = [{"params": sparse, "density_ratio": settings.kappa}] if sparse else []
     groups += [{"params": dense, "dense": True}] if dense else []
-    optimizer = SO(groups, lr=LR, betas=BETAS, T=settings.T_sparse, seed=settings.seed)
-    attach(model, optimizer)
-    return optimizer
+    return SO(groups, lr=LR, betas=BETAS, T=settings.T_sparse, seed=settings.seed)
 
 
 def train(

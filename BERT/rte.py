@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+INSTALL = f"pip install -r {ROOT / 'requirements-nlp.txt'}"
 LABELS = ("entailment", "not_entailment")
 HUB_NAME, HUB_CONFIG = "nyu-mll/glue", "rte"
 MAX_TOKENS = 128
@@ -43,8 +44,7 @@ def extra(name: str):
     try:
         package = importlib.import_module(name)
     except ImportError as error:
-        requirements = ROOT / "requirements-nlp.txt"
-        raise UserError(f"{name} cannot be imported ({error}); pip install -r {requirements}") from None
+        raise UserError(f"{name} cannot be imported ({error}); {INSTALL}") from None
     for library in (name, "huggingface_hub"):  # what matters of their retries and new heads ends in an error
         logging.getLogger(library).setLevel(logging.ERROR)
     return package
@@ -124,7 +124,10 @@ def hugging_face_datasets() -> Iterator:
     sys.modules.update(_hugging_face_modules)
     sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != ROOT]
     try:
-        yield extra("datasets")
+        package = extra("datasets")
+        if not hasattr(package, "load_dataset"):
+            raise UserError(f"`import datasets` finds {package.__path__[0]}, not Hugging Face's; {INSTALL}")
+        yield package
     finally:
         sys.path[:] = path
         _hugging_face_modules.update(_take_modules())
