@@ -76,6 +76,20 @@ def test_a_run_ends_with_its_accuracy(call, argv, method, protocol):
     assert "8 training pairs, seed 42, cpu" in lines[0]
 
 
+@pytest.mark.parametrize("protocol", ["balanced", "released"])
+def test_the_protocol_decides_pairs_and_segments_and_all_validation_pairs_are_used(call, monkeypatch, protocol):
+    encoded, evaluated = [], []
+    make = rte.Encoded
+    monkeypatch.setattr(rte, "Encoded", lambda *args: encoded.append((args, make(*args))) or encoded[-1][1])
+    monkeypatch.setattr(bert, "accuracy", lambda _, pairs: evaluated.append(pairs) or 50.0)
+    call("--kappa", 0.05, "--protocol", protocol, "--seed", 3)
+    (training, _), (validation, tensors) = encoded
+    data = rte.load("RTE")
+    assert training[0] == [data.train[row] for row in rte.draw(data.train, 4, 3, protocol)]
+    assert validation[0] == data.validation and evaluated == [tensors]
+    assert training[2] == validation[2] == (protocol == "balanced")
+
+
 @pytest.mark.parametrize("argv, is_sampled", [(["--kappa", 0.005], True), (["--rank", 2], False)])
 def test_so_samples_its_gradients(call, monkeypatch, argv, is_sampled):
     models = []
@@ -95,13 +109,20 @@ def test_the_same_seed_gives_the_same_run(call, argv):
 
 
 def test_a_run_stops_at_a_mini_batch_loss_at_or_below_the_threshold(call, capsys):
-    losses = [call("--kappa", 0.05, "--max_steps", steps)[1].loss for steps in (1, 2, 3, 4)]
-    lowest = min(losses)
-    _, result, out, _ = call("--kappa", 0.05, "--max_steps", 4, "--loss_stop", lowest)
-    assert result.reached and result.steps == losses.index(lowest) + 1 and result.loss == lowest
-    assert f"stopped at step {result.steps}: mini-batch loss" in out and "never" not in out
+    losses = [call("--kappa", 0.05, "--max_steps", steps)[1].loss for steps in (1, 2, 3)]
+    lowest, steps = min(losses), losses.index(min(losses)) + 1
+    _, result, out, _ = call("--kappa", 0.05, "--max_steps", 10, "--loss_stop", lowest)
+    assert (result.reached, result.steps, result.loss) == (True, steps, lowest)
+    assert f"stopped at step {steps}: mini-batch loss" in out and "never" not in out
     just_below = math.nextafter(lowest, 0)
-    assert not call("--kappa", 0.05, "--max_steps", 4, "--loss_stop", just_below)[1].reached
+    assert not call("--kappa", 0.05, "--max_steps", steps, "--loss_stop", just_below)[1].reached
+
+
+@pytest.mark.parametrize("method", [{"kappa": 0.05}, {"rank": 2}])
+def test_both_methods_have_adams_published_settings(place, method):
+    model, _ = bert.load_model(str(place / "tiny"))
+    for group in bert.prepare(model, settings_of(place, **method)).param_groups:
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2e-5, (0.9, 0.999), 1e-8, 0)
 
 
 def test_so_trains_matrices_sparsely_and_the_small_group_densely(place):
@@ -116,6 +137,7 @@ def test_so_trains_matrices_sparsely_and_the_small_group_densely(place):
     optimizer = bert.prepare(model, settings_of(place, kappa=0.005))
     groups = {group["dense"]: group for group in optimizer.param_groups}
     assert groups[False]["density_ratio"] == 0.005 and groups[False]["T"] == 5
+    assert optimizer.generator.initial_seed() == 1
     names = {p: name for name, p in model.named_parameters()}
     dense = {names[p] for p in groups[True]["params"]}
     assert {"bert.pooler.dense.weight", "classifier.weight", "bert.embeddings.LayerNorm.bias"} <= dense

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from statistics import mean, stdev
 import pytest
 from fabricate_bert import read_table, rte_files, tiny_bert
 
+from benchmarks import bert_step
 from BERT import grid, rte, script, script_LoRA
-from BERT.main import Result, Settings, TrainingDiverged, run
+from BERT.main import Result, Settings, TrainingDiverged, parser, run
 
 SMALL = "--model tiny --data_dir RTE --shots 4 --max_steps 2".split()
 
@@ -158,6 +160,67 @@ def test_a_cell_of_failures_alone_is_a_row_without_numbers(call, fake_run):
     assert call(script, "--kappa", 0.1, "--T_sparse", 5)[0] == 1
     (row,) = read_table("so_grid_results.csv")
     assert (row["kappa"], row["steps"], row["val_acc"], row["failed"]) == ("0.1", "", "", "42")
+
+
+def test_a_mistake_that_all_runs_share_is_no_failure_of_one(call, fake_run):
+    fake_run.fail = {42: rte.UserError("no such thing; get one")}
+    code, _, err = call(script_LoRA, "--rank", 2, 4)
+    assert (code, err) == (2, "error: no such thing; get one\n") and len(fake_run.seen) == 1
+
+
+@pytest.fixture
+def understood(monkeypatch):
+    """Parses a command of BERT/ without running it; returns its settings."""
+    seen = []
+    monkeypatch.setattr(grid, "configuration", lambda settings: seen.append(settings) or {})
+    monkeypatch.setattr(grid, "Tables", lambda *_: sys.exit("not to be run"))
+
+    def parse(script_name, *argv):
+        if script_name == "main.py":
+            return Settings(**vars(parser().parse_args(argv)))
+        with pytest.raises(SystemExit, match="not to be run"):
+            {"script.py": script, "script_LoRA.py": script_LoRA}[script_name].main(argv)
+        return seen[-1]
+
+    return parse
+
+
+def test_the_readmes_commands_are_understood(understood):
+    text = (rte.ROOT / "BERT" / "README.md").read_text(encoding="utf-8")
+    lines = [
+        line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.split("\n")
+    ]
+    settings = [understood(*shlex.split(line)[1:]) for line in lines if re.match(r"python \w+\.py", line)]
+    assert [(s.kappa, s.T_sparse, s.rank) for s in settings] == [
+        (5e-5, 10, None),
+        (None, None, 8),
+        (1e-5, 5, None),
+        (None, None, 2),
+        (1e-4, 5, None),
+    ]
+
+
+def test_the_measuring_script_runs_all_grids_and_goes_on_after_failed_runs(place, understood):
+    python = place / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> calls\ncase "$*" in *script_LoRA*) exit 1;; *none*) exit $CODE;; esac\n')
+    python.chmod(0o755)
+    command = ["bash", rte.ROOT / "benchmarks" / "bert_rte.sh", "tiny", "RTE", "out", "--shots", "2"]
+    for code, expected, calls in (("0", 1, 13), ("2", 2, 11)):
+        done = subprocess.run(command, env=os.environ | {"PYTHON": python, "CODE": code})
+        assert done.returncode == expected
+        lines = [shlex.split(line) for line in Path("calls").read_text().splitlines()]
+        assert len(lines) == calls
+        Path("calls").unlink()
+    for line in lines:
+        settings = understood(Path(line[0]).name, *line[1:])
+        assert (settings.model, settings.data_dir, settings.shots) == ("tiny", "RTE", 2)
+    assert subprocess.run(command[:3], capture_output=True).returncode == 2
+
+
+def test_both_sides_of_the_measured_step_compute_the_same(capsys):
+    bert_step.main("--layers 1 --width 24 --heads 2 --tokens 8 --kappa 1e-3 --steps 3".split())
+    dense, sampled = re.findall(r"last loss (\S+)", capsys.readouterr().out)
+    assert float(dense) == pytest.approx(float(sampled), abs=2e-6)
 
 
 def test_an_interrupted_grid_keeps_what_is_finished(call, fake_run):
