@@ -34,22 +34,18 @@ NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR,
 NO_PLACE |= {errno.ENAMETOOLONG}
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    """Runs one experiment and returns its record. A mistake of the user ends in one line and exit code 2."""
+def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
+    """Runs one experiment and returns its record; with --eval_datasets, one for each of them and their list.
+
+    A mistake of the user ends in one line and exit code 2.
+    """
     try:
         settings = run_utils.parse(argv)
-        # Data first: they are checked faster than weights are loaded, or downloaded.
-        task = datasets.build(settings.dataset, settings.root_path, settings.shots, settings.seed, settings.prompts)
-        run = run_utils.Run(settings)
-        record = None if settings.force else run.finished(task.split_sha256)
-        if record is not None:
-            print(f"already done, not run again (--force does): {run.folder}")
-            run_utils.rebuild_table(run.results)
-        else:
-            with run:
-                record = experiment(settings, task, run)
-        report(record, run)
-        return record
+        runs = [run_utils.Run(one) for one in run_utils.one_by_one(settings)]
+        # Data first, all of them: they are checked faster than weights are loaded, or downloaded.
+        tasks = [read_data(run.settings) for run in runs]
+        records = [run_once(run, task) for run, task in zip(runs, tasks)]
+        return records[0] if settings.eval_datasets is None else records
     except MISTAKES as error:
         sys.exit(fail(str(error)))
     except KeyboardInterrupt:
@@ -62,6 +58,37 @@ def main(argv: Sequence[str] | None = None) -> dict:
             raise
         remedy = "free space there" if error.errno in FULL else "choose another folder"
         sys.exit(fail(f"{error.filename or 'disk'}: {error.strerror}; {remedy}"))
+
+
+def read_data(settings: run_utils.Settings) -> datasets.Task:
+    """The task that a run trains or is tested on, with all of its images in place."""
+    transfers = settings.test_dataset != settings.dataset
+    task = datasets.build(
+        settings.test_dataset,
+        settings.root_path,
+        None if transfers or datasets.is_test_only(settings.dataset) else settings.shots,
+        settings.seed,
+        settings.prompts,
+        templates=settings.template,
+        order=settings.draw,
+        classes=settings.classes,
+        split=settings.split,
+    )
+    datasets.check_images_exist(task)
+    return task
+
+
+def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
+    """The record of a run, which is done unless it was before."""
+    record = None if run.settings.force else run.finished(task.split_sha256)
+    if record is not None:
+        print(f"already done, not run again (--force does): {run.folder}")
+        run_utils.rebuild_table(run.results)
+    else:
+        with run:
+            record = experiment(run.settings, task, run)
+    report(record, run)
+    return record
 
 
 def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils.Run) -> dict:
@@ -124,7 +151,7 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         "split_sha256": task.split_sha256,
         "weights_sha256": base_sha256,
     }
-    return run.record(result, fit.curve, fit.timing)
+    return run.record(result, fit.curve, fit.timing, datasets.to_json(task) if task.train else None)
 
 
 def report(record: dict, run: run_utils.Run) -> None:
@@ -139,7 +166,8 @@ def report(record: dict, run: run_utils.Run) -> None:
 
 
 def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    one_line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # file names may hold anything
+    print(f"error: {one_line}", file=sys.stderr)
     return 2
 
 

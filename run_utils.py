@@ -53,8 +53,8 @@ class Settings:
 
     # what
     method: str = option("so", "method of adaptation", tuple(METHODS))
-    dataset: str = option("digits", "data set; digits is embedded", datasets.available_datasets())
-    root_path: str = option("", "folder that holds the data sets ($DATA)")
+    dataset: str = option("digits", "data set; digits is embedded, folder your own", datasets.available_datasets())
+    root_path: str = option("", "folder that holds the data sets ($DATA); for folder, that of your images")
     shots: int = option(1, "labelled training images per class")
     seed: int = option(3, "of the few-shot draw, the order and augmentation of images, and the method's own draws")
     backbone: str = option("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
@@ -72,10 +72,16 @@ class Settings:
     t: int = option(5, "iterations between two draws of SO's support")
     prune_first: bool = option(False, "SO prunes before it updates, as the paper's equation; released: after")
     sampled_gradients: bool = option(True, "SO: compute weight gradients at the support alone; the same to rounding")
-    # images and prompts
+    # images, classes and prompts
+    draw: str = option("released", "order of the few-shot draw: the released code's, or CoOp's", datasets.ORDERS)
+    split: str | None = option(
+        None, "train on the images of this split.json of a run, or of CoOp's few-shot pickle", kind=str
+    )
+    classes: str = option("all", "base or new: half of the classes, as in the base-to-new protocol", datasets.CLASSES)
     prompts: str = option(
         "released", "'a photo of a {}.' for all data sets, or each one's own", ("released", "specific")
     )
+    template: tuple[str, ...] = option((), "prompt of your own with {} for the class; may be given several times")
     min_area: float = option(0.08, "smallest part of an image that a random training crop keeps")
     flip: bool = option(True, "flip training images at random")
     # machine
@@ -91,6 +97,9 @@ class Settings:
         None, "name of the weight file there, without ending; default: the method's", kind=str
     )
     eval_only: bool = option(False, "train nothing: evaluate the weights that --save_path holds")
+    eval_datasets: str | None = option(
+        None, "with --eval_only: data sets to evaluate them on, with commas between, instead of --dataset", kind=str
+    )
     eval_every: int = option(0, "diagnostic: test accuracy every N iterations in curve.csv; it decides nothing")
     force: bool = option(False, "run even if the same run is recorded already")
 
@@ -99,11 +108,19 @@ class Settings:
         return self.total_iters or self.n_iters * self.shots
 
     @property
+    def test_dataset(self) -> str:
+        """The data set that is tested on: the one that is trained on, or, after `one_by_one`, another."""
+        return self.eval_datasets or self.dataset
+
+    @property
     def checkpoint(self) -> Path | None:
-        """File of the adapted weights, apart for each backbone, data set, shots and seed."""
+        """File of the adapted weights, apart for each backbone, data set, shots and seed. Weights that are evaluated on
+        new classes were trained on the base classes."""
         if self.save_path is None:
             return None
-        folder = Path(self.save_path) / slug(self.backbone) / self.dataset / f"{self.shots}shots" / f"seed{self.seed}"
+        data = f"folder-{own_data_name(self.root_path)}" if self.dataset == "folder" else self.dataset
+        data += "" if self.classes == "all" else "-base"
+        folder = Path(self.save_path) / slug(self.backbone) / data / f"{self.shots}shots" / f"seed{self.seed}"
         return folder / f"{(self.filename or self.method).removesuffix('.safetensors')}.safetensors"
 
     @property
@@ -111,13 +128,19 @@ class Settings:
         """Readable name, and a hash of every setting that can change the outcome."""
         relevant = {name: getattr(self, name) for name in IDENTITY} | self.hyperparameters
         relevant["device"] = self.device.split(":")[0]
+        relevant["template"] = self.template
+        if self.test_dataset == "folder":  # elsewhere the name says which images are meant
+            relevant["root_path"] = str(Path(self.root_path).expanduser().resolve())
         if Path(self.backbone).is_file():
             relevant["backbone"] = file_sha256(Path(self.backbone))
+        if self.split:
+            relevant["split"] = file_sha256(Path(self.split).expanduser())
         if self.eval_only:  # the weights decide, not where they lie
             relevant["checkpoint"] = file_sha256(self.checkpoint)
         digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
-        evaluated = "_eval" if self.eval_only else ""
-        name = f"{self.method}_{self.dataset}_{slug(self.backbone)}_{self.shots}shot_seed{self.seed}"
+        data = self.dataset if self.classes == "all" else f"{self.dataset}-{self.classes}"
+        evaluated = f"_eval_{self.test_dataset}" if self.eval_only else ""
+        name = f"{self.method}_{data}_{slug(self.backbone)}_{self.shots}shot_seed{self.seed}"
         return f"{name}{evaluated}_{digest}"
 
     @property
@@ -128,7 +151,12 @@ class Settings:
 
 
 # What identifies a run beside its method's hyperparameters. Paths, caches and workers change no result.
-IDENTITY = ("method", "dataset", "shots", "seed", "backbone", "prompts", "precision", "eval_only")
+IDENTITY = "method dataset test_dataset classes shots seed backbone draw prompts precision eval_only".split()
+
+
+def own_data_name(root_path: str) -> str:
+    """The name of one's own data set: that of its folder, or of its manifest."""
+    return Path(root_path).expanduser().resolve().stem
 
 
 def slug(backbone: str) -> str:
@@ -172,6 +200,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         merged |= layer
     if "s" in merged:
         merged["density_ratio"] = round(1 - merged.pop("s"), 12)
+    if "template" in merged:
+        merged["template"] = tuple(merged["template"])
     settings = check(Settings(**merged))
     if settings.eval_only:  # what the weights were trained with is the truth, whatever else was given
         try:
@@ -203,6 +233,8 @@ def _parser() -> Parser:
         text = f"{f.metadata['help']} [{f.default}]"
         if f.metadata["kind"] is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        elif f.metadata["kind"] is tuple:
+            parser.add_argument(f"--{f.name}", action="append", metavar="TEXT", help=text)
         else:
             parser.add_argument(f"--{f.name}", type=f.metadata["kind"], choices=f.metadata["choices"], help=text)
     parser.add_argument("--s", type=float, help="sparsity, 1 - density_ratio [0.99995]")
@@ -249,6 +281,11 @@ def _settings(content, where: str, untyped: Sequence[str] = ()) -> dict:
 def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str):
     if value is None and default is None:
         return None
+    if kind is tuple:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where} must be a list of texts, not {value!r}")
+        return tuple(texts)
     wanted = f"{where} must be {', '.join(choices) if choices else kind.__name__}, not {value!r}"
     if value is None or isinstance(value, bool) != (kind is bool):
         raise UserError(wanted)
@@ -280,8 +317,9 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--density_ratio (1 - s) must be in (0, 1], not {settings.density_ratio}")
     if not 0 < settings.min_area <= 1:
         raise UserError(f"--min_area must be in (0, 1], not {settings.min_area}")
-    if settings.dataset != "digits" and not settings.root_path:
-        raise UserError(f"--dataset {settings.dataset} needs --root_path, the folder that holds the data sets")
+    if settings.test_dataset != "digits" and not settings.root_path:
+        raise UserError(f"--dataset {settings.test_dataset} needs --root_path, the folder that holds the data sets")
+    _check_data(settings)
     if settings.save_path == "":
         raise UserError("--save_path is empty; name a folder, . for this one")
     if settings.eval_only and settings.method == "zero_shot":
@@ -294,6 +332,48 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--filename {settings.filename} must be a plain name; folders go into --save_path")
     workers = datasets.default_workers() if settings.workers is None else settings.workers
     return replace(settings, device=_device(settings.device), workers=workers)
+
+
+def _check_data(settings: Settings) -> None:
+    """UserError for data sets, classes and prompts that do not go together."""
+    trains = settings.method != "zero_shot" and not settings.eval_only
+    if datasets.is_test_only(settings.dataset) and settings.method != "zero_shot":
+        raise UserError(
+            f"--dataset {settings.dataset} has a test part alone; train on another, imagenet for one, and evaluate "
+            f"with --eval_only --eval_datasets {settings.dataset}"
+        )
+    if datasets.is_test_only(settings.dataset) and settings.split:
+        raise UserError(f"--split: {settings.dataset} has no training images to choose")
+    if settings.classes == "new" and trains:
+        raise UserError("--classes new is there to test on; train with --classes base, then add --eval_only")
+    if settings.eval_datasets is not None:
+        names = settings.eval_datasets.split(",")
+        known = [name for name in datasets.available_datasets() if name != "folder"]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(f"--eval_datasets: {unknown[0]!r} is none of {', '.join(known)}")
+        if len(set(names)) < len(names):
+            raise UserError(f"--eval_datasets {settings.eval_datasets} names a data set twice")
+        if not settings.eval_only:
+            raise UserError("--eval_datasets evaluates saved weights; add --eval_only, and --save_path where they are")
+        if settings.classes != "all" or settings.split:
+            raise UserError("--eval_datasets takes whole test parts; leave --classes and --split out")
+    for template in settings.template:
+        try:
+            fits = template.format("x") == template.replace("{}", "x") != template
+        except (ValueError, LookupError):
+            fits = False
+        if not fits:
+            raise UserError(f"--template {template!r} must have {{}} where the class name goes, and no other braces")
+    if settings.template and settings.prompts == "specific":
+        raise UserError("--template and --prompts specific both say which prompts to use; give one of them")
+
+
+def one_by_one(settings: Settings) -> list[Settings]:
+    """The settings of each single run: one, or with --eval_datasets one for each data set."""
+    if settings.eval_datasets is None:
+        return [settings]
+    return [replace(settings, eval_datasets=name) for name in settings.eval_datasets.split(",")]
 
 
 def _device(name: str) -> str:
@@ -391,13 +471,17 @@ class Run:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def record(self, result: dict, curve: list[dict], timing: list[dict]) -> dict:
-        """Writes the curves, then the result, then the table of all results; returns the whole record."""
+    def record(self, result: dict, curve: list[dict], timing: list[dict], split: str | None = None) -> dict:
+        """Writes the split, if images were drawn, and the curves, then the result, then the table of all results.
+        Returns the whole record."""
         settings = self.settings
+        own = settings.test_dataset == "folder"
         record = {
             **{name: getattr(settings, name) for name in IDENTITY},
             **settings.hyperparameters,
             **result,
+            "prompts": "own" if settings.template else settings.prompts,
+            "root_path": str(Path(settings.root_path).expanduser().resolve()) if own else None,
             "run_id": settings.run_id,
             "git_commit": git_commit(),
             "torch_version": torch.__version__,
@@ -407,6 +491,8 @@ class Run:
         record = {name: record[name] for name in _in_order(record)}
         self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up since
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(_config(settings), sort_keys=False))
+        if split:
+            write_atomically(self.folder / "split.json", split)
         if curve:
             columns = [name for name in CURVE if any(name in row for row in curve)]
             write_atomically(self.folder / "curve.csv", pd.DataFrame(curve, columns=columns).to_csv(index=False))
@@ -424,8 +510,8 @@ FIRST = (
     "lr density_ratio t".split()
 )
 LAST = (
-    "encoder position precision prompts template eval_only split_sha256 weights_sha256 git_commit torch_version "
-    "device finished_at".split()
+    "encoder position precision draw classes prompts template test_dataset root_path eval_only split_sha256 "
+    "weights_sha256 git_commit torch_version device finished_at".split()
 )
 
 

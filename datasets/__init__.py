@@ -7,84 +7,178 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from datasets.digits import CLASS_NAMES, TEMPLATES, DigitsTask, split_digits
-from datasets.fewshot import draw, draw_disjoint, val_shots
+from datasets.digits import TEMPLATES as DIGITS_TEMPLATES
+from datasets.digits import DigitsTask, split_digits
+from datasets.fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
+from datasets.folder import TEMPLATES as FOLDER_TEMPLATES
+from datasets.folder import FolderTask, read_folder
 from datasets.images import batches_per_epoch, default_workers, read_image, test_loader, training_loader
+from datasets.recorded import import_coop, replay, to_json
 from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, locate
-from datasets.splits import Split, list_imagenet, read_fgvc_split, read_json_split
-from datasets.task import DatasetError, Item, Task
+from datasets.splits import (
+    ImageNetListing,
+    Split,
+    list_imagenet,
+    list_imagenet_variant,
+    read_fgvc_split,
+    read_json_split,
+)
+from datasets.task import DatasetError, Item, Task, check_images_exist
 
 __all__ = [
+    "CLASSES",
+    "ORDERS",
     "DatasetError",
     "Item",
     "Task",
     "available_datasets",
     "batches_per_epoch",
     "build",
+    "check_images_exist",
     "default_workers",
+    "is_test_only",
     "read_image",
     "test_loader",
+    "to_json",
     "training_loader",
 ]
 
+_TASKS = {"digits": DigitsTask, "folder": FolderTask}
+_TEMPLATES = {"digits": DIGITS_TEMPLATES, "folder": FOLDER_TEMPLATES}
+
 
 def available_datasets() -> tuple[str, ...]:
-    """The names that `build` knows; the embedded `digits` is the last."""
-    return (*SPECS, "digits")
+    """The names that `build` knows: published ones, the embedded `digits`, and `folder`, the user's own."""
+    return (*SPECS, "digits", "folder")
 
 
-def build(name: str, root_path: str | Path | None, shots: int, seed: int, prompts: str = "released") -> Task:
+def is_test_only(name: str) -> bool:
+    """Whether dataset `name` has nothing to train with."""
+    return name in SPECS and SPECS[name].is_test_only
+
+
+def build(
+    name: str,
+    root_path: str | Path | None,
+    shots: int | None,
+    seed: int,
+    prompts: str = "released",
+    *,
+    templates: Sequence[str] = (),
+    order: str = "released",
+    classes: str = "all",
+    split: str | Path | None = None,
+) -> Task:
     """Read dataset `name` below `root_path` and draw `shots` training images per class.
 
-    Validation images are drawn too, min(shots, 4) per class. The test part stays whole.
+    Validation images are drawn too, min(shots, 4) per class. The test part stays whole. With `shots` None it is all
+    that is read. `digits` needs no folder and ignores `root_path`; for `folder` it is one's own folder or manifest.
+    No image is opened here.
+
     `prompts` is "released" (`a photo of a {}.` for every dataset, as in the published runs) or "specific"
-    (the dataset's own templates). `digits` needs no folder and ignores `root_path`. No image is opened here.
+    (the dataset's own templates); `templates`, if any, replace them. `order` "coop" draws as CoOp does. `classes`
+    restricts the task to the "base" or the "new" half of its classes, after the draw. `split` is the file of an
+    earlier run's images, to take instead of a draw.
+
     Raises ValueError for bad arguments and DatasetError for data that are missing, misplaced or malformed.
     """
-    if name not in available_datasets():
-        raise ValueError(f"unknown dataset {name!r}; known are {', '.join(available_datasets())}")
-    if shots < 1:
+    known = {"name": available_datasets(), "prompts": ("released", "specific"), "order": ORDERS, "classes": CLASSES}
+    for argument, value in {"name": name, "prompts": prompts, "order": order, "classes": classes}.items():
+        if value not in known[argument]:
+            word = "dataset" if argument == "name" else argument
+            raise ValueError(f"unknown {word} {value!r}; known are {', '.join(known[argument])}")
+    if shots is not None and shots < 1:
         raise ValueError(f"shots must be at least 1, not {shots}")
-    if prompts not in ("released", "specific"):
-        raise ValueError(f"prompts must be 'released' or 'specific', not {prompts!r}")
-    specific = TEMPLATES if name == "digits" else SPECS[name].templates
-    templates = specific if prompts == "specific" else RELEASED_TEMPLATES
-    if name == "digits":
-        split = split_digits()
-        _note_repeats(name, split, shots)
-        train, val = draw(split.train, split.val, shots, seed)
-        return DigitsTask(name, CLASS_NAMES, templates, train, val, split.test, image_root=None)
-    found = locate(name, Path(root_path).expanduser())
+    specific = _TEMPLATES[name] if name in _TEMPLATES else SPECS[name].templates
+    templates = tuple(templates) or (specific if prompts == "specific" else RELEASED_TEMPLATES)
+    root = Path(root_path or "").expanduser()
+
     if name == "imagenet":
-        return _build_imagenet(found.images, templates, shots, seed)
-    split = read_fgvc_split(found.folder) if name == "fgvc" else read_json_split(found.split)
-    _note_departure(name, found, split)
-    _note_repeats(name, split, shots)
-    train, val = draw(split.train, split.val, shots, seed)
-    return Task(name, split.class_names, templates, train, val, split.test, found.images)
+        listing, image_root = _list_imagenet(root, shots)
+        train, val = _draw_imagenet(listing, shots, seed, order)
+        task = Task(name, listing.class_names, templates, train, val, listing.test, image_root)
+        pool = listing.labels
+    else:
+        parts, image_root = _read(name, root)
+        if shots and not parts.train:
+            raise DatasetError(f"{name} has a test part alone; train on another data set and evaluate on this one")
+        if shots:
+            _note_repeats(name, parts, shots, order)
+        train, val = draw(parts.train, parts.val, shots, seed, order) if shots else ((), ())
+        kind = _TASKS.get(name, Task)
+        task = kind(name, parts.class_names, templates, train, val, parts.test, image_root)
+        pool = parts.labels
+    return _choose(task, pool, classes, split, shots)
 
 
-def _build_imagenet(image_root: Path, templates: tuple[str, ...], shots: int, seed: int) -> Task:
+def _read(name: str, root: Path) -> tuple[Split, Path | None]:
+    """The parts of a dataset and its image root."""
+    if name == "digits":
+        return split_digits(), None
+    if name == "folder":
+        return read_folder(root)
+    found = locate(name, root)
+    if found.split is not None:
+        parts = read_json_split(found.split)
+    else:
+        parts = list_imagenet_variant(found.images) if is_test_only(name) else read_fgvc_split(found.folder)
+    _note_departure(name, found, parts)
+    return parts, found.images
+
+
+def _choose(
+    task: Task, pool: Callable[[], dict[str, int]], classes: str, split: str | Path | None, shots: int | None
+) -> Task:
+    """The chosen half of the classes, and a recorded split if there is one; `pool()` are the labels of all images
+    that may be drawn. CoOp's files know all classes, this program's those of the run."""
+    path = Path(split).expanduser() if split else None
+    if path and not path.is_file():
+        raise DatasetError(f"--split {path} is no file; every run writes a split.json into its folder")
+    from_coop = path is not None and path.suffix == ".pkl"
+    if from_coop:
+        task = import_coop(task, path, pool())
+    if classes != "all":
+        task = base_or_new(task, classes)
+    if path and not from_coop:
+        task = replay(task, path)
+    if path:
+        most = max(Counter(item.label for item in task.train).values(), default=0)
+        if most != shots:
+            raise DatasetError(f"--split {path} has up to {most} training images per class; give --shots {most}")
+        if {item.label for item in task.train} != set(range(len(task.class_names))):
+            raise DatasetError(f"--split {path} has no training images for some of the classes of {task.name}")
+    return task
+
+
+def _list_imagenet(root: Path, shots: int | None) -> tuple[ImageNetListing, Path]:
     """ImageNet has no split file: train and val come from its train folder, test is its val folder."""
-    listing = list_imagenet(image_root)
-    needed = shots + val_shots(shots)
+    image_root = locate("imagenet", root).images
+    listing = list_imagenet(image_root, with_train=shots is not None)
+    needed = shots + val_shots(shots) if shots else 0
     for wnid, names in zip(listing.wnids, listing.train):
         if len(names) < needed:
             raise DatasetError(
                 f"{image_root / 'train' / wnid} holds {len(names)} images, but {shots} shots take {needed} "
                 f"({shots} train, {val_shots(shots)} val); unpack the class again or ask for fewer shots"
             )
-    train, val = (
+    return listing, image_root
+
+
+def _draw_imagenet(
+    listing: ImageNetListing, shots: int | None, seed: int, order: str
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    train, val = draw_disjoint(listing.train, shots, seed, order) if shots else ((), ())
+    return tuple(
         tuple(
             Item(f"train/{wnid}/{name}", label)
             for label, (wnid, names) in enumerate(zip(listing.wnids, drawn))
             for name in names
         )
-        for drawn in draw_disjoint(listing.train, shots, seed)
+        for drawn in (train, val)
     )
-    return Task("imagenet", listing.class_names, templates, train, val, listing.test, image_root)
 
 
 def _note_departure(name: str, found: Found, split: Split) -> None:
@@ -101,13 +195,14 @@ def _note_departure(name: str, found: Found, split: Split) -> None:
         )
 
 
-def _note_repeats(name: str, split: Split, shots: int) -> None:
+def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:
     """Say on stderr that classes have fewer images than shots, so that the draw repeats some of them."""
     counts = Counter(item.label for item in split.train)
-    label, fewest = min(counts.items(), key=lambda pair: pair[1])
+    label, fewest = min(counts.items(), key=lambda pair: pair[1], default=(0, shots))
     if fewest < shots:
+        rule = "some are drawn twice or more" if order == "released" else "these classes have fewer"
         print(
             f"note: {sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
-            f"images ({split.class_names[label]} has {fewest}); as in the published code some are drawn twice or more",
+            f"images ({split.class_names[label]} has {fewest}); as in the published code {rule}",
             file=sys.stderr,
         )

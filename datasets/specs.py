@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Spec:
 
     `split_file` is CoOp's split (None: the dataset brings its own). `templates` are the dataset-specific
     prompts. `classes` and `sizes` (images in train, val and test before any draw) are those of the published
-    split.
+    split; `names_sha256` is the SHA-256 of its class names in label order, joined by newlines.
     """
 
     layouts: tuple[Layout, ...]
@@ -37,6 +38,12 @@ class Spec:
     templates: tuple[str, ...]
     classes: int
     sizes: tuple[int, int, int] | None
+    names_sha256: str
+
+    @property
+    def is_test_only(self) -> bool:
+        """Whether there is nothing to train with: the variants of ImageNet that test its models."""
+        return self.sizes is not None and self.sizes[0] == 0
 
 
 def _layouts(images: str, *folders: str) -> tuple[Layout, ...]:
@@ -45,7 +52,7 @@ def _layouts(images: str, *folders: str) -> tuple[Layout, ...]:
 
 SPECS = {
     "imagenet": Spec(
-        layouts=(Layout("imagenet", "images", holds="train"), Layout("imagenet", "", holds="train")),
+        layouts=(Layout("imagenet", "images", holds="val"), Layout("imagenet", "", holds="val")),
         split_file=None,
         templates=(
             "itap of a {}.",
@@ -58,6 +65,7 @@ SPECS = {
         ),
         classes=1000,
         sizes=None,
+        names_sha256="571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60",
     ),
     "sun397": Spec(
         # $DATA/SUN397 is the dataset folder of the released code, but torchvision's image folder.
@@ -67,6 +75,7 @@ SPECS = {
         templates=("a photo of a {}.",),
         classes=397,
         sizes=(15880, 3970, 19850),
+        names_sha256="583c0fad85d22c563fc88e49462efce4c5a08aec1e0b8020f325224af67cb040",
     ),
     "fgvc": Spec(
         layouts=_layouts("images", "fgvc_aircraft", "fgvc-aircraft-2013b/data"),
@@ -74,6 +83,7 @@ SPECS = {
         templates=("a photo of a {}, a type of aircraft.",),
         classes=100,
         sizes=(3334, 3333, 3333),
+        names_sha256="e1c9e72060e63d526dce032008262a95f573b02e802be7be42f0cb6ccd5b4217",
     ),
     "eurosat": Spec(
         layouts=_layouts("2750", "eurosat"),
@@ -81,6 +91,7 @@ SPECS = {
         templates=("a centered satellite photo of {}.",),
         classes=10,
         sizes=(13500, 5400, 8100),
+        names_sha256="bcff3a8022b63397730ecbb798e13cf58822547521ea94ed2975f05971b28da3",
     ),
     "stanford_cars": Spec(
         layouts=_layouts("", "stanford_cars", "StanfordCars"),
@@ -88,6 +99,7 @@ SPECS = {
         templates=("a photo of a {}.",),
         classes=196,
         sizes=(6509, 1635, 8041),
+        names_sha256="2caca90b5c02b65fcd9542cc2c934aa40c56ded5cb5b72e6e0b8e6b023cf81f9",
     ),
     "food101": Spec(
         layouts=_layouts("images", "food-101", "Food101"),
@@ -95,6 +107,7 @@ SPECS = {
         templates=("a photo of {}, a type of food.",),
         classes=101,
         sizes=(50500, 20200, 30300),
+        names_sha256="efe7060c0e6aa88c98d3ad9532240013747f6b2179d45e1f750527890437c59d",
     ),
     "oxford_pets": Spec(
         layouts=_layouts("images", "oxford_pets", "OxfordPets", "oxford-iiit-pet"),
@@ -102,6 +115,7 @@ SPECS = {
         templates=("a photo of a {}, a type of pet.",),
         classes=37,
         sizes=(2944, 736, 3669),
+        names_sha256="8e35ab44db27d55ab1a062c8af3308606560f9f3e3a6bf698b19e4ea54212d6d",
     ),
     "oxford_flowers": Spec(
         layouts=_layouts("jpg", "oxford_flowers", "Flower102", "flowers-102"),
@@ -109,6 +123,7 @@ SPECS = {
         templates=("a photo of a {}, a type of flower.",),
         classes=102,
         sizes=(4093, 1633, 2463),
+        names_sha256="0d27092c2140383d4f002dc99d20c184d58ffdc454e5f4d12f0475b4e23480ee",
     ),
     "caltech101": Spec(
         layouts=_layouts("101_ObjectCategories", "caltech-101", "Caltech101", "caltech101"),
@@ -116,6 +131,7 @@ SPECS = {
         templates=("a photo of a {}.",),
         classes=100,
         sizes=(4128, 1649, 2465),
+        names_sha256="84f9ff49dce58ae6e74754fd578f6dd6bb9c1b711758e7c3da3888216d0630ca",
     ),
     "dtd": Spec(
         layouts=_layouts("images", "dtd", "DTD", "dtd/dtd"),
@@ -123,6 +139,7 @@ SPECS = {
         templates=("{} texture.",),
         classes=47,
         sizes=(2820, 1128, 1692),
+        names_sha256="681d23b9cd3c2edec8ff7ea1fd6f5dd92f3b8d1dfb5a43fd0faee72a116c1130",
     ),
     "ucf101": Spec(
         layouts=_layouts("UCF-101-midframes", "ucf101", "UCF101"),
@@ -130,6 +147,44 @@ SPECS = {
         templates=("a photo of a person doing {}.",),
         classes=101,
         sizes=(7639, 1898, 3783),
+        names_sha256="d22e81fba7ebebf0fb154d6bc7c3b2c11a31a31d102b6873aa4f37413abaefc1",
+    ),
+    # The four variants of ImageNet, to test its models on: one folder per class, no split. An archive that was
+    # unpacked into the data root itself is found as well.
+    "imagenet_v2": Spec(
+        layouts=(
+            Layout("imagenetv2", "imagenetv2-matched-frequency-format-val"),
+            Layout("imagenetv2-matched-frequency-format-val", ""),
+        ),
+        split_file=None,
+        templates=("a photo of a {}.",),
+        classes=1000,
+        sizes=(0, 0, 10000),
+        names_sha256="571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60",
+    ),
+    "imagenet_sketch": Spec(
+        layouts=(Layout("imagenet-sketch", "images"), Layout("imagenet-sketch", "sketch"), Layout("sketch", "")),
+        split_file=None,
+        templates=("a photo of a {}.",),
+        classes=1000,
+        sizes=(0, 0, 50889),
+        names_sha256="571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60",
+    ),
+    "imagenet_a": Spec(
+        layouts=(Layout("imagenet-adversarial", "imagenet-a"), Layout("imagenet-a", "")),
+        split_file=None,
+        templates=("a photo of a {}.",),
+        classes=200,
+        sizes=(0, 0, 7500),
+        names_sha256="4b36c17b1b1bba6c18f01853a5cec90f5a342594ef1e9cfd7b64f374db61ccfc",
+    ),
+    "imagenet_r": Spec(
+        layouts=(Layout("imagenet-rendition", "imagenet-r"), Layout("imagenet-r", "")),
+        split_file=None,
+        templates=("a photo of a {}.",),
+        classes=200,
+        sizes=(0, 0, 30000),
+        names_sha256="79cac199a91468418c879d1cc78ed06512c6ad13ed7e2cda4d550decccd6f7a1",
     ),
 }
 
@@ -159,6 +214,9 @@ def locate(name: str, root: Path) -> Found:
         split = folder / spec.split_file if spec.split_file else None
         has_split = split is None or split.is_file()
         (complete if has_split else images_only).append(Found(folder, images, split))
+    others = [found for found in complete[1:] if not found.images.samefile(complete[0].images)]
+    if others:  # different copies, as in dtd and DTD on a disk that tells letter cases apart
+        print(f"note: {name} is read from {complete[0].folder}; {others[0].folder} is another copy", file=sys.stderr)
     if complete:
         return complete[0]
     if not images_only:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 
 from datasets.task import DatasetError, Item
@@ -23,6 +24,10 @@ class Split:
     val: tuple[Item, ...]
     test: tuple[Item, ...]
 
+    def labels(self) -> dict[str, int]:
+        """The labels of the images that may be drawn, by path."""
+        return {item.path: item.label for item in (*self.train, *self.val)}
+
 
 @dataclass(frozen=True)
 class ImageNetListing:
@@ -33,6 +38,11 @@ class ImageNetListing:
     train: tuple[tuple[str, ...], ...]
     test: tuple[Item, ...]
 
+    def labels(self) -> dict[str, int]:
+        """The labels of the images that may be drawn, by path."""
+        classes = enumerate(zip(self.wnids, self.train))
+        return {f"train/{wnid}/{name}": label for label, (wnid, names) in classes for name in names}
+
 
 def read_json_split(path: Path) -> Split:
     """Read a split in CoOp's format: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
@@ -40,13 +50,23 @@ def read_json_split(path: Path) -> Split:
     Raises DatasetError if the file is not JSON or departs from that: paths must stay inside the image folder,
     the labels must count up from 0, and each must have one name and at least one training image.
     """
+    return parse_json_split(parse_json(path), path)
+
+
+def parse_json(path: Path) -> object:
+    """The content of a JSON file; DatasetError if it is none."""
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise DatasetError(
-            f"split file {path} is not JSON (line {error.lineno}: {error.msg}); download it again "
-            "and look into it, some servers send a web page instead"
+            f"split file {path} is not JSON ({where}); download it again and look into it, some servers send a web "
+            "page instead"
         ) from error
+
+
+def parse_json_split(content: object, path: Path) -> Split:
+    """What `read_json_split` reads, from the parsed content of `path`."""
     if not isinstance(content, dict):
         raise DatasetError(f"split file {path} is not a JSON object with the parts train, val and test")
     names: dict[int, str] = {}
@@ -73,21 +93,22 @@ def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> t
         if not (isinstance(row, list) and [type(field) for field in row] == [str, int, str]):
             raise DatasetError(f"{where}: expected [path, label, class name], found {json.dumps(row)[:80]}")
         image, label, name = row
-        _check_path(image, where)
+        check_path(image, where)
         if names.setdefault(label, name) != name:
             raise DatasetError(f"{where}: label {label} is called {name!r} here and {names[label]!r} before")
         items.append(Item(image, label))
     return tuple(items)
 
 
-def _check_path(path: str, where: str) -> None:
+def check_path(path: str, where: str) -> None:
+    """Refuse a path that leaves the folder it starts from; `where` says in which file it stands."""
     # A Windows path knows all dangerous forms: it splits at both slashes and sees drives as well as roots.
     parsed = PureWindowsPath(path)
     if not parsed.parts or parsed.anchor or ".." in parsed.parts:
         raise DatasetError(f"{where}: {path!r} is not a relative path inside the image folder")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The UTF-8 text of a file; whatever keeps it from being read becomes a DatasetError."""
     try:
         return path.read_text(encoding="utf-8")
@@ -105,20 +126,20 @@ def read_fgvc_split(folder: Path) -> Split:
     A label is the rank of its line in variants.txt. The other files have one line per image: its id, a blank,
     and the variant's name, which may hold blanks itself. Raises DatasetError with file and line.
     """
-    names = tuple(line.strip() for line in _read_text(folder / "variants.txt").splitlines() if line.strip())
+    names = tuple(line.strip() for line in read_text(folder / "variants.txt").splitlines() if line.strip())
     labels = {name: label for label, name in enumerate(names)}
     parts = []
     for part in ("train", "val", "test"):
         path = folder / f"images_variant_{part}.txt"
         items = []
-        for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
             if not line.strip():
                 continue
             image, _, name = line.strip().partition(" ")
             where = f"file {path}, line {number}"
             if name not in labels:
                 raise DatasetError(f"{where}: {name!r} is not in variants.txt; unpack both files again")
-            _check_path(image, where)
+            check_path(image, where)
             items.append(Item(f"{image}.jpg", labels[name]))
         if not items:
             raise DatasetError(f"file {path} lists no images; unpack the dataset again")
@@ -137,15 +158,15 @@ def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return wnids, names
 
 
-def list_imagenet(image_root: Path) -> ImageNetListing:
-    """List `image_root`/train and `image_root`/val, each with one folder per WordNet id.
+def list_imagenet(image_root: Path, with_train: bool = True) -> ImageNetListing:
+    """List `image_root`/train (if asked for) and `image_root`/val, each with one folder per WordNet id.
 
     Raises DatasetError if the folders are not exactly the 1000 classes or val is still one flat folder.
     """
     wnids, names = imagenet_classes()
-    for part in ("train", "val"):
+    for part in ("train", "val") if with_train else ("val",):
         _check_class_folders(image_root / part, wnids)
-    train = tuple(_list_images(image_root / "train" / wnid) for wnid in wnids)
+    train = tuple(_list_images(image_root / "train" / wnid) for wnid in wnids) if with_train else ()
     test = tuple(
         Item(f"val/{wnid}/{name}", label)
         for label, wnid in enumerate(wnids)
@@ -154,6 +175,33 @@ def list_imagenet(image_root: Path) -> ImageNetListing:
     if not test:
         raise DatasetError(f"the class folders in {image_root / 'val'} are empty; unpack the archive again")
     return ImageNetListing(wnids, names, train, test)
+
+
+def list_imagenet_variant(image_root: Path) -> Split:
+    """List a variant of ImageNet, one folder per class in `image_root`, as a test part alone.
+
+    The folders are WordNet ids, or the labels 0 to 999 as ImageNetV2's archive has them. Where they are fewer than
+    1000 (ImageNet-A and -R), the labels count up over the classes that are there, in WordNet order. Raises
+    DatasetError if a folder is neither.
+    """
+    wnids, names = imagenet_classes()
+    folders = {entry.name for entry in _scan(image_root) if not entry.name.startswith(".") and entry.is_dir()}
+    labels = {wnid: label for label, wnid in enumerate(wnids)} | {str(label): label for label in range(len(wnids))}
+    unknown = folders - labels.keys()
+    if unknown:
+        raise DatasetError(f"{image_root}: the folder {min(unknown)} is none of ImageNet's classes; unpack it again")
+    present = sorted(folders, key=labels.__getitem__)  # by number: as text, 10 comes before 2
+    for first, second in pairwise(present):
+        if labels[first] == labels[second]:
+            raise DatasetError(f"{image_root}: the folders {first} and {second} are the same class; remove one")
+    test = tuple(
+        Item(f"{folder}/{image}", label)
+        for label, folder in enumerate(present)
+        for image in _list_images(image_root / folder)
+    )
+    if not test:
+        raise DatasetError(f"{image_root} holds no class folders with images; unpack the archive again")
+    return Split(tuple(names[labels[folder]] for folder in present), (), (), test)
 
 
 def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:

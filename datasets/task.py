@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class DatasetError(Exception):
@@ -41,6 +43,9 @@ class Task:
     test: tuple[Item, ...]
     image_root: Path | None
 
+    # The parts that split.json lists. The test part of a published dataset needs no list: it is never drawn.
+    parts_to_record = ("train", "val")
+
     def read(self, item: Item) -> Image.Image:
         """Return the RGB picture of `item`; raise DatasetError if its file is missing or damaged."""
         return read_image(self.image_root / item.path)
@@ -55,7 +60,8 @@ class Task:
         digest = hashlib.sha256()
         for part, items in (("train", self.train), ("val", self.val), ("test", self.test)):
             for item in items:
-                digest.update(f"{part}\t{item.label}\t{item.path}\n".encode())
+                line = f"{part}\t{item.label}\t{item.path}\n"
+                digest.update(line.encode("utf-8", "surrogateescape"))  # a file name may be no valid text
         return digest.hexdigest()
 
     def fingerprint(self, items: Sequence[Item]) -> str:
@@ -70,8 +76,36 @@ class Task:
                 status = path.stat()
             except OSError as error:
                 raise DatasetError(f"image {path}: {error.strerror}; is the dataset unpacked completely?") from error
-            digest.update(f"{item.label}\t{path}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+            line = f"{item.label}\t{path}\t{status.st_size}\t{status.st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+def check_images_exist(task: Task) -> None:
+    """Raise DatasetError, naming the first, if files of the task's images are missing.
+
+    Whole folders are listed instead of asking for each file: 50,000 images take a moment, on a network disk too.
+    """
+    if task.image_root is None:
+        return
+    folders: dict[str, set[str]] = {}
+    missing = []
+    for item in dict.fromkeys((*task.train, *task.val, *task.test)):
+        folder, _, name = item.path.rpartition("/")
+        if folder not in folders:
+            try:
+                folders[folder] = set(os.listdir(task.image_root / folder))
+            except OSError:
+                folders[folder] = set()
+        # A disk that ignores letter case lists a file under another name than it can be opened with.
+        if name not in folders[folder] and not (task.image_root / item.path).exists():
+            missing.append(item.path)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DatasetError(
+            f"image {task.image_root / missing[0]}{more} of {task.name} cannot be found; is the dataset unpacked "
+            "completely?"
+        )
 
 
 # What Pillow's decoders raise on damaged files, for want of a common base class.
@@ -88,14 +122,40 @@ _DECODE_ERRORS = (
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Decode the image file `path` completely and return it in RGB mode.
+    """Decode the image file `path` completely and return it in RGB mode, as the published loaders do.
 
     A missing, empty, truncated or unreadable file raises DatasetError with its name; no other image takes its
     place.
     """
+    return _decode(path, lambda image: image.convert("RGB"))
+
+
+def read_upright_image(path: str | Path) -> Image.Image:
+    """As `read_image`, for images of any origin: turned as the EXIF data say, transparency laid on white, 16 bits
+    scaled to 8. Of animations and of files with several pages the first picture counts. Images of 32 bits a
+    channel, whose range of values nothing tells, raise DatasetError.
+    """
+    return _decode(path, _to_upright_rgb)
+
+
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        levels = np.asarray(image).astype(np.int64)  # convert would cut off everything above 255
+        return Image.fromarray((levels // 256).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("nothing tells which of its 32-bit values is white; save it with 8 bits a channel")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image.convert("RGB")
+
+
+def _decode(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except FileNotFoundError as error:
         raise DatasetError(f"image {path} does not exist; is the dataset unpacked completely?") from error
     except PermissionError as error:
@@ -104,4 +164,4 @@ def read_image(path: str | Path) -> Image.Image:
         raise DatasetError(f"image {path} is empty or no image; unpack or download it again") from error
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DatasetError(f"image {path} is damaged ({reason}); unpack or download it again") from error
+        raise DatasetError(f"image {path} cannot be decoded ({reason}); replace or remove it") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import colorsys
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,14 @@ FOLDERS = {
         "released": ("UCF101", "UCF101/UCF-101-midframes"),
         "torchvision": ("ucf101", "ucf101/UCF-101-midframes"),
     },
+}
+
+# The variants of ImageNet: image roots, the first as CoOp has it, then archives unpacked and left as they were.
+VARIANTS = {
+    "imagenet_v2": ("imagenetv2/imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency-format-val"),
+    "imagenet_sketch": ("imagenet-sketch/images", "imagenet-sketch/sketch", "sketch"),
+    "imagenet_a": ("imagenet-adversarial/imagenet-a", "imagenet-a"),
+    "imagenet_r": ("imagenet-rendition/imagenet-r", "imagenet-r"),
 }
 
 SPLIT_FILES = {
@@ -155,6 +164,18 @@ def _write_json(name: str, split_folder: Path, image_root: Path, classes: int, p
                 parts[part].append([path, label, class_name(name, label)])
     split_folder.mkdir(parents=True, exist_ok=True)
     (split_folder / SPLIT_FILES[name]).write_text(json.dumps(parts))
+
+
+def fabricate_variant(root: Path, image_root: str, folders: Sequence[str], per_class: int = 1) -> Path:
+    """Write a variant of ImageNet below `root`: in `image_root`, `per_class` images in each of `folders`."""
+    for number, folder in enumerate(folders):
+        buffer = io.BytesIO()
+        picture(number, 0, size=(16, 16)).save(buffer, "JPEG")
+        for image in range(per_class):
+            path = Path(root) / image_root / folder / f"{image}.jpeg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(buffer.getvalue())
+    return Path(root) / image_root
 
 
 def _write_fgvc(folder: Path, image_root: Path, classes: int, per_class: int) -> None:

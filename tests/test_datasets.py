@@ -20,16 +20,17 @@ from datasets.splits import imagenet_classes
 from datasets.task import DatasetError, Item, Task
 
 SMALL = tuple(name for name in FOLDERS if name != "imagenet")
+VARIANTS = ("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
 
 # --- names and layouts
 
 
-def test_available_datasets_are_the_eleven_and_digits_last():
+def test_available_datasets_are_the_eleven_four_variants_and_two_more():
     names = datasets.available_datasets()
-    assert set(names) == set(FOLDERS) | {"digits"}
-    assert len(names) == 12
-    assert names[-1] == "digits"
+    assert set(names) == {*FOLDERS, *VARIANTS, "digits", "folder"}
+    assert len(names) == 17
+    assert {name for name in names if datasets.is_test_only(name)} == set(VARIANTS)
 
 
 @pytest.mark.parametrize("layout", ["coop", "released", "torchvision"])
@@ -140,7 +141,7 @@ def test_specific_templates_and_published_sizes(tmp_path):
     assert datasets.build("eurosat", tmp_path, 1, 1).templates == ("a photo of a {}.",)
     specific = datasets.build("eurosat", tmp_path, 1, 1, prompts="specific").templates
     assert specific == ("a centered satellite photo of {}.",)
-    templates = {name: spec.templates[0].format("x") for name, spec in SPECS.items()}
+    templates = {name: spec.templates[0].format("x") for name, spec in SPECS.items() if not spec.is_test_only}
     assert templates == {
         "imagenet": "itap of a x.",
         "sun397": "a photo of a x.",
@@ -155,6 +156,7 @@ def test_specific_templates_and_published_sizes(tmp_path):
         "ucf101": "a photo of a person doing x.",
     }
     assert len(SPECS["imagenet"].templates) == 7
+    assert all(SPECS[name].templates == ("a photo of a {}.",) for name in VARIANTS)
     totals = {name: sum(spec.sizes) for name, spec in SPECS.items() if spec.sizes}
     assert totals == {
         "sun397": 39700,
@@ -167,6 +169,10 @@ def test_specific_templates_and_published_sizes(tmp_path):
         "caltech101": 8242,
         "dtd": 5640,
         "ucf101": 13320,
+        "imagenet_v2": 10000,
+        "imagenet_sketch": 50889,
+        "imagenet_a": 7500,
+        "imagenet_r": 30000,
     }
 
 

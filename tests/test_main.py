@@ -32,7 +32,7 @@ def test_a_run_leaves_its_records(run_main):
     code, record, out, _ = run_main(*QUICK, "--early_stop_loss", 0)
     assert code == 0
     folder = only_folder("results")
-    assert {f.name for f in folder.iterdir()} == {"config.yaml", "result.json", "curve.csv", "timing.csv"}
+    assert {f.name for f in folder.iterdir()} == {"config.yaml", "result.json", "split.json", "curve.csv", "timing.csv"}
     assert json.loads((folder / "result.json").read_text()) == record
     table = pd.read_csv("results/results.csv")
     assert set(table.columns) >= COLUMNS and len(table) == 1

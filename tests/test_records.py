@@ -412,8 +412,8 @@ def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
     first = "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss"
     first += " iterations stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights"
     first += " checkpoint_bytes lr density_ratio t"
-    last = "encoder position precision prompts template eval_only split_sha256 weights_sha256 git_commit torch_version"
-    last += " device finished_at"
+    last = "encoder position precision draw classes prompts template test_dataset root_path eval_only split_sha256"
+    last += " weights_sha256 git_commit torch_version device finished_at"
     between = {"batch_size", "early_stop_loss", "eval_every", "flip", "min_area", "prune_first", "sampled_gradients"}
     between |= {"total_iters"}
     last_result = {"template": "a photo of a {}.", "split_sha256": "s", "weights_sha256": "w", "final_loss": 0.5}
@@ -482,7 +482,7 @@ def test_the_largest_seed():
 
 def test_null_in_a_config_file_is_refused_where_it_has_no_meaning(tmp_path):
     path = tmp_path / "c.yaml"
-    optional = {"total_iters", "workers", "save_path", "filename"}
+    optional = {"total_iters", "workers", "save_path", "filename", "split", "eval_datasets"}
     for name in Settings.__dataclass_fields__:
         path.write_text(f"{name}: null\n")
         if name in optional:
