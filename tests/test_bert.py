@@ -151,7 +151,9 @@ def test_dense_none_and_kappa_zero_take_the_method_apart(place):
     before, after, _, _ = trained(settings_of(place, kappa=0))
     changed = {name for name, p in after.items() if (p != before[name]).any()}
     assert {"classifier.weight", "bert.pooler.dense.weight", "bert.embeddings.LayerNorm.weight"} <= changed
-    assert all(p.dim() == 1 or "pooler" in name or "classifier" in name for name, p in after.items() if name in changed)
+    for name, p in after.items():
+        is_dense = p.dim() == 1 or "pooler" in name or "classifier" in name
+        assert p.requires_grad == is_dense and (is_dense or name not in changed), name
 
 
 def test_lora_adapts_every_linear_layer_of_the_blocks_beside_the_same_dense_group(place):
