@@ -68,7 +68,7 @@ def read_tsv(path: Path) -> list[Pair]:
     lacks a field is left out (none does in the original files), with a note."""
     pairs, short = [], []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             missing = {"sentence1", "sentence2", "label"} - set(reader.fieldnames or ())
             if missing:

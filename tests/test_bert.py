@@ -330,10 +330,12 @@ def test_missing_extras_are_named_with_the_remedy(call, monkeypatch, package, ar
     assert code == 2 and re.search(rf"^error: {package} cannot be imported .*requirements-nlp\.txt\n$", err)
 
 
-def test_names(place):
+def test_names(place, monkeypatch):
     assert bert.display_name("bert-base-uncased") == bert.display_name("google-bert/bert-base-uncased") == "BERT-base"
     assert bert.display_name("prajjwal1/bert-tiny") == "prajjwal1/bert-tiny"
     assert bert.display_name("tiny") == bert.display_name("tiny/") == bert.display_name("RTE/../tiny") == "tiny"
+    monkeypatch.chdir("tiny")
+    assert bert.display_name(".") == "tiny"
 
 
 def test_an_interruption_is_no_traceback(call, monkeypatch):

@@ -44,7 +44,7 @@ def test_balanced_draws_take_each_label_alike_and_nest():
 
 def test_quotes_line_ends_and_odd_characters_are_kept(tmp_path):
     text = HEADER + '0\t"He said\u2028it" ran.\t"A cat\tentailment\r\n1\tb "" c\tNA\tnot_entailment\n'
-    (tmp_path / "x.tsv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "x.tsv").write_bytes(text.encode())
     assert rte.read_tsv(tmp_path / "x.tsv") == [
         ('"He said\u2028it" ran.', '"A cat', 0),
         ('b "" c', "NA", 1),
@@ -122,9 +122,11 @@ def test_the_hub_is_read_although_this_projects_datasets_comes_first(fake_hub):
         assert sys.path == path
         assert {name: sys.modules[name] for name in before} == before
         assert "datasets.rest" not in sys.modules
-    with rte.hugging_face_datasets() as first, rte.hugging_face_datasets() as second:
-        assert first is second and first.__file__ == str(fake_hub / "__init__.py")
+    with rte.hugging_face_datasets() as first, rte.hugging_face_datasets() as inner:
+        assert first is inner and first.__file__ == str(fake_hub / "__init__.py")
         assert first.rest is sys.modules["datasets.rest"]
+    with rte.hugging_face_datasets() as again:
+        assert again is first  # not imported a second time
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_with_the_remedy(fake_hub):
