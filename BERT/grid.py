@@ -48,7 +48,7 @@ def run_all(key: dict[str, str], cells: Sequence[dict], arguments: dict) -> None
     the end, and tried again by the next call; the exit code is then 1.
     """
     seeds, out = arguments.pop("seed"), Path(arguments.pop("out"))
-    wanted = list(dict.fromkeys(Settings(**arguments, **cell, seed=seed) for cell in cells for seed in seeds))
+    wanted = [Settings(**arguments, **cell, seed=seed) for cell in cells for seed in seeds]
     tables = Tables(out, key, configuration(wanted[0]))
     failed = []
     for number, settings in enumerate(wanted, start=1):
