@@ -126,6 +126,15 @@ def test_a_truncated_archive_without_a_checksum(world, data_root, run_download, 
         assert files_in(data_root / "eurosat") == {"EuroSAT.zip", split.rpartition("/")[2]}
 
 
+def test_a_file_that_is_no_archive_makes_way_for_the_next_source(world, data_root, run_download, tmp_path):
+    archive, split = original("eurosat", tmp_path / "original")
+    world.has_split("eurosat", split)
+    world.has_archive("eurosat", b"{'error': 'gone'}", checksum=None)
+    world.has_archive("eurosat", archive, which=1, checksum=None)
+    code, _, err = run_download("eurosat")
+    assert code == 0 and "EuroSAT.zip is no readable zip or tar archive" in err
+
+
 @pytest.mark.parametrize("page", [PAGE, b"\xef\xbb\xbf\n  <HTML><body>Sign in</body></HTML>"])
 def test_a_web_page_instead_of_an_archive(world, data_root, run_download, tmp_path, page):
     offer(world, "eurosat", tmp_path)

@@ -184,6 +184,25 @@ def test_nested_cars_with_a_file_in_the_shell_and_an_interruption(world, data_ro
     assert (folder / "cars_train.aside" / "about.md").is_file()
 
 
+def test_nested_cars_in_the_other_folder_than_the_split(world, data_root, run_download, cars):
+    folder, images = cars
+    for part in ("cars_train", "cars_test"):
+        shutil.copytree(images / part, data_root / "StanfordCars" / "archive" / part)
+    assert_cars_are_ready(world, data_root, run_download)
+    assert files_in(folder) == {SPLIT, "cars_train", "cars_test"}
+
+
+def test_space_is_checked_before_the_users_archive_is_unpacked(world, data_root, run_download, cars):
+    folder, images = cars
+    (folder / "cars.zip").write_bytes(zip_of(images))
+    usage = shutil.disk_usage(folder)
+    for free, ready in ((1.9e9, False), (2.1e9, True)):
+        world.monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        code, _, err = run_download("stanford_cars")
+        assert (code == 0) == ready == ("needs about 2.0 GB" not in err)
+        assert (folder / "cars_train").exists() == ready
+
+
 def test_cars_from_renamed_archives_of_any_kind(world, data_root, run_download, cars, tmp_path):
     folder, images = cars
     for part, pack, name in (("cars_train", tar_of, "one"), ("cars_test", zip_of, "downloads/two.zip")):
