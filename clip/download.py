@@ -1,4 +1,4 @@
-"""OpenAI's nine models: their addresses, and a download that resumes and is verified."""
+"""OpenAI's nine models: their addresses, and a download that resumes and is verified (of datasets too)."""
 
 import errno
 import hashlib

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from clip.download import is_web_page  # one download for both packages is worth this exception to "imports none"
+from clip.download import is_web_page
 from datasets.task import DatasetError
 
 SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")

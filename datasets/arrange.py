@@ -16,43 +16,59 @@ _DEPTH = 4  # Kaggle's ImageNet lies as deep as this: ILSVRC/Data/CLS-LOC/train
 _NO_ARCHIVES = (*IMAGE_EXTENSIONS, ".json", ".txt", ".csv", ".xml", ".mat", ".part", ".lock", ".md", ".pdf")
 
 
-def innermost(folder: Path) -> Path:
+def is_missing(part: Path) -> bool:
+    """Whether a folder of images is not there, holds none, or lies in a folder of its own name."""
+    return not _holds_images(part) or _innermost(part) != part
+
+
+def _innermost(folder: Path) -> Path:
     """`folder`, or the folder of the same name inside it (cars_train/cars_train), and so on."""
     while (folder / folder.name).is_dir():
         folder /= folder.name
     return folder
 
 
-def arrange_folder(tree: Path, target: Path, called: tuple[str, ...]) -> bool:
-    """Move the folder of images that lies below `tree` under one of the names `called` to `target`.
+def arrange_folder(tree: Path, target: Path, called: tuple[str, ...]) -> None:
+    """Move the folder of images that lies below `tree` under one of the names `called`, if there is one, to `target`.
 
     Text files beside it come along: they are Aircraft's split and others' terms. The images come last, so if they are
-    in place, all is. Returns whether any were found; `target` itself is no find, unless it is nested in itself.
+    in place, all is. `target` itself is no find, unless it is nested in itself.
     """
     found = _find_folder(tree, target, called)
     if found is None:
-        return False
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     for text in sorted(found.parent.glob("*.txt")):
         if not (target.parent / text.name).exists():
             text.rename(target.parent / text.name)
-    if found.is_relative_to(target):  # two steps, and after the first one the search finds it again
-        aside = target.with_name(f"{target.name}.outer")
-        target.rename(aside)
-        found = aside / found.relative_to(target)
-    found.rename(target)
-    emptied = found.parent
+    emptied = put(found, target).parent
     while emptied not in (tree, target.parent) and not any(emptied.iterdir()):
         emptied.rmdir()
         emptied = emptied.parent
     print(f"images arranged in {target}")
-    return True
+
+
+def put(found: Path, target: Path) -> Path:
+    """Rename folder `found` to `target` and return where it came from.
+
+    What is in the way, be it an empty folder or one around `found`, is set aside; interrupted, the search finds the
+    images there.
+    """
+    if target.is_dir():
+        aside = target.with_name(f"{target.name}.aside")
+        target.rename(aside)
+        if found.is_relative_to(target):
+            found = aside / found.relative_to(target)
+        elif not any(aside.iterdir()):
+            aside.rmdir()
+    found.rename(target)
+    return found
 
 
 def _find_folder(tree: Path, target: Path, called: tuple[str, ...]) -> Path | None:
     candidates = [folder / name for folder, names, _ in walk(tree) for name in names if name in called]
     for candidate in sorted(candidates, key=lambda path: len(path.parts)):
-        inner = innermost(candidate)
+        inner = _innermost(candidate)
         if inner != target and _holds_images(inner):
             return inner
     return None

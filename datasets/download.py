@@ -18,9 +18,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+# The packages import none of each other, but one download for weights and data is worth this exception.
 from clip.download import fetch, has_checksum, is_web_page
 from datasets.archives import check_space, is_archive, why_no_archive
-from datasets.arrange import archives_below, arrange_folder, holds, innermost, unpacked
+from datasets.arrange import archives_below, arrange_folder, holds, is_missing, unpacked
 from datasets.imagenet_archives import arrange_imagenet
 from datasets.sources import SOURCES, SPLITS, Archive
 from datasets.specs import SPECS, Layout, locate
@@ -116,7 +117,7 @@ def _parts(name: str, layout: Layout, root: Path) -> tuple[Path, ...]:
 
 
 def _missing_parts(name: str, layout: Layout, root: Path) -> list[Path]:
-    return [part for part in _parts(name, layout, root) if not part.is_dir() or innermost(part) != part]
+    return [part for part in _parts(name, layout, root) if is_missing(part)]
 
 
 def _bring_images(name: str, root: Path) -> None:
@@ -218,7 +219,6 @@ def _bring_split(name: str, root: Path) -> None:
     target = root / _layout(name, root).folder / file
     new = target.with_name(f"{file}.new")
     new.unlink(missing_ok=True)
-    problems = []
     for from_drive in (False, True):
         try:
             if from_drive:
@@ -231,8 +231,8 @@ def _bring_split(name: str, root: Path) -> None:
             return
         except DatasetError as error:
             new.unlink(missing_ok=True)
-            problems.append(str(error).replace(str(new), str(target)))
-    raise DatasetError("; ".join(problems))
+            print(f"{name}: {str(error).replace(str(new), str(target))}", file=sys.stderr)
+    raise DatasetError(f"split file {target} could not be fetched, for the reasons above; run again or put it there")
 
 
 def _check_split(name: str, path: Path, sha256: str) -> None:

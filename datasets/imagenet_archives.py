@@ -11,7 +11,7 @@ from scipy.io import loadmat
 from tqdm import tqdm
 
 from datasets.archives import check_space, explained, member_names, unpack_tar
-from datasets.arrange import archives_below, arrange_folder, innermost, unpacked, walk
+from datasets.arrange import archives_below, arrange_folder, is_missing, put, unpacked, walk
 from datasets.task import DatasetError
 
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
@@ -27,18 +27,18 @@ def arrange_imagenet(folder: Path, images: Path) -> None:
     """
     train, val = images / "train", images / "val"
     archives = {_kind(archive): archive for archive in archives_below(folder) if tarfile.is_tarfile(archive)}
-    if innermost(train) != train or not train.is_dir():
+    if is_missing(train):
         arrange_folder(folder, train, ("train",))
-    if not train.is_dir() and "train" in archives:
+    if is_missing(train) and "train" in archives:
         _unpack_classes(archives["train"], train)
-    if innermost(val) != val or not val.is_dir():
+    if is_missing(val):
         arrange_folder(folder, val, ("val",))
-    if not val.is_dir() and "val" in archives:
+    if is_missing(val) and "val" in archives:
         wnids = _validation_wnids(folder, archives.get("devkit"))
         check_space("imagenet", images, archives["val"].stat().st_size / 1e9)
         with unpacked(archives["val"], images) as tree:
             _sort(tree, tree / "val", wnids)
-            (tree / "val").rename(val)
+            put(tree / "val", val)
         print(f"images arranged in {val}; {archives['val']} is no longer needed and may be deleted")
     elif val.is_dir() and any(_VAL_IMAGE.fullmatch(path.name) for path in val.iterdir()):
         _sort(val, val, _validation_wnids(folder, archives.get("devkit")))
@@ -69,7 +69,7 @@ def _unpack_classes(archive: Path, train: Path) -> None:
                 if wnid := _CLASS_TAR.fullmatch(member.name.rpartition("/")[2]):
                     with tarfile.open(fileobj=outer.extractfile(member)) as inner:
                         unpack_tar(inner, archive, tree / wnid[1])
-        tree.rename(train)
+        put(tree, train)
     finally:
         shutil.rmtree(tree, ignore_errors=True)
     print(f"images arranged in {train}; {archive} is no longer needed and may be deleted")
@@ -92,13 +92,19 @@ def _validation_wnids(folder: Path, devkit: Path | None) -> list[str]:
 def _read_devkit(tree: Path) -> list[str]:
     """The ground truth gives one ILSVRC id per image in file order; meta.mat maps the ids to WordNet's.
 
-    The ids of the 1000 classes are not in WordNet's order. Synsets with children are no classes.
+    The ids of the 1000 classes are not in WordNet's order; those above 1000 are synsets with children.
     """
     for data, _, files in walk(tree):
         if _GROUND_TRUTH in files and "meta.mat" in files:
-            ids, wnids, _, _, children = list(zip(*loadmat(data / "meta.mat", squeeze_me=True)["synsets"]))[:5]
-            names = {int(i): str(wnid) for i, wnid, count in zip(ids, wnids, children) if count == 0}
-            return [names[int(line)] for line in (data / _GROUND_TRUTH).read_text().split()]
+            try:
+                synsets = loadmat(data / "meta.mat", squeeze_me=True)["synsets"]
+                wnids = {int(synset[0]): str(synset[1]) for synset in synsets}  # ILSVRC2012_ID and WNID come first
+                return [wnids[int(line)] for line in (data / _GROUND_TRUTH).read_text().split()]
+            except (LookupError, ValueError, TypeError, NotImplementedError) as error:
+                raise DatasetError(
+                    f"imagenet: meta.mat or {_GROUND_TRUTH} in {data} is not the original ({error}); get "
+                    "ILSVRC2012_devkit_t12.tar.gz again"
+                ) from error
     return []
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import gdown
@@ -17,7 +18,7 @@ from fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_varia
 
 import datasets
 from clip.download import CHUNK
-from datasets import download
+from datasets import archives, download
 from datasets.sources import SOURCES
 from datasets.specs import SPECS
 
@@ -125,6 +126,15 @@ def test_a_truncated_archive_without_a_checksum(world, data_root, run_download, 
         assert files_in(data_root / "eurosat") == {"EuroSAT.zip", split.rpartition("/")[2]}
 
 
+def test_a_file_that_is_no_archive_makes_way_for_the_next_source(world, data_root, run_download, tmp_path):
+    archive, split = original("eurosat", tmp_path / "original")
+    world.has_split("eurosat", split)
+    world.has_archive("eurosat", b"{'error': 'gone'}", checksum=None)
+    world.has_archive("eurosat", archive, which=1, checksum=None)
+    code, _, err = run_download("eurosat")
+    assert code == 0 and "EuroSAT.zip is no readable zip or tar archive" in err
+
+
 @pytest.mark.parametrize("page", [PAGE, b"\xef\xbb\xbf\n  <HTML><body>Sign in</body></HTML>"])
 def test_a_web_page_instead_of_an_archive(world, data_root, run_download, tmp_path, page):
     offer(world, "eurosat", tmp_path)
@@ -218,9 +228,11 @@ def test_another_copy_of_a_split_is_judged_by_its_content(world, data_root, run_
     assert not any(file.startswith("split") for file in files_in(folder))
 
     has_published_numbers(world, name, split)
-    renamed = other_bytes(split).replace(b"kind_2", b"kind_3")
-    world.files[path] = world.drive[SOURCES[name].split.drive] = renamed
-    assert "or have other names" in run_download(name)[2]
+    fewer = json.loads(split)
+    fewer["test"].pop()
+    for wrong in (other_bytes(split).replace(b"kind_2", b"kind_3"), json.dumps(fewer).encode()):
+        world.files[path] = world.drive[SOURCES[name].split.drive] = wrong
+        assert "or have other names" in run_download(name)[2]
     world.files[path] = world.drive[SOURCES[name].split.drive] = other_bytes(split)
     world.drive_requests.clear()
     code, out, _ = run_download(name)
@@ -278,6 +290,7 @@ def test_a_complete_dataset_is_left_alone_even_where_nothing_may_be_written(
         folder.chmod(0o755)
     assert code == 0 and "ready" in out, err
     assert not world.requests and snapshot(data_root) == before
+    assert not list(data_root.rglob("*.lock"))
 
 
 def test_absent_images_are_named_and_nothing_is_touched(world, data_root, run_download):
@@ -400,7 +413,14 @@ def test_an_interrupted_unpacking_starts_again(world, data_root, run_download, t
 
 def test_processes_that_want_the_same_dataset_make_one_download(world, data_root, tmp_path):
     path = offer(world, "eurosat", tmp_path)
-    start, states = threading.Barrier(4), []
+    start, states, unpacked, unpack = threading.Barrier(4), [], [], archives.unpack
+
+    def slow_unpack(archive, folder):
+        unpacked.append(archive)
+        time.sleep(0.1)
+        unpack(archive, folder)
+
+    world.monkeypatch.setattr("datasets.arrange.unpack", slow_unpack)
 
     def work():
         start.wait()
@@ -412,7 +432,7 @@ def test_processes_that_want_the_same_dataset_make_one_download(world, data_root
     for thread in threads:
         thread.join()
     assert len(states) == 4 and len(set(states)) == 1
-    assert [asked for asked, _ in world.requests].count(path) == 1
+    assert [asked for asked, _ in world.requests].count(path) == 1 and len(unpacked) == 1
 
 
 def test_a_folder_that_may_not_be_written(world, data_root, run_download):

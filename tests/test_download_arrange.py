@@ -178,10 +178,29 @@ def test_nested_cars(world, data_root, run_download, cars, nesting):
 def test_nested_cars_with_a_file_in_the_shell_and_an_interruption(world, data_root, run_download, cars):
     folder, images = cars
     shutil.copytree(images / "cars_test", folder / "cars_test")
-    shutil.copytree(images / "cars_train", folder / "cars_train.outer" / "cars_train")  # broken off after a first step
-    (folder / "cars_train.outer" / "about.md").write_text("the user's")
+    shutil.copytree(images / "cars_train", folder / "cars_train.aside" / "cars_train")  # broken off after a first step
+    (folder / "cars_train.aside" / "about.md").write_text("the user's")
     assert_cars_are_ready(world, data_root, run_download)
-    assert (folder / "cars_train.outer" / "about.md").is_file()
+    assert (folder / "cars_train.aside" / "about.md").is_file()
+
+
+def test_nested_cars_in_the_other_folder_than_the_split(world, data_root, run_download, cars):
+    folder, images = cars
+    for part in ("cars_train", "cars_test"):
+        shutil.copytree(images / part, data_root / "StanfordCars" / "archive" / part)
+    assert_cars_are_ready(world, data_root, run_download)
+    assert files_in(folder) == {SPLIT, "cars_train", "cars_test"}
+
+
+def test_space_is_checked_before_the_users_archive_is_unpacked(world, data_root, run_download, cars):
+    folder, images = cars
+    (folder / "cars.zip").write_bytes(zip_of(images))
+    usage = shutil.disk_usage(folder)
+    for free, ready in ((1.9e9, False), (2.1e9, True)):
+        world.monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        code, _, err = run_download("stanford_cars")
+        assert (code == 0) == ready == ("needs about 2.0 GB" not in err)
+        assert (folder / "cars_train").exists() == ready
 
 
 def test_cars_from_renamed_archives_of_any_kind(world, data_root, run_download, cars, tmp_path):
@@ -206,6 +225,24 @@ def test_cars_from_kaggles_archive_in_the_other_folder(world, data_root, run_dow
     (data_root / "StanfordCars" / "archive.zip").write_bytes(zip_of(images / "nested"))
     assert_cars_are_ready(world, data_root, run_download)
     assert not (data_root / "stanford_cars").exists()
+
+
+def test_empty_folders_and_an_archive_in_the_image_folders_own_name(world, data_root, run_download, tmp_path):
+    """Folders made by hand are no images; what is in them is set aside, or removed if it is nothing."""
+    archive, split = original("dtd", tmp_path / "dtd")
+    world.has_split("dtd", split)
+    (data_root / "dtd" / "images").mkdir(parents=True)
+    (data_root / "dtd" / "dtd.tgz").write_bytes(archive)
+    assert run_download("dtd")[0] == 0
+    assert not (data_root / "dtd" / "images.aside").exists()
+
+    archive, _ = original("imagenet_a", tmp_path / "imagenet_a")
+    (data_root / "imagenet-a").mkdir()
+    (data_root / "imagenet-a" / "imagenet-a.tar").write_bytes(archive)
+    for _ in range(2):
+        code, out, err = run_download("imagenet_a")
+        assert code == 0 and f"2 images in {data_root / 'imagenet-a'}" in out, err
+    assert (data_root / "imagenet-a.aside" / "imagenet-a.tar").read_bytes() == archive
 
 
 def test_half_of_the_cars_is_not_enough(world, data_root, run_download, cars):
@@ -367,6 +404,11 @@ def test_a_devkit_that_does_not_fit(world, data_root, run_download, ilsvrc, tmp_
     truth.write_text("1\n2\n3\n")
     code, _, err = run_download("imagenet")
     assert code == 2 and "the devkit knows 3 validation images" in err
+    for wrong in ("2000\n", "cat\n"):
+        truth.write_text(wrong)
+        assert "is not the original" in run_download("imagenet")[2]
+    truth.with_name("meta.mat").write_bytes(b"not a mat file" * 100)
+    assert "is not the original" in run_download("imagenet")[2]
     assert not (folder / "images" / "val").exists() and not list(folder.rglob(".unpacking"))
 
 
