@@ -156,6 +156,13 @@ def test_copies_are_named(tmp_path, capsys, examine):
         )
 
 
+def test_a_link_to_a_dataset_is_no_copy(tmp_path, examine):
+    fabricate("food101", tmp_path, "coop")
+    (tmp_path / "Food101").symlink_to(tmp_path / "food-101", target_is_directory=True)
+    code, out = examine("food101", tmp_path)
+    assert code == 0 and "another copy" not in out
+
+
 def test_imagenet(tmp_path, capsys, examine):
     image_root = fabricate("imagenet", tmp_path, per_class=2)
     assert not is_refused("imagenet", tmp_path)
