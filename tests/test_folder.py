@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -122,14 +123,14 @@ def test_weights_evaluated_on_another_division_are_called_out(run_main):
     flags = (*OWN, "--root_path", "pets", "--save_path", "saved")
     _, trained, _, _ = run_main(*flags)
     _, same, _, err = run_main(*flags, "--eval_only")
-    assert same["test_accuracy"] == trained["test_accuracy"] and "other images" not in err
+    assert same["test_accuracy"] == trained["test_accuracy"] and "another split" not in err
     split = Path("results", trained["run_id"], "split.json").read_bytes()
     picture(0, 9, (12, 12)).save("pets/cat/new.png")  # and every image of the class may change its part
     _, moved, _, err = run_main(*flags, "--eval_only")
-    assert moved["split_sha256"] != trained["split_sha256"] and "pets had other images" in err and "--split" in err
+    assert moved["split_sha256"] != trained["split_sha256"] and "another split of pets" in err and "--split" in err
     Path("old.json").write_bytes(split)
     _, replayed, _, err = run_main(*flags, "--eval_only", "--split", "old.json")
-    assert replayed["split_sha256"] == trained["split_sha256"] and "other images" not in err
+    assert replayed["split_sha256"] == trained["split_sha256"] and "another split" not in err
     assert replayed["test_accuracy"] == trained["test_accuracy"]
 
 
@@ -226,6 +227,28 @@ def test_what_may_be_meant_as_parts_is_never_taken_for_classes(folders, words, t
         fabricate_own(tmp_path / folder)
     message = error_of_build("folder", tmp_path, 1, 1)
     assert str(tmp_path) in message and all(word in message for word in words), message
+
+
+def test_parts_that_hold_images_themselves_are_no_classes_either(tmp_path):
+    fabricate_own(tmp_path, ("cat", "test", "train"))
+    assert "(test, train) and other folders beside them (cat)" in error_of_build("folder", tmp_path, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["eel", "Cat"])
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_that_train_does_not_know_is_refused(name, part, tmp_path):
+    for folder in ("train", "val", "test"):
+        fabricate_own(tmp_path / folder)
+    fabricate_own(tmp_path / part, (name,))
+    message = error_of_build("folder", tmp_path, 1, 1)
+    assert f"{tmp_path / part / name}: {tmp_path / 'train'} has no class of this name" in message
+
+
+def test_features_of_images_that_are_read_otherwise_are_not_taken_from_the_cache(tmp_path):
+    task = own(fabricate_own(tmp_path))
+    published = datasets.Task(*(getattr(task, field.name) for field in dataclasses.fields(task)))
+    assert published.fingerprint(task.test) != task.fingerprint(task.test)
+    assert own(Path(os.path.relpath(tmp_path))).fingerprint(task.test) == task.fingerprint(task.test)
 
 
 def test_hidden_and_foreign_files_are_left_out_and_the_latter_counted_once(tmp_path, capsys):
