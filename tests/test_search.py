@@ -159,7 +159,7 @@ def test_a_search_is_not_repeated_and_its_weights_know_what_was_chosen(run_main,
     assert "already done" in out and again == record
     _, _, out, _ = run_main("--config", Path("results") / record["run_id"] / "config.yaml")
     assert "already done" in out
-    _, evaluated, out, _ = run_main(*flags, "--eval_only")
+    _, evaluated, out, _ = run_main(*flags, "--eval_only", "--tuned_on", "none")
     assert "search" not in out and evaluated["search_seconds"] == 0
     for name in ("lr", "density_ratio", "tuned_on", "test_accuracy"):
         assert evaluated[name] == record[name]
