@@ -25,6 +25,7 @@ import clip
 import datasets
 import run_utils
 import train
+import utils
 from clip.preprocess import train_transform
 from methods import METHODS, MethodError
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
 
 
 def read_data(settings: run_utils.Settings) -> datasets.Task:
-    """The task that a run trains or is tested on, with all of its images in place."""
+    """The task that a run trains or is tested on, with all of its images in place and prompts that CLIP can read."""
     transfers = settings.test_dataset != settings.dataset
     task = datasets.build(
         settings.test_dataset,
@@ -75,12 +76,17 @@ def read_data(settings: run_utils.Settings) -> datasets.Task:
         split=settings.split,
     )
     datasets.check_images_exist(task)
+    for template in task.templates:
+        try:
+            utils.tokenize_classes(task.class_names, template)
+        except ValueError as error:
+            raise run_utils.UserError(f"{error}; shorten the class's name or the --template") from None
     return task
 
 
 def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
     """The record of a run, which is done unless it was before."""
-    record = None if run.settings.force else run.finished(task.split_sha256)
+    record = None if run.settings.force else run.finished(task.split_sha256, task.data_sha256)
     if record is not None:
         print(f"already done, not run again (--force does): {run.folder}")
         run_utils.rebuild_table(run.results)
@@ -123,15 +129,17 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
     if settings.eval_only:
         adaptation.load(settings.checkpoint, base_sha256)
         checkpoint_bytes = settings.checkpoint.stat().st_size
+        note_other_split(settings, task)
     elif loader is not None:
         fit = train.fit(model, task, adaptation, loader, settings, evaluator)
         if fit.stopped_early:
             print(f"stopped at iteration {fit.iterations}: the training loss fell below {settings.early_stop_loss}")
     start = time.perf_counter()
-    accuracy = evaluator.adapted(adaptation)
+    accuracy = zero_shot if settings.method == "zero_shot" else evaluator.adapted(adaptation)
     eval_seconds = time.perf_counter() - start
     if settings.checkpoint and not settings.eval_only and adaptation.parameters:
         metadata = {"run_id": settings.run_id, "method": settings.method, "settings": json.dumps(asdict(settings))}
+        metadata["split_sha256"] = task.split_sha256
         checkpoint_bytes = adaptation.save(settings.checkpoint, base_sha256, metadata)
 
     result = {
@@ -149,9 +157,21 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         "checkpoint_bytes": checkpoint_bytes,
         "template": task.templates[0],
         "split_sha256": task.split_sha256,
+        "data_sha256": task.data_sha256,
         "weights_sha256": base_sha256,
     }
     return run.record(result, fit.curve, fit.timing, datasets.to_json(task) if task.train else None)
+
+
+def note_other_split(settings: run_utils.Settings, task: datasets.Task) -> None:
+    """Say on stderr that weights are evaluated on another division of one's own images than they were trained on."""
+    if "test" not in task.parts_to_record or settings.classes == "new":
+        return
+    if run_utils.checkpoint_metadata(settings.checkpoint).get("split_sha256") != task.split_sha256:
+        datasets.note(
+            f"{settings.checkpoint} was trained when {settings.root_path} had other images or parts; some that it was "
+            "trained on may be tested on here. --split with the split.json of its run leaves them out"
+        )
 
 
 def report(record: dict, run: run_utils.Run) -> None:
@@ -166,8 +186,7 @@ def report(record: dict, run: run_utils.Run) -> None:
 
 
 def fail(message: str) -> int:
-    one_line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # file names may hold anything
-    print(f"error: {one_line}", file=sys.stderr)
+    print(f"error: {datasets.printable(message)}", file=sys.stderr)
     return 2
 
 

@@ -155,8 +155,9 @@ IDENTITY = "method dataset test_dataset classes shots seed backbone draw prompts
 
 
 def own_data_name(root_path: str) -> str:
-    """The name of one's own data set: that of its folder, or of its manifest."""
-    return Path(root_path).expanduser().resolve().stem
+    """The name of one's own data set in file names: that of its folder, and its manifest's if `root_path` is one."""
+    path = Path(root_path).expanduser().resolve()
+    return re.sub(r"[^\w.-]", "_", f"{path.parent.name}-{path.stem}" if path.is_file() else path.name)
 
 
 def slug(backbone: str) -> str:
@@ -207,6 +208,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         try:
             trained = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])
             known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS}
+            if not {"prompts", "template"} & merged.keys():
+                known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
             settings = check(replace(settings, **known))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
@@ -317,8 +320,6 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--density_ratio (1 - s) must be in (0, 1], not {settings.density_ratio}")
     if not 0 < settings.min_area <= 1:
         raise UserError(f"--min_area must be in (0, 1], not {settings.min_area}")
-    if settings.test_dataset != "digits" and not settings.root_path:
-        raise UserError(f"--dataset {settings.test_dataset} needs --root_path, the folder that holds the data sets")
     _check_data(settings)
     if settings.save_path == "":
         raise UserError("--save_path is empty; name a folder, . for this one")
@@ -337,6 +338,8 @@ def check(settings: Settings) -> Settings:
 def _check_data(settings: Settings) -> None:
     """UserError for data sets, classes and prompts that do not go together."""
     trains = settings.method != "zero_shot" and not settings.eval_only
+    if settings.dataset == "folder" and not settings.root_path:
+        raise UserError("--dataset folder needs --root_path, the folder of your images or a manifest of them")
     if datasets.is_test_only(settings.dataset) and settings.method != "zero_shot":
         raise UserError(
             f"--dataset {settings.dataset} has a test part alone; train on another, imagenet for one, and evaluate "
@@ -344,10 +347,12 @@ def _check_data(settings: Settings) -> None:
         )
     if datasets.is_test_only(settings.dataset) and settings.split:
         raise UserError(f"--split: {settings.dataset} has no training images to choose")
+    if settings.split and not Path(settings.split).expanduser().is_file():
+        raise UserError(f"--split {settings.split} is no file; every run that draws images writes a split.json")
     if settings.classes == "new" and trains:
         raise UserError("--classes new is there to test on; train with --classes base, then add --eval_only")
+    names = [settings.dataset] if settings.eval_datasets is None else settings.eval_datasets.split(",")
     if settings.eval_datasets is not None:
-        names = settings.eval_datasets.split(",")
         known = [name for name in datasets.available_datasets() if name != "folder"]
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -358,12 +363,13 @@ def _check_data(settings: Settings) -> None:
             raise UserError("--eval_datasets evaluates saved weights; add --eval_only, and --save_path where they are")
         if settings.classes != "all" or settings.split:
             raise UserError("--eval_datasets takes whole test parts; leave --classes and --split out")
+        if settings.dataset == "folder" and names != ["digits"]:
+            raise UserError("--eval_datasets: with --dataset folder, --root_path holds your images alone; take digits")
+    if names != ["digits"] and not settings.root_path:
+        flag = "dataset" if settings.eval_datasets is None else "eval_datasets"
+        raise UserError(f"--{flag} {settings.test_dataset} needs --root_path, the folder that holds the data sets")
     for template in settings.template:
-        try:
-            fits = template.format("x") == template.replace("{}", "x") != template
-        except (ValueError, LookupError):
-            fits = False
-        if not fits:
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise UserError(f"--template {template!r} must have {{}} where the class name goes, and no other braces")
     if settings.template and settings.prompts == "specific":
         raise UserError("--template and --prompts specific both say which prompts to use; give one of them")
@@ -412,11 +418,12 @@ class Run:
         self.csv = self.results / "results.csv"
         self.made: list[Path] = []
 
-    def finished(self, split_sha256: str) -> dict | None:
-        """The record, if this run is done: on the same split, and its weights are saved if they are asked for."""
+    def finished(self, split_sha256: str, data_sha256: str | None = None) -> dict | None:
+        """The record, if this run is done: on the same split and data, and its weights are saved if they are asked
+        for."""
         record = read_record(self.folder / "result.json")
         checkpoint = self.settings.checkpoint
-        if record is None or record["split_sha256"] != split_sha256:
+        if record is None or (record["split_sha256"], record.get("data_sha256")) != (split_sha256, data_sha256):
             return None
         no_weights = checkpoint is None or self.settings.eval_only or record["trainable_weights"] == 0
         saved = no_weights or checkpoint_metadata(checkpoint).get("run_id") == self.settings.run_id
@@ -481,7 +488,7 @@ class Run:
             **settings.hyperparameters,
             **result,
             "prompts": "own" if settings.template else settings.prompts,
-            "root_path": str(Path(settings.root_path).expanduser().resolve()) if own else None,
+            "root_path": _as_text(Path(settings.root_path).expanduser().resolve()) if own else None,
             "run_id": settings.run_id,
             "git_commit": git_commit(),
             "torch_version": torch.__version__,
@@ -502,6 +509,11 @@ class Run:
         return record
 
 
+def _as_text(path: Path) -> str:
+    """A path that a UTF-8 file can hold: names on disk may be no valid text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 CURVE = ("iteration", "loss", "train_accuracy", "test_accuracy", "lr")
 # Columns of results.csv in order. Hyperparameters that are not named here follow lr, density_ratio and t.
 FIRST = (
@@ -511,7 +523,7 @@ FIRST = (
 )
 LAST = (
     "encoder position precision draw classes prompts template test_dataset root_path eval_only split_sha256 "
-    "weights_sha256 git_commit torch_version device finished_at".split()
+    "data_sha256 weights_sha256 git_commit torch_version device finished_at".split()
 )
 
 

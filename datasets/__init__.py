@@ -5,7 +5,6 @@ Example: `build("dtd", "/data", shots=4, seed=1)`. The loaders of batches are in
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from datasets.images import batches_per_epoch, default_workers, read_image, test
 from datasets.recorded import import_coop, replay, to_json
 from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
 from datasets.splits import ImageNetListing, Split, list_imagenet, read_split
-from datasets.task import DatasetError, Item, Task, check_images_exist
+from datasets.task import DatasetError, Item, Task, check_images_exist, note, printable
 
 __all__ = [
     "CLASSES",
@@ -33,6 +32,8 @@ __all__ = [
     "check_images_exist",
     "default_workers",
     "is_test_only",
+    "note",
+    "printable",
     "read_image",
     "test_loader",
     "to_json",
@@ -132,9 +133,15 @@ def _choose(
         task = import_coop(task, path, pool())
     if classes != "all":
         task = base_or_new(task, classes)
+        if len(task.class_names) < 2 or not task.test:
+            found = f"{len(task.class_names)} classes and {len(task.test)} test images"
+            raise DatasetError(f"--classes {classes}: this half of {task.name} has {found}; use --classes all")
     if path and not from_coop:
         task = replay(task, path)
     if path:
+        tested = {item.path for item in task.test} & {item.path for item in (*task.train, *task.val)}
+        if tested:
+            raise DatasetError(f"--split {path} trains on images of the test part, {min(tested)} for one")
         most = max(Counter(item.label for item in task.train).values(), default=0)
         if most != shots:
             raise DatasetError(f"--split {path} has up to {most} training images per class; give --shots {most}")
@@ -177,10 +184,10 @@ def _draw_imagenet(
 def _note_departure(name: str, found: Found, classes: int, sizes: tuple[int, int, int]) -> None:
     """Say on stderr what the user may not expect: there are two copies, or the split is not the published one."""
     if found.copies:
-        print(f"note: {name} is read from {found.folder}; {found.copies[0]} is another copy", file=sys.stderr)
+        note(f"{name} is read from {found.folder}; {found.copies[0]} is another copy")
     unlike = departure(name, classes, sizes)
     if unlike:
-        print(f"note: {name} in {found.split or found.folder} has {unlike}", file=sys.stderr)
+        note(f"{name} in {found.split or found.folder} has {unlike}")
 
 
 def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:
@@ -189,8 +196,7 @@ def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:
     label, fewest = min(counts.items(), key=lambda pair: pair[1], default=(0, shots))
     if fewest < shots:
         rule = "some are drawn twice or more" if order == "released" else "these classes have fewer"
-        print(
-            f"note: {sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
-            f"images ({split.class_names[label]} has {fewest}); as in the published code {rule}",
-            file=sys.stderr,
+        note(
+            f"{sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
+            f"images ({split.class_names[label]} has {fewest}); as in the published code {rule}"
         )

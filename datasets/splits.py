@@ -58,23 +58,7 @@ def read_json_split(path: Path) -> Split:
     Raises DatasetError if the file is not JSON or departs from that: paths must stay inside the image folder,
     the labels must count up from 0, and each must have one name and at least one training image.
     """
-    return parse_json_split(parse_json(path), path)
-
-
-def parse_json(path: Path) -> object:
-    """The content of a JSON file; DatasetError if it is none."""
-    text = read_text(path)
-    if text.lstrip("\ufeff \t\r\n").startswith("<"):
-        raise DatasetError(f"split file {path} is a web page and not JSON, as servers send under a quota; get it again")
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise DatasetError(f"split file {path} is not JSON ({where}); download it again") from error
-
-
-def parse_json_split(content: object, path: Path) -> Split:
-    """What `read_json_split` reads, from the parsed content of `path`."""
+    content = parse_json(path, "download it again")
     if not isinstance(content, dict):
         raise DatasetError(f"split file {path} is not a JSON object with the parts train, val and test")
     names: dict[int, str] = {}
@@ -108,24 +92,38 @@ def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> t
     return tuple(items)
 
 
+def parse_json(path: Path, remedy: str) -> object:
+    """The content of a JSON file; DatasetError with the remedy if it is none."""
+    text = read_text(path)
+    if text.lstrip().startswith("<"):
+        raise DatasetError(f"file {path} is a web page, as servers send under a quota, and not JSON; {remedy}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DatasetError(f"file {path} is not JSON ({where}); {remedy}") from error
+
+
 def check_path(path: str, where: str) -> None:
     """Refuse a path that leaves the folder it starts from; `where` says in which file it stands."""
     # A Windows path knows all dangerous forms: it splits at both slashes and sees drives as well as roots.
     parsed = PureWindowsPath(path)
-    if not parsed.parts or parsed.anchor or ".." in parsed.parts or "\0" in path:
+    is_name = "\0" not in path and not any("\ud800" <= c < "\udc80" for c in path)  # JSON can write what no name can be
+    if not parsed.parts or parsed.anchor or ".." in parsed.parts or not is_name:
         raise DatasetError(f"{where}: {path!r} is not a relative path inside the image folder")
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file; whatever keeps it from being read becomes a DatasetError."""
+    """The UTF-8 text of a file, without the mark that some editors put before it; whatever keeps it from being read
+    becomes a DatasetError."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DatasetError(f"file {path} does not exist; see DATASETS.md for what belongs there") from error
     except OSError as error:
         raise DatasetError(f"file {path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise DatasetError(f"file {path} is not UTF-8 text; download it again") from error
+        raise DatasetError(f"file {path} is not UTF-8 text; save it as UTF-8, or get it again") from error
 
 
 def read_fgvc_split(folder: Path) -> Split:

@@ -185,6 +185,14 @@ def fabricate_variant(root: Path, image_root: str, folders: Sequence[str], per_c
     return Path(root) / image_root
 
 
+def fabricate_own(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 6) -> Path:
+    """Write one's own data: `per_class` small pictures 0.png, 1.png, ... in a folder for each class; return `root`."""
+    for label, name in enumerate(classes):
+        for number in range(per_class):
+            _save(picture(label, number, size=(12, 12)), Path(root) / name / f"{number}.png")
+    return Path(root)
+
+
 def _write_fgvc(folder: Path, image_root: Path, classes: int, per_class: int) -> None:
     names = [class_name("fgvc", label) for label in range(classes)]
     lines: dict[str, list[str]] = {"train": [], "val": [], "test": []}

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fabricate import FOLDERS, SPLIT_FILES, class_name, error_of_build, fabricate, part_sizes
+from fabricate import (
+    FOLDERS,
+    SPLIT_FILES,
+    VARIANTS,
+    class_name,
+    error_of_build,
+    fabricate,
+    fabricate_variant,
+    part_sizes,
+)
 from sklearn.datasets import load_digits
 
 import datasets
@@ -20,7 +29,6 @@ from datasets.splits import imagenet_classes
 from datasets.task import DatasetError, Item, Task
 
 SMALL = tuple(name for name in FOLDERS if name != "imagenet")
-VARIANTS = ("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
 
 # --- names and layouts
@@ -124,6 +132,52 @@ def test_a_split_of_other_size_than_the_published_is_noted(tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "3 classes and 12/6/6" in message and "47 and 2820/1128/1692" in message
+
+
+# --- the variants of ImageNet
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, place) for name, places in VARIANTS.items() for place in places])
+def test_variants_are_found_where_their_archives_put_them(name, layout, tmp_path, capsys):
+    wnids, names = imagenet_classes()
+    chosen = (3, 20, 100)  # as text, 100 comes before 20 and 3
+    folders = [str(label) if name == "imagenet_v2" else wnids[label] for label in chosen]
+    image_root = fabricate_variant(tmp_path, layout, folders[::-1], per_class=2)
+    (image_root / ".DS_Store").touch()
+    (image_root / "README.txt").touch()
+    task = datasets.build(name, tmp_path, None, 1)
+    assert task.image_root == image_root and task.train == task.val == ()
+    assert task.class_names == tuple(names[label] for label in chosen)
+    assert task.test == tuple(Item(f"{folder}/{i}.jpeg", n) for n, folder in enumerate(folders) for i in range(2))
+    assert task.read(task.test[0]).size == (16, 16)
+    assert f"note: {name}" in capsys.readouterr().err and "train on another data set" in error_of_build(
+        name, tmp_path, 1, 1
+    )
+
+
+def test_all_of_imagenet_v2s_unpadded_folders_have_their_own_labels(tmp_path):
+    fabricate_variant(tmp_path, VARIANTS["imagenet_v2"][0], [str(label) for label in range(1000)])
+    task = datasets.build("imagenet_v2", tmp_path, None, 1)
+    assert task.test == tuple(Item(f"{label}/0.jpeg", label) for label in range(1000))
+    assert task.class_names == imagenet_classes()[1]
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (("n01440764", "n99999999"), ("n99999999", "none of ImageNet's classes")),
+        (("1", "007"), ("007", "none of ImageNet's classes")),
+        (("1", "1000"), ("1000", "none of ImageNet's classes")),
+        (("1", "n01443537"), ("folders", "1", "n01443537", "same class")),
+        ((), ("no class folders",)),
+    ],
+)
+def test_variants_with_other_folders_are_refused(folders, words, tmp_path):
+    image_root = tmp_path / VARIANTS["imagenet_a"][0]
+    image_root.mkdir(parents=True)
+    fabricate_variant(tmp_path, VARIANTS["imagenet_a"][0], folders)
+    message = error_of_build("imagenet_a", tmp_path, None, 1)
+    assert str(image_root) in message and all(word in message for word in words)
 
 
 # --- prompts and class names

@@ -591,9 +591,9 @@ def test_own_parts_and_manifests(tmp_path, examine):
     code, out = examine("folder", manifest)
     assert (
         code == 2
-        and "row 1: '/a' is not a relative path" in out
-        and "likewise row 2: " in out
-        and "row 3: no path" in out
+        and "line 2: '/a' is not a relative path" in out
+        and "likewise line 3: " in out
+        and "line 4: no path" in out
     )
 
 
@@ -601,7 +601,7 @@ def test_own_parts_and_manifests(tmp_path, examine):
     ("classes", "said"),
     [
         ({"cat": 3, "dog": 0, "cow": 3, "hen": 0}, ["class folder {root}/dog holds no images (likewise {root}/hen)"]),
-        ({"cat": 3, "dog": 1, "cow": 1}, ["{root}/cow holds one image (likewise {root}/dog)"]),
+        ({"cat": 3, "dog": 1, "cow": 1}, ["{root}: class 'cow' has one image (likewise 'dog')"]),
         (
             {"a_cat": 3, "a cat": 3, "Dog": 3, "dog": 3},
             ["'a cat' and 'a_cat' read the same in a prompt (likewise 'Dog' and 'dog')"],

@@ -413,7 +413,7 @@ def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
     first += " iterations stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights"
     first += " checkpoint_bytes lr density_ratio t"
     last = "encoder position precision draw classes prompts template test_dataset root_path eval_only split_sha256"
-    last += " weights_sha256 git_commit torch_version device finished_at"
+    last += " data_sha256 weights_sha256 git_commit torch_version device finished_at"
     between = {"batch_size", "early_stop_loss", "eval_every", "flip", "min_area", "prune_first", "sampled_gradients"}
     between |= {"total_iters"}
     last_result = {"template": "a photo of a {}.", "split_sha256": "s", "weights_sha256": "w", "final_loss": 0.5}
