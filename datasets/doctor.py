@@ -364,9 +364,16 @@ def _kinds(path: Path) -> list[str]:
             "are turned as their EXIF data say": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
             "are transparent and laid on white": is_transparent(image),
             "have 16 bits a channel, scaled to 8": has_16_bits(image),
-            "have several pictures, of which the first counts": getattr(image, "n_frames", 1) > 1,
+            "have several pictures, of which the first counts": _has_several_pictures(image),
         }
     return [kind for kind, is_so in kinds.items() if is_so]
+
+
+def _has_several_pictures(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "n_frames", 1) > 1
+    except Exception:  # damaged pages raise nearly anything; the first, which counts, was read before
+        return True
 
 
 def _progress(iterable: Iterable, label: str, total: int | None = None) -> tqdm:
