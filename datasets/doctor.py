@@ -32,7 +32,7 @@ from datasets.images import default_workers
 from datasets.sources import SOURCES
 from datasets.specs import SPECS, Found, departure, search
 from datasets.splits import IMAGE_EXTENSIONS, Split, imagenet_classes, list_imagenet_part, read_split
-from datasets.task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, missing_images
+from datasets.task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, missing_images, printable
 
 PER_CLASS = 3  # images of each class that are decoded without --all
 USUAL_SHOTS = 16  # the most that papers report
@@ -75,7 +75,7 @@ class Report:
         print(name)
 
     def fact(self, topic: str, text: object) -> None:
-        self._print(f"  {topic}: {text}")
+        print(printable(f"  {topic}: {text}"))
 
     def warning(self, text: str) -> None:
         self.warnings += 1
@@ -87,9 +87,9 @@ class Report:
         self.fact("problem", text)
         shown = examples if self.everything else examples[:EXAMPLES]
         for example in shown:
-            self._print(f"    {example}")
+            print(printable(f"    {example}"))
         if len(shown) < len(examples):
-            self._print(f"    and {len(examples) - len(shown)} more; --all names them")
+            print(f"    and {len(examples) - len(shown)} more; --all names them")
 
     def close(self) -> None:
         if self.problems:
@@ -97,9 +97,6 @@ class Report:
         else:
             state = "ready" + (f", {self.warnings} warning{'s' * (self.warnings > 1)}" if self.warnings else "")
         print(f"{self.name}: {state}\n")
-
-    def _print(self, line: str) -> None:
-        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))  # file names may hold anything
 
 
 def examine(name: str, root: Path, everything: bool = False) -> Report:
@@ -367,9 +364,16 @@ def _kinds(path: Path) -> list[str]:
             "are turned as their EXIF data say": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
             "are transparent and laid on white": is_transparent(image),
             "have 16 bits a channel, scaled to 8": has_16_bits(image),
-            "have several pictures, of which the first counts": getattr(image, "n_frames", 1) > 1,
+            "have several pictures, of which the first counts": _has_several_pictures(image),
         }
     return [kind for kind, is_so in kinds.items() if is_so]
+
+
+def _has_several_pictures(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "n_frames", 1) > 1
+    except Exception:  # damaged pages raise nearly anything; the first, which counts, was read before
+        return True
 
 
 def _progress(iterable: Iterable, label: str, total: int | None = None) -> tqdm:

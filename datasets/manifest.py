@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from datasets.splits import Split, check_path, parse_json, read_text
-from datasets.task import DatasetError, Item, likewise, note
+from datasets.task import DatasetError, Item, enumerated, note
 
 # What the parts may be called, in manifests and as folders.
 PARTS = {
@@ -48,7 +48,7 @@ def read_manifest(path: Path) -> Split:
         except DatasetError as error:
             wrong.append(str(error))
     if wrong:
-        raise DatasetError(f"{wrong[0]}{likewise([error.removeprefix(f'manifest {path}, ') for error in wrong])}")
+        raise DatasetError(f"{wrong[0]}{likewise([reason.removeprefix(f'manifest {path}, ') for reason in wrong])}")
     for column in ("label", "class_name", "part"):
         lacking = [row for row in rows if row[column] is None]
         if lacking and len(lacking) < len(rows):
@@ -213,18 +213,23 @@ def check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def likewise(wrong: Sequence[str]) -> str:
+    """In brackets what shares the mistake of the first, so that all can be mended at once."""
+    return f" (likewise {enumerated(wrong[1:])})" if len(wrong) > 1 else ""
+
+
 def divide(images: Mapping[str, Sequence[str]], source: str) -> tuple[tuple[Item, ...], ...]:
     """Divide the images of each class into train, val and test as `divide_class` does, and say so on stderr.
 
     The keys of `images` name the classes in label order; `source` says where they come from.
     """
+    parts: tuple[list[Item], ...] = ([], [], [])
     single = [repr(name) for name, paths in images.items() if len(paths) < 2]
     if single:
         raise DatasetError(
             f"{source}: class {single[0]} has one image{likewise(single)}; each needs two, to train and to test"
         )
-    parts: tuple[list[Item], ...] = ([], [], [])
-    for label, (_, paths) in enumerate(images.items()):
+    for label, paths in enumerate(images.values()):
         for part, chosen in zip(parts, divide_class(paths)):
             part += [Item(path, label) for path in chosen]
     note(

@@ -95,8 +95,8 @@ def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> t
 def parse_json(path: Path, remedy: str) -> object:
     """The content of a JSON file; DatasetError with the remedy if it is none."""
     text = read_text(path)
-    if text.lstrip("\ufeff \t\r\n").startswith("<"):
-        raise DatasetError(f"file {path} is a web page and not JSON, as servers send under a quota; {remedy}")
+    if text.lstrip().startswith("<"):
+        raise DatasetError(f"file {path} is a web page, as servers send under a quota, and not JSON; {remedy}")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError

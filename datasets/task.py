@@ -146,11 +146,6 @@ def enumerated(things: Sequence[str], most: int = 10) -> str:
     return ", ".join(things[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def likewise(wrong: Sequence[str]) -> str:
-    """In brackets what shares the mistake of the first, so that all can be mended at once."""
-    return f" (likewise {enumerated(wrong[1:])})" if len(wrong) > 1 else ""
-
-
 # What Pillow's decoders raise on damaged files, for want of a common base class.
 _DECODE_ERRORS = (
     OSError,
@@ -215,7 +210,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def has_16_bits(image: Image.Image) -> bool:
-    """Whether a picture has 16 bits a channel; Pillow's mode I holds more, except from PNG and PPM."""
+    """Whether a picture has 16 bits a channel; Pillow's mode I holds more, except from these formats."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 

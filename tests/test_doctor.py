@@ -575,6 +575,17 @@ def test_own_images_are_ready_and_what_is_done_to_them_is_said(tmp_path, examine
         assert line.startswith("  note: of the images decoded 1 ")
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_further_pages_do_not_matter(tmp_path, examine):
+    root = own(tmp_path / "pets", {"cat": 3, "dog": 3})
+    scan = root / "cat" / "scan.tiff"
+    pages = [picture(0, number) for number in range(3)]
+    pages[0].save(scan, save_all=True, append_images=pages[1:])
+    scan.write_bytes(scan.read_bytes()[: scan.stat().st_size // 2])
+    code, out = examine("folder", root, "--all")
+    assert code == 0 and "note: of the images decoded 1 have several pictures" in out
+
+
 def test_own_parts_and_manifests(tmp_path, examine):
     for part in ("train", "test"):
         own(tmp_path / "pets" / part, {"cat": 3, "dog": 2})
