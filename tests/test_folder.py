@@ -185,7 +185,7 @@ def test_the_division_of_a_class():
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "valid", "TESTING"), ("train", None, "test")])
-def test_parts_are_known_by_their_usual_names(names, tmp_path):
+def test_parts_are_known_by_their_usual_names(names, tmp_path, monkeypatch):
     for name, per_class in zip(names, (4, 3, 2)):
         if name:
             fabricate_own(tmp_path / name, per_class=per_class)
@@ -193,6 +193,9 @@ def test_parts_are_known_by_their_usual_names(names, tmp_path):
     assert [len(parts[part]) for part in parts] == [8, 6 if names[1] else 0, 4]
     assert all(path.startswith(f"{name}/") for name, part in zip(names, parts) for path, _ in parts[part])
     task = own(tmp_path, shots=2)
+    scan = datasets.folder._scan
+    monkeypatch.setattr(datasets.folder, "_scan", lambda folder: scan(folder)[::-1])
+    assert own(tmp_path, shots=2) == task, "the disk's order shows"
     assert task.class_names == ("cat", "dog") and {i.path.split("/")[0] for i in task.train} == {names[0]}
     assert len(task.val) == (4 if names[1] else 0)
     check_images_exist(task)
@@ -449,6 +452,7 @@ CAT_DOG = {"train": [("a.jpg", 0), ("b.jpg", 1)], "val": [], "test": [("c.jpg", 
         "path,class,part\n" + PARTS + "\n\n",
         "path,class_name,part\n" + PARTS + ",,\n",
         "part,path,label,class_name\ntrain,a.jpg,0,cat\nTRAINING,b.jpg, 1 ,dog\n Test ,./c.jpg,0,cat\n",
+        'class_name, path, part\ncat, "a.jpg", train\ndog, b.jpg, train\ncat,c.jpg,test\n',
         'path,class_name,part\n"a.jpg","cat","train"\nb.jpg,dog,train\n"c.jpg", cat ,test\n',
     ],
 )
@@ -461,9 +465,9 @@ def test_csv_dialects(text, tmp_path):
 
 
 def test_quoted_fields_hold_anything(tmp_path):
-    text = 'path,class_name,part\n"a,1.jpg","say ""cat""",train\n"new\nline.jpg",dog,train\n" b\u2028.jpg",dog,test\n'
+    text = 'path,class_name,part\n"a,1.jpg","say ""cat""",train\n"new\nline.jpg",dog,train\n" b.jpg",dog,test\nc\u2028.jpg,dog,test\n'
     split = read_manifest(manifest(tmp_path, text))
-    assert [item.path for item in (*split.train, *split.test)] == ["a,1.jpg", "new\nline.jpg", " b\u2028.jpg"]
+    assert [item.path for item in (*split.train, *split.test)] == ["a,1.jpg", "new\nline.jpg", " b.jpg", "c\u2028.jpg"]
     assert split.class_names == ("dog", 'say "cat"')
 
 
