@@ -61,9 +61,7 @@ def write(results: Results, pairs: Sequence[tuple[str, str]], folder: Path, out:
     compared = [comparison.differences(results, a, b) for a, b in pairs]
     difference_sheets = [comparison.difference_sheet(results, rows, *pair) for pair, rows in zip(pairs, compared)]
     deviations, unmatched = comparison.deviations(results)
-    published = [comparison.published_sheet()]
-    if len(deviations):
-        published.insert(0, comparison.deviation_sheet(deviations))
+    published = [*comparison.deviation_sheets(deviations), comparison.published_sheet()]
     grids, damaged = figures.grids(results, folder)
     drawn, pictures = [], {}
     for grid in tqdm(grids, desc="figures", unit="figure", leave=False, disable=None):

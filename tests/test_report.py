@@ -165,8 +165,8 @@ def test_a_run_of_the_same_settings_and_seed_replaces_the_older_with_a_note(resu
     results.add(accuracy=50, run_id="old")
     results.add(accuracy=60, run_id="new")
     code, _, err, out = make()
-    assert code == 0 and "old" in err and "1 runs are left out" in err
-    assert "1 runs are left out" in (out / "index.html").read_text() and "1 runs" in (out / "tables.md").read_text()
+    assert code == 0 and "old" in err and "1 run(s) left out" in err
+    assert "1 run(s) left out" in (out / "index.html").read_text() and "1 run(s)" in (out / "tables.md").read_text()
     assert pd.read_csv(out / "runs.csv").test_accuracy.tolist() == [60]
 
 
@@ -305,7 +305,7 @@ def published_row(name):
 
 
 def test_published_means_are_those_of_the_data_sets():
-    for name in ("SO", "LoRA, as SO's authors ran it"):
+    for name in ("SO", "LoRA by SO's authors"):
         row = published_row(name)
         assert row["data_sets"][4].keys() == ELEVEN.keys()
         assert np.mean(list(row["data_sets"][4].values())) == pytest.approx(row["means"][4], abs=0.051)
@@ -327,6 +327,9 @@ def test_deviations_where_the_settings_match(results):
     mean = released.loc["mean of 11"]
     assert (mean.published, mean.deviation, mean.sd) == pytest.approx((78.9, 78.9454 + 1.5 - 78.9, 0.5**0.5), abs=1e-3)
     assert rows[rows.configuration.str.contains("t 10")].deviation.tolist()[:11] == pytest.approx([-1] * 11)
+    paper, code = comparison.deviation_sheets(rows)
+    assert code.title == "so (density_ratio 5e-05, t 5, n_iters 2000) minus SO as published"
+    assert texts(code)["DTD"] == ["4", "+1.50", "66.4", "67.90 ± 0.71", "2"] and texts(paper)["DTD"][1] == "-1.00"
 
 
 @pytest.mark.parametrize(

@@ -176,25 +176,26 @@ def _mismatch(run: pd.Series, wanted: dict) -> list[str]:
     ]
 
 
-def deviation_sheet(rows: pd.DataFrame) -> Sheet:
-    header = ["configuration", "published as", "shots", "data set", "published", "here", "seeds", "deviation"]
-    cells = [
-        [
-            Cell(row.configuration),
-            Cell(row.name),
-            Cell(str(row.shots), row.shots),
-            Cell(row.data_set),
-            published_cell(row.published, row.read_off),
-            Cell(f"{row.measured:.2f}" + ("" if pd.isna(row.sd) else f" ± {row.sd:.2f}"), row.measured),
-            Cell(str(row.seeds), row.seeds),
-            Cell(signed(row.deviation), row.deviation),
+def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
+    """The same for people, a table for each configuration and what it is compared with."""
+    known = {row["name"]: ", ".join(row["settings"][0]) for row in read_published()["rows"] if "settings" in row}
+    sheets = []
+    for (label, name), part in rows.groupby(["configuration", "name"], sort=False):
+        cells = [
+            [
+                Cell(row.data_set),
+                Cell(str(row.shots), row.shots),
+                Cell(signed(row.deviation), row.deviation),
+                published_cell(row.published, row.read_off),
+                Cell(f"{row.measured:.2f}" + ("" if pd.isna(row.sd) else f" ± {row.sd:.2f}"), row.measured),
+                Cell(str(row.seeds), row.seeds),
+            ]
+            for row in part.itertuples(index=False)
         ]
-        for row in rows.itertuples(index=False)
-    ]
-    known = {row["name"]: list(row["settings"][0]) for row in read_published()["rows"] if "settings" in row}
-    notes = ["Percentage points. Compared are runs that agree with what is known of the published settings."]
-    notes += [f"{name}: {', '.join(known[name])}." for name in rows.name.unique()]
-    return Sheet("Deviations from published accuracies", header, cells, notes)
+        notes = [f"Percentage points. The runs agree with what is known of the published settings: {known[name]}."]
+        header = ["data set", "shots", "deviation", "published", "here", "seeds"]
+        sheets.append(Sheet(f"{label} minus {name} as published", header, cells, notes))
+    return sheets
 
 
 def published_sheet() -> Sheet:

@@ -139,10 +139,10 @@ def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
     repeats = runs.duplicated(["configuration", "tested_on", "shots", "seed"], keep="last")
     notes = list(notes)
     if repeats.any():
-        notes.append(
-            f"{repeats.sum()} runs are left out because a newer one has the same settings, data set, shots and seed: "
-            f"{', '.join(runs.run_id[repeats].astype(str))}."
-        )
+        older = runs.run_id[repeats].astype(str).tolist()
+        named = ", ".join(older[:5]) + (", ..." if len(older) > 5 else "")
+        reason = "because a newer one has the same settings, data set, shots and seed"
+        notes.append(f"{len(older)} run(s) left out {reason}: {named}")
     rows = {label: i for i, label in enumerate(order)}
     columns = {name: i for i, name in enumerate(dict.fromkeys((*SHORT, *sorted(set(runs.tested_on)))))}
     runs = runs[~repeats].sort_values(
