@@ -465,7 +465,8 @@ def test_csv_dialects(text, tmp_path):
 
 
 def test_quoted_fields_hold_anything(tmp_path):
-    text = 'path,class_name,part\n"a,1.jpg","say ""cat""",train\n"new\nline.jpg",dog,train\n" b.jpg",dog,test\nc\u2028.jpg,dog,test\n'
+    text = 'path,class_name,part\n"a,1.jpg","say ""cat""",train\n"new\nline.jpg",dog,train\n'
+    text += '" b.jpg",dog,test\nc\u2028.jpg,dog,test\n'
     split = read_manifest(manifest(tmp_path, text))
     assert [item.path for item in (*split.train, *split.test)] == ["a,1.jpg", "new\nline.jpg", " b.jpg", "c\u2028.jpg"]
     assert split.class_names == ("dog", 'say "cat"')
