@@ -172,7 +172,13 @@ def test_a_failed_run_is_missing_in_the_comparison_and_named(tmp_path, monkeypat
             raise RuntimeError("unforeseen") if of["method"] == "so" else SystemExit(2)
         if of == {"method": "adam", "shots": "4", "seed": "3"}:
             raise SystemExit(130)
-        made = dict(trainable_weights=7, changed_weights=5, optimizer_bytes=3000, train_seconds=1.5, device="cpu")
+        made = dict(
+            trainable_weights=7,
+            changed_weights=int(of["shots"]) + 1,
+            optimizer_bytes=3000,
+            train_seconds=1.5,
+            device="cpu",
+        )
         made |= dict(finished_at="2026-01-02T03", torch_version="2", git_commit="c", shots=int(of["shots"]))
         return made | {"test_accuracy": 50.0 + int(of["seed"])}
 
@@ -193,7 +199,8 @@ def test_a_failed_run_is_missing_in_the_comparison_and_named(tmp_path, monkeypat
     assert code == 1 and "|" not in out
     code, (out, _) = compare("3")
     assert code == 130 and len(calls) == 2  # Ctrl-C ends it all
-    assert compare("1")[0] == 0
+    code, (out, _) = compare("1", shots=("1", "4"))
+    assert code == 0 and out.count("| 51.00 | 51.00 | 7 | 5 | 3 kB | 1.5 s |") == 2  # budgets at the most shots
     for path in (tmp_path / "missing.md", tmp_path / "unmarked.md"):
         (tmp_path / "unmarked.md").write_text("mine")
         calls.clear()

@@ -15,7 +15,7 @@ import main as entry
 import train
 from datasets.digits import DigitsTask
 from methods import METHODS
-from run_utils import Settings, parse
+from run_utils import Settings, UserError, parse
 
 QUICK = ("--shots", 1, "--total_iters", 4, "--workers", 0)
 GRID = ("--search", "lr=1e-5,3e-3", "--search", "density_ratio=0.01,0.05")
@@ -85,6 +85,8 @@ def test_candidates_are_all_combinations_in_order():
 def test_bad_grids(run_main, argv, words):
     line = refused(run_main(*argv))
     assert all(word in line for word in words), line
+    with pytest.raises(UserError):  # before CLIP is loaded
+        parse(argv)
 
 
 @pytest.mark.parametrize("value", ["7", "[lr]", "{lr: 1}", "{lr: []}", "null", "{lr: [null]}", "{s: [2]}"])
