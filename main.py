@@ -27,6 +27,7 @@ import datasets
 import run_utils
 import train
 import utils
+from configs.settings import one_by_one
 from methods import MethodError
 
 MISTAKES = (run_utils.UserError, datasets.DatasetError, clip.WeightsError, MethodError, train.TrainingDiverged)
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
     try:
         settings = run_utils.parse(argv)
         # Data first, all of them: they are checked faster than weights are loaded, or downloaded.
-        tasks = [(single, read_data(single)) for single in run_utils.one_by_one(settings)]
+        tasks = [(single, read_data(single)) for single in one_by_one(settings)]
         runs = [(run_utils.Run(single.settled(len(task.train))), task) for single, task in tasks]
         records = [run_once(run, task) for run, task in runs]
         return records[0] if settings.eval_datasets is None else records

@@ -1,6 +1,6 @@
 """Methods of adaptation. A method is a module with `HYPERPARAMETERS`, the settings that matter to it; `DEFAULTS`, its
-published values where they differ from those in run_utils.Settings; and `prepare(model, task, settings) -> Adaptation`,
-which freezes everything but what it trains. README.md shows how one is added."""
+published values where they differ from configs/settings.py; and `prepare(model, task, settings) -> Adaptation`, which
+freezes everything but what it trains. README.md shows how one is added."""
 
 from . import (
     adalora,

@@ -38,7 +38,7 @@ class SeededDropout(nn.Module):
 
 
 class Adapters(Adaptation):
-    """Trains matrices beside the model's weights. `settings` are as in run_utils.Settings.
+    """Trains matrices beside the model's weights. `settings` are as in configs/settings.py.
 
     A subclass sets FORMAT, which its files bear, calls `__init__` after it has put its matrices into the model, and
     implements `merged_weights` and `remove`.

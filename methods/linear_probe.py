@@ -36,7 +36,7 @@ from .adaptation import MethodError
 from .head import Head
 
 HYPERPARAMETERS = ("probe_c", "probe_iters", "text_init")
-DEFAULTS: dict = {}  # those in run_utils.Settings
+DEFAULTS: dict = {}  # those in configs/settings.py
 IMAGES_AT_ONCE = 256
 
 

@@ -16,9 +16,9 @@ from test_mistakes import refused
 
 import datasets
 import datasets.folder
+from configs.settings import own_data_name
 from datasets.manifest import check_names, divide_class, read_manifest
 from datasets.task import DatasetError, Item, check_images_exist
-from run_utils import own_data_name
 
 OWN = ("--dataset", "folder", "--backbone", "tiny", "--shots", 1, "--total_iters", 2, "--workers", 0)
 
