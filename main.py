@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
 
 def read_data(settings: run_utils.Settings) -> datasets.Task:
     """The task that a run trains or is tested on, with all of its images in place and prompts that CLIP can read."""
-    transfers = settings.test_dataset != settings.dataset
+    trains = settings.method != "zero_shot" and not settings.eval_only
     task = datasets.build(
         settings.test_dataset,
         settings.root_path,
-        None if transfers or datasets.is_test_only(settings.dataset) else settings.shots,
+        settings.shots if trains or settings.split else None,  # without training, the test part is all that is read
         settings.seed,
         settings.prompts,
         templates=settings.template,
@@ -101,10 +101,13 @@ def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
 def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils.Run) -> dict:
     """From settings and data to the recorded result."""
     run_utils.make_reproducible(settings.seed)
+    run_utils.reset_peak_memory(settings.device)
     model, preprocess = clip.load(settings.backbone, settings.device)
     base_sha256 = clip.weights_sha256(model)
+    evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
     trials, search_seconds = [], 0.0
-    if settings.search:  # before anything of the test part is computed
+    if settings.search:
+        evaluator.read_images()  # damaged ones are found now; what is right or wrong is not asked before the choice
         settings, trials, search_seconds = train.search(model, task, preprocess, settings, base_sha256)
     adaptation, loader = train.prepare(model, task, settings)
     print(
@@ -112,7 +115,6 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         f"{settings.seed}, {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
         f"{adaptation.trainable_weights:,} weights"
     )
-    evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
     zero_shot = evaluator.zero_shot()
     print(f"zero-shot accuracy {zero_shot:.2f} % on {len(task.test)} test images")
 
@@ -129,7 +131,7 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
     accuracy = zero_shot if settings.method == "zero_shot" else evaluator.adapted(adaptation)
     eval_seconds = time.perf_counter() - start
     if settings.checkpoint and not settings.eval_only and adaptation.has_weights:
-        metadata = {"run_id": run.settings.run_id, "method": settings.method, "split_sha256": task.split_sha256}
+        metadata = {"run_id": run.settings.run_id, "method": settings.method, "test_sha256": task.test_sha256}
         metadata["settings"] = json.dumps(asdict(settings))
         checkpoint_bytes = adaptation.save(settings.checkpoint, base_sha256, metadata)
 
@@ -149,20 +151,20 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         "changed_weights": adaptation.changed_weights(),
         "optimizer_bytes": adaptation.optimizer_bytes,
         "checkpoint_bytes": checkpoint_bytes,
-        "template": task.templates[0],
+        "template": " | ".join(task.templates),
         "tuned_on": settings.tuned_on,
         "split_sha256": task.split_sha256,
         "data_sha256": task.data_sha256,
         "weights_sha256": base_sha256,
     }
-    return run.record(result, fit.curve, fit.timing, datasets.to_json(task) if task.train else None, trials)
+    return run.record(result, fit.curve, fit.timing, datasets.to_json(task), trials)
 
 
 def note_other_split(settings: run_utils.Settings, task: datasets.Task) -> None:
-    """Say on stderr that weights are evaluated on another division of one's own images than they were trained on."""
+    """Say on stderr that one's own images have another test part than when the weights were trained."""
     if "test" not in task.parts_to_record or settings.classes == "new":
         return
-    if run_utils.checkpoint_metadata(settings.checkpoint).get("split_sha256") != task.split_sha256:
+    if run_utils.checkpoint_metadata(settings.checkpoint).get("test_sha256") != task.test_sha256:
         datasets.note(
             f"{settings.checkpoint} was trained on another split of {settings.root_path}: some of its training images "
             "may be tested on here. --split with the split.json of its run leaves them out"

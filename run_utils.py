@@ -6,6 +6,7 @@ rebuilt from all of these files.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -74,8 +75,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
             trained = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])
             if trained["method"] != settings.method:
                 raise UserError(f"{settings.checkpoint} was trained with --method {trained['method']}; evaluate it so")
-            known = {name: trained[name] for name in (*METHODS[settings.method].HYPERPARAMETERS, "tuned_on")}
-            if not {"prompts", "template"} & merged.keys():
+            known = {name: trained[name] for name in (*METHODS[settings.method].HYPERPARAMETERS, "tuned_on", "draw")}
+            if not {"prompts", "template"} & given.keys():  # a config file's prompts may be those of another purpose
                 known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
             settings = check(replace(settings, epochs=None, search={}, **known))
         except (KeyError, TypeError, ValueError):
@@ -292,6 +293,7 @@ class Run:
             **{name: getattr(settings, name) for name in IDENTITY},
             **settings.hyperparameters,
             **result,
+            "draw": _draw(settings),
             "prompts": "own" if settings.template else settings.prompts,
             "root_path": _as_text(Path(settings.root_path).expanduser().resolve()) if own else None,
             "run_id": settings.run_id,
@@ -315,6 +317,14 @@ class Run:
         write_atomically(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
         rebuild_table(self.results)
         return record
+
+
+def _draw(settings: Settings) -> str:
+    """How the training images were chosen; of an evaluation, those of its weights."""
+    split = settings.split
+    if settings.eval_only:
+        split = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])["split"]
+    return "recorded" if split else settings.draw
 
 
 def _as_text(path: Path) -> str:
@@ -403,6 +413,15 @@ def git_commit() -> str:
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def reset_peak_memory(device: str) -> None:
+    """Lets the peak begin anew for a run in a process that has done others. Where the system does not allow it, as on
+    macOS, a CPU's peak is that of the process so far."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is in use now
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -57,6 +57,11 @@ class Evaluator:
         self.cache = utils.cache_file(settings.cache_dir, *key)
         self.untrained_features: Tensor | None = None
 
+    def read_images(self) -> None:
+        """Computes the features that `zero_shot` needs, without a look at the labels. DatasetError names a damaged
+        image."""
+        self._untrained()
+
     def zero_shot(self) -> float:
         """Of the unchanged model, with text features averaged over all of the task's templates."""
         return self._accuracy(self._untrained(), self.task.templates, utils.cosine_logits)

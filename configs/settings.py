@@ -152,7 +152,7 @@ class Settings:
         """Readable name, and a hash of every setting that can change the outcome."""
         relevant = {name: getattr(self, name) for name in IDENTITY} | self.hyperparameters
         relevant["device"] = self.device.split(":")[0]
-        relevant["template"] = self.template
+        relevant |= {"template": self.template, "tuned_on": self.tuned_on}
         if self.test_dataset == "folder":  # elsewhere the name says which images are meant
             relevant["root_path"] = str(Path(self.root_path).expanduser().resolve())
         if Path(self.backbone).is_file():
@@ -301,6 +301,7 @@ def one_by_one(settings: Settings) -> list[Settings]:
 
 def _check_search(settings: Settings) -> None:
     names = [name for name in METHODS[settings.method].HYPERPARAMETERS if name != "eval_every"]
+    names += ["epochs"] if "total_iters" in names else []
     for name in settings.search:
         if name not in names:
             remedy = f"choose from {', '.join(names)}" if names else "leave --search out"

@@ -124,7 +124,7 @@ def _read(name: str, root: Path) -> tuple[Split, Path | None]:
         return read_folder(root)
     found = locate(name, root)
     parts = read_split(name, found)
-    _note_departure(name, found, len(parts.class_names), (len(parts.train), len(parts.val), len(parts.test)))
+    _note_departure(name, found, parts.class_names, (len(parts.train), len(parts.val), len(parts.test)))
     return parts, found.images
 
 
@@ -164,7 +164,7 @@ def _list_imagenet(root: Path, shots: int | None) -> tuple[ImageNetListing, Path
     image_root = found.images
     listing = list_imagenet(image_root, with_train=shots is not None)
     n_train = sum(map(len, listing.train)) if shots else SPECS["imagenet"].sizes[0]
-    _note_departure("imagenet", found, len(listing.wnids), (n_train, 0, len(listing.test)))
+    _note_departure("imagenet", found, listing.class_names, (n_train, 0, len(listing.test)))
     needed = shots + val_shots(shots) if shots else 0
     for wnid, names in zip(listing.wnids, listing.train):
         if len(names) < needed:
@@ -189,11 +189,11 @@ def _draw_imagenet(
     )
 
 
-def _note_departure(name: str, found: Found, classes: int, sizes: tuple[int, int, int]) -> None:
+def _note_departure(name: str, found: Found, class_names: Sequence[str], sizes: tuple[int, int, int]) -> None:
     """Say on stderr what the user may not expect: there are two copies, or the split is not the published one."""
     if found.copies:
         note(f"{name} is read from {found.folder}; {found.copies[0]} is another copy")
-    unlike = departure(name, classes, sizes)
+    unlike = departure(name, class_names, sizes)
     if unlike:
         note(f"{name} in {found.split or found.folder} has {unlike}")
 

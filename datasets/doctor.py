@@ -30,7 +30,7 @@ from datasets.fewshot import val_shots
 from datasets.folder import FolderTask, read_folder
 from datasets.images import default_workers
 from datasets.sources import SOURCES
-from datasets.specs import SPECS, Found, departure, search
+from datasets.specs import SPECS, Found, departure, names_sha256, search
 from datasets.splits import IMAGE_EXTENSIONS, Split, imagenet_classes, list_imagenet_part, read_split
 from datasets.task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, missing_images, printable
 
@@ -159,8 +159,8 @@ def _read(name: str, found: Found, report: Report, command: str) -> Split | None
     except DatasetError as error:
         report.problem(f"{error}; to get it again, move {source} away and {command}")
         return None
-    names_sha256 = _names_sha256(split)
-    others = [other for other in SPECS if SPECS[other].names_sha256 == names_sha256]
+    names = names_sha256(split.class_names)
+    others = [other for other in SPECS if SPECS[other].names_sha256 == names]
     if others and name not in others:
         report.problem(f"{source} has the class names of {others[0]}, another dataset; move it away and {command}")
         return None
@@ -178,35 +178,31 @@ def _source(name: str, found: Found) -> Path | None:
 def _compare(name: str, found: Found, split: Split, report: Report, command: str) -> None:
     """Compare the split with the published one: its bytes, its numbers, its class names."""
     sizes = (len(split.train), len(split.val), len(split.test))
-    unlike = departure(name, len(split.class_names), sizes)
-    same_names, source = _names_sha256(split) == SPECS[name].names_sha256, _source(name, found)
+    unlike = departure(name, split.class_names, sizes)
+    same_names, source = names_sha256(split.class_names) == SPECS[name].names_sha256, _source(name, found)
+    same_numbers = (len(split.class_names), sizes) == (SPECS[name].classes, SPECS[name].sizes)
     if found.split:
         known = SOURCES[name].split
         if _sha256(found.split.read_bytes()) == known.sha256:
             state = "the checksum reported for the published file" if known.reported else "the published file"
         elif known.reported:
             state = "checksum not known for certain"
-        elif unlike or not same_names:
+        elif unlike:
             state = "not the published file"
         else:
             state = "other bytes than the copy that is known, but its classes and numbers"
         report.fact("split", f"{found.split} ({state})")
     counts = f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images"
-    report.fact("numbers", counts + ("" if unlike else ", as published"))
+    report.fact("numbers", counts + (", as published" if same_numbers else ""))
     if same_names:
         report.fact("class names", "as published")
-    elif not unlike:
-        report.warning(
-            f"the class names or their order are not the published ones, the first is {split.class_names[0]!r}; "
-            f"results do not compare with published ones; if that is not meant, move {source} away and {command}"
-        )
     if unlike:
         report.warning(f"there are {unlike}; if that is not meant, move {source} away and {command}")
     if found.split:
         listings = Counter(item.path for item in (*split.train, *split.val, *split.test))
         twice = [path for path, count in listings.items() if count > 1]
         if twice:
-            report.warning(f"{len(twice)} images are listed more than once, perhaps trained and tested on: {twice[0]}")
+            report.warning(f"{len(twice)} images are listed more than once in one part: {twice[0]}")
 
 
 def _examine_shots(name: str, split: Split, report: Report) -> None:
@@ -380,10 +376,6 @@ def _progress(iterable: Iterable, label: str, total: int | None = None) -> tqdm:
     """A bar, or in a log a line every half minute."""
     interval = 0.1 if sys.stderr.isatty() else 30
     return tqdm(iterable, desc=label, total=total, leave=False, unit="image", mininterval=interval, delay=interval)
-
-
-def _names_sha256(split: Split) -> str:
-    return _sha256("\n".join(split.class_names).encode("utf-8", "surrogatepass"))
 
 
 def _sha256(content: bytes) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ from datasets.archives import check_space, is_archive, why_no_archive
 from datasets.arrange import archives_below, arrange_folder, holds, is_missing, unpacked
 from datasets.imagenet_archives import arrange_imagenet
 from datasets.sources import SOURCES, SPLITS, Archive
-from datasets.specs import SPECS, Layout, locate
-from datasets.splits import list_imagenet, list_imagenet_variant, read_fgvc_split, read_json_split
+from datasets.specs import SPECS, Layout, locate, names_sha256
+from datasets.splits import list_imagenet, read_json_split, read_split
 from datasets.task import DatasetError, Task, check_images_exist
 
 
@@ -87,10 +86,7 @@ def check(name: str, root: Path) -> str:
     found = locate(name, root)
     if name == "imagenet":
         return f"{len(list_imagenet(found.images).test):,} validation images in {found.images}"
-    if found.split is not None:
-        split = read_json_split(found.split)
-    else:
-        split = list_imagenet_variant(found.images) if SPECS[name].is_test_only else read_fgvc_split(found.folder)
+    split = read_split(name, found)
     try:
         check_images_exist(Task(name, split.class_names, (), split.train, split.val, split.test, found.images))
     except DatasetError as error:
@@ -241,8 +237,7 @@ def _check_split(name: str, path: Path, sha256: str) -> None:
         return
     split, spec = read_json_split(path), SPECS[name]
     here = (len(split.train), len(split.val), len(split.test))
-    names = hashlib.sha256("\n".join(split.class_names).encode()).hexdigest()
-    if here != spec.sizes or names != spec.names_sha256:
+    if here != spec.sizes or names_sha256(split.class_names) != spec.names_sha256:
         raise DatasetError(
             f"{path} has {len(split.class_names)} classes and {here[0]}/{here[1]}/{here[2]} train/val/test images; "
             f"these are not the published {spec.classes} and {'/'.join(map(str, spec.sizes))}, or have other names"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -53,12 +54,23 @@ def read_manifest(path: Path) -> Split:
         lacking = [row for row in rows if row[column] is None]
         if lacking and len(lacking) < len(rows):
             raise DatasetError(f"{lacking[0]['where']}: no {column}, but other rows have one")
-    seen: set[str] = set()
+    seen: dict[object, str] = {}
     for row in rows:  # in two parts an image would be trained on and tested on
-        if row["path"] in seen:
-            raise DatasetError(f"{row['where']}: {row['path']!r} is listed before; list it once")
-        seen.add(row["path"])
+        file = _identity(path.parent / row["path"])
+        if file in seen:
+            name = f" as {seen[file]!r}" if seen[file] != row["path"] else ""
+            raise DatasetError(f"{row['where']}: {row['path']!r} is listed before{name}; list it once")
+        seen[file] = row["path"]
     return _split_rows(rows, path)
+
+
+def _identity(file: Path) -> object:
+    """What all names of a file have in common, links among them; the name where there is no such file."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return str(file)
+    return (status.st_dev, status.st_ino) if status.st_ino else str(file)
 
 
 def _csv_rows(path: Path) -> list[tuple[str, dict]]:

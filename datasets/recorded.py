@@ -17,8 +17,11 @@ from datasets.splits import check_path, parse_json
 from datasets.task import DatasetError, Item, Task
 
 
-def to_json(task: Task) -> str:
-    """The text of a `split.json`: what `replay` needs to draw the same images of `task`, one row a line."""
+def to_json(task: Task) -> str | None:
+    """The text of a `split.json`: what `replay` needs to draw the same images of `task`, one row a line. None where
+    nothing was drawn."""
+    if not any(getattr(task, part) for part in task.parts_to_record):
+        return None
     head = {"dataset": task.name, "class_names": task.class_names, "split_sha256": task.split_sha256}
     fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
     for part in task.parts_to_record:

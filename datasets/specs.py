@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,11 +252,22 @@ def search(name: str, root: Path) -> Found:
     return Found(folder, images, split, copies, tuple(problems))
 
 
-def departure(name: str, classes: int, sizes: tuple[int, int, int]) -> str | None:
-    """How a split with so many classes and train, val and test images differs from the published one, if it does."""
-    spec = SPECS[name]
+def names_sha256(class_names: Sequence[str]) -> str:
+    """SHA-256 of class names in label order, joined by newlines."""
+    return hashlib.sha256("\n".join(class_names).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def departure(name: str, class_names: Sequence[str], sizes: tuple[int, int, int]) -> str | None:
+    """How a split with these classes and numbers of train, val and test images differs from the published one, if it
+    does."""
+    spec, classes = SPECS[name], len(class_names)
     if (classes, sizes) == (spec.classes, spec.sizes):
-        return None
+        if names_sha256(class_names) == spec.names_sha256:
+            return None
+        return (
+            f"class names, or an order of them, that are not the published ones, the first is {class_names[0]!r}; "
+            "results do not compare with published ones"
+        )
     here, published = ("/".join(map(str, three)) for three in (sizes, spec.sizes))
     return (
         f"{classes} classes and {here} train/val/test images, the published split {spec.classes} and {published}; "

@@ -49,7 +49,14 @@ def read_split(name: str, found: Found) -> Split:
     """The parts of a published dataset; not of imagenet, which has no val part: both draws come from train."""
     if found.split is not None:
         return read_json_split(found.split)
-    return list_imagenet_variant(found.images) if SPECS[name].is_test_only else read_fgvc_split(found.folder)
+    if not SPECS[name].is_test_only:
+        return read_fgvc_split(found.folder)
+    split, classes = list_imagenet_variant(found.images), SPECS[name].classes
+    if len(split.class_names) != classes:  # among fewer classes the right one is easier to find
+        raise DatasetError(
+            f"{found.images} holds {len(split.class_names)} class folders instead of {classes}; unpack it again"
+        )
+    return split
 
 
 def read_json_split(path: Path) -> Split:
@@ -70,7 +77,18 @@ def read_json_split(path: Path) -> Split:
             f"split file {path}: train must have the labels 0 to {len(names) - 1} without gaps, "
             f"label {wrong} breaks this; get the published file"
         )
+    _check_apart(f"split file {path}", train, val, test)
     return Split(tuple(names[label] for label in range(len(names))), train, val, test)
+
+
+def _check_apart(where: str, *parts: tuple[Item, ...]) -> None:
+    """Refuse parts that share images, which would be trained on and tested on."""
+    paths = [{item.path for item in part} for part in parts]
+    shared = (paths[0] & paths[1]) | (paths[0] & paths[2]) | (paths[1] & paths[2])
+    if shared:
+        raise DatasetError(
+            f"{where} lists {min(shared)!r} in two parts ({len(shared)} images in all); get the published file"
+        )
 
 
 def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> tuple[Item, ...]:
@@ -158,6 +176,7 @@ def read_fgvc_split(folder: Path) -> Split:
     if missing:
         path, name = folder / "images_variant_train.txt", names[min(missing)]
         raise DatasetError(f"file {path} has no image of {name!r}; unpack it again")
+    _check_apart(f"{folder}/images_variant_*.txt", *parts)
     return Split(names, *parts)
 
 

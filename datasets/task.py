@@ -8,7 +8,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,11 @@ class Task:
         """SHA-256 of whatever else of the data a result follows from. None for a published dataset, which its name
         and its split determine."""
         return None
+
+    @property
+    def test_sha256(self) -> str:
+        """As `split_sha256`, over the test part alone."""
+        return replace(self, train=(), val=()).split_sha256
 
     def fingerprint(self, items: Sequence[Item]) -> str:
         """SHA-256 of how the images are read and of their paths, labels, sizes and times of change: another one if any

@@ -26,8 +26,6 @@ class Adaptation:
 
     # One update per epoch, from the mean loss of all its images: batch_size is then how many are read at a time.
     full_batch = False
-    # Whether this works for the classes alone that it was made for, so that another data set must be refused.
-    bound_to_classes = False
 
     def __init__(
         self,

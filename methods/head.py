@@ -25,8 +25,9 @@ class Head(Adaptation):
     """
 
     trains_images = trains_text = False
-    bound_to_classes = True
     has_weights = True
+    # Whether the tensors have a row for each training image: then saved weights say how many.
+    length_varies = False
 
     def __init__(self, model: CLIP, class_names: Sequence[str], tensors: dict[str, Tensor]):
         model.requires_grad_(False)
@@ -55,9 +56,13 @@ class Head(Adaptation):
                 f"{path} tells apart {len(names)} other classes ({', '.join(names[:3])}, ...); evaluate it on the data "
                 "set that it was made for"
             )
+        fixed = 1 if self.length_varies else 0  # the first dimension whose size is known
+        lengths = {tensor.shape[:1] for tensor in tensors.values()}
         for name, own in self.tensors.items():
             saved = tensors.get(name)
-            if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+            if saved is None or (saved.shape[fixed:], saved.dtype) != (own.shape[fixed:], own.dtype):
                 raise WeightsError(f"{path} has no {name} of the shape {list(own.shape)}; save it again")
+            if self.length_varies and (len(lengths) > 1 or saved.dim() != own.dim()):
+                raise WeightsError(f"{path} has tensors of different lengths; save it again")
         for name, own in self.tensors.items():
-            own.copy_(tensors[name])
+            own.data = tensors[name].to(own.device)

@@ -48,7 +48,7 @@ class ProLIP(Adaptation):
 
 
 def prepare(model: CLIP, task: Task, settings) -> ProLIP:
-    per_epoch = batches_per_epoch(len(task.train), settings.batch_size)
+    per_epoch = max(1, batches_per_epoch(len(task.train), settings.batch_size))  # no images where nothing is trained
     if settings.iterations % per_epoch and not settings.eval_only:
         raise MethodError(
             f"prolip trains in whole epochs, here of {per_epoch} iterations, and {settings.iterations} are none; "

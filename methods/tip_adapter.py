@@ -11,7 +11,8 @@ A key is the mean of an image's features, as the encoder gives them, over 10 aug
 paper's ablations (ImageNet, 16 shots); that could not be checked against its text. The code starts at other values
 (ImageNet: 1.17 and 1; DTD and EuroSAT: 2 and 1) and searches both on validation images, for ImageNet on the test
 images. Nothing is searched here, and the prompts are those of all methods (--prompts), where that code uses each data
-set's own.
+set's own. With several prompts (ImageNet's seven) its text classifier is their mean; here the first one's, as for all
+methods.
 """
 
 import torch
@@ -34,9 +35,11 @@ IMAGES_AT_ONCE = 256
 class TipAdapter(Head):
     """The cache: keys [N, E] of unit length and labels [N] of the N training images."""
 
+    length_varies = True
+
     def __init__(self, model: CLIP, task: Task, settings, train_keys: bool = False):
         self.keys = torch.zeros(len(task.train), model.arch.embed_dim, device=model.device, requires_grad=train_keys)
-        self.labels = torch.tensor([item.label for item in task.train], device=model.device)
+        self.labels = torch.tensor([item.label for item in task.train], dtype=torch.int64, device=model.device)
         super().__init__(model, task.class_names, {"keys": self.keys, "labels": self.labels})
         self.task, self.settings = task, settings
         self._one_hot()

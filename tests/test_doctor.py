@@ -122,7 +122,7 @@ def test_published_data_are_ready_without_a_warning(tmp_path, monkeypatch, exami
     (tmp_path / DTD_SPLIT).write_text(json.dumps(split))
     code, out = examine("dtd", tmp_path)
     assert code == 0 and verdict(out) == "dtd: ready, 1 warning" and "(not the published file)" in out
-    assert "the class names or their order are not the published ones, the first is 'kind_2'" in out
+    assert "class names, or an order of them, that are not the published ones, the first is 'kind_2'" in out
 
 
 def as_if_published(monkeypatch, root: Path) -> None:

@@ -136,11 +136,11 @@ def prepared(method, task):
 @pytest.mark.parametrize("method", HEADS)
 def test_what_a_head_says_of_itself(method, task):
     head = prepared(method, task)
-    assert head.bound_to_classes and head.has_weights and not head.trains_images and not head.trains_text
+    assert head.has_weights and not head.trains_images and not head.trains_text
     assert not any(p.requires_grad for p in head.model.parameters())
     assert set(head.parameters) == HEADS[method][1] and (head.optimizer is None) == (method != "tip_adapter_f")
     other = methods.METHODS["zero_shot"].prepare(head.model, task, None)
-    assert not other.bound_to_classes and not other.has_weights
+    assert not other.has_weights
 
 
 @pytest.mark.parametrize("method", HEADS)

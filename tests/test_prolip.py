@@ -87,7 +87,7 @@ def test_the_projection_alone_is_trained():
     ):
         adaptation = METHODS["prolip"].prepare(model, TASK, settings_of())
         assert {n for n, p in model.named_parameters() if p.requires_grad} == set(adaptation.parameters) == {name}
-        assert adaptation.trains_images and not adaptation.trains_text and not adaptation.bound_to_classes
+        assert adaptation.trains_images and not adaptation.trains_text
         assert adaptation.trainable_weights == model.get_parameter(name).numel()
         features = model.encode_image(torch.randn(1, 3, 32, 32))
         (gradient,) = torch.autograd.grad(features.sum(), adaptation.projection)
