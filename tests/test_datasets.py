@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import random
 from collections import Counter
@@ -126,6 +127,27 @@ def test_build_needs_no_image_to_exist(tmp_path):
         task.read(task.train[0])
 
 
+def test_other_class_names_than_the_published_are_noted(tmp_path, monkeypatch, capsys):
+    fabricate("dtd", tmp_path)
+    names = "\n".join(class_name("dtd", label) for label in range(3))
+    same = dataclasses.replace(
+        SPECS["dtd"], classes=3, sizes=(12, 6, 6), names_sha256=hashlib.sha256(names.encode()).hexdigest()
+    )
+    monkeypatch.setitem(SPECS, "dtd", same)
+    datasets.build("dtd", tmp_path, shots=1, seed=1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(SPECS, "dtd", dataclasses.replace(same, names_sha256="0" * 64))
+    datasets.build("dtd", tmp_path, shots=1, seed=1)
+    assert "not the published ones, the first is 'kind_0'" in capsys.readouterr().err
+
+
+def test_imagenet_is_tested_on_without_its_training_folder(tmp_path):
+    image_root = fabricate("imagenet", tmp_path, per_class=1)
+    (image_root / "train").rename(tmp_path / "elsewhere")
+    task = datasets.build("imagenet", tmp_path, None, 1)
+    assert (len(task.train), len(task.val), len(task.test)) == (0, 0, 1000)
+
+
 def test_a_split_of_other_size_than_the_published_is_noted(tmp_path, capsys):
     fabricate("dtd", tmp_path)
     datasets.build("dtd", tmp_path, shots=1, seed=1)
@@ -140,19 +162,28 @@ def test_a_split_of_other_size_than_the_published_is_noted(tmp_path, capsys):
 @pytest.mark.parametrize(("name", "layout"), [(name, place) for name, places in VARIANTS.items() for place in places])
 def test_variants_are_found_where_their_archives_put_them(name, layout, tmp_path, capsys):
     wnids, names = imagenet_classes()
-    chosen = (3, 20, 100)  # as text, 100 comes before 20 and 3
+    # 200 or all; as text, label 100 comes before 20 and 3
+    chosen = range(3, 1000, 5)[:200] if SPECS[name].classes == 200 else range(1000)
     folders = [str(label) if name == "imagenet_v2" else wnids[label] for label in chosen]
-    image_root = fabricate_variant(tmp_path, layout, folders[::-1], per_class=2)
+    image_root = fabricate_variant(tmp_path, layout, folders[::-1])
     (image_root / ".DS_Store").touch()
     (image_root / "README.txt").touch()
     task = datasets.build(name, tmp_path, None, 1)
     assert task.image_root == image_root and task.train == task.val == ()
     assert task.class_names == tuple(names[label] for label in chosen)
-    assert task.test == tuple(Item(f"{folder}/{i}.jpeg", n) for n, folder in enumerate(folders) for i in range(2))
+    assert task.test == tuple(Item(f"{folder}/0.jpeg", label) for label, folder in enumerate(folders))
     assert task.read(task.test[0]).size == (16, 16)
     assert f"note: {name}" in capsys.readouterr().err and "train on another data set" in error_of_build(
         name, tmp_path, 1, 1
     )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_that_lacks_classes_is_refused(name, tmp_path):
+    wnids, _ = imagenet_classes()
+    fabricate_variant(tmp_path, VARIANTS[name][0], wnids[:199])
+    message = error_of_build(name, tmp_path, None, 1)
+    assert f"199 class folders instead of {SPECS[name].classes}" in message
 
 
 def test_all_of_imagenet_v2s_unpadded_folders_have_their_own_labels(tmp_path):

@@ -708,3 +708,20 @@ def test_unreadable_folders_and_files(run_main, monkeypatch):
         assert "pets cannot be listed (Permission denied)" in refused(run_main(*OWN, "--root_path", "pets"), ["pets"])
     monkeypatch.setattr(datasets.task.Image, "open", denied)
     assert "may not be read" in refused(run_main(*OWN, "--root_path", "pets"), ["pets"])
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_one_file_under_two_names_in_a_manifest_is_refused(link, tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        picture(0, 0).save(tmp_path / name)
+    getattr(tmp_path / "d.jpg", link)(tmp_path / "a.jpg")
+    text = "path,class_name,part\na.jpg,cat,train\nb.jpg,dog,train\nc.jpg,cat,test\nd.jpg,dog,test\n"
+    with pytest.raises(DatasetError, match=r"line 5: 'd.jpg' is listed before as 'a.jpg'"):
+        read_manifest(manifest(tmp_path, text))
+
+
+def test_postscript_is_no_image(tmp_path, capsys):
+    fabricate_own(tmp_path / "pets")
+    (tmp_path / "pets" / next((tmp_path / "pets").iterdir()).name / "figure.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    datasets.build("folder", tmp_path / "pets", 1, 1)
+    assert "1 files" in capsys.readouterr().err

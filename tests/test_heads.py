@@ -165,7 +165,8 @@ def test_a_damaged_head_is_refused_whole(method, task, tmp_path):
 
     first, last = whole
     assert f"no {last} " in refusal({first: whole[first]})
-    assert f"no {last} " in refusal({**whole, last: whole[last][:-1]})
+    length = "different lengths" if "tip" in method else f"no {last} "  # a cache is as long as what it was trained on
+    assert length in refusal({**whole, last: whole[last][:-1]})
     assert f"no {last} " in refusal({**whole, last: whole[last].to(torch.float16)})
     assert "clip-head" in refusal(whole, format="clip-sparse-delta-1")
     assert "other base" in refusal(whole, base_sha256="b" * 64)

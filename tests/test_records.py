@@ -460,6 +460,19 @@ def test_peak_memory_is_in_mib():
     assert after == pytest.approx(during, abs=4)  # a peak does not fall
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not let it begin anew")
+def test_a_second_run_in_a_process_has_a_peak_of_its_own():
+    code = (
+        "import torch, run_utils\n"
+        "def peak(): print(run_utils.peak_memory_mb(torch.device('cpu')))\n"
+        "block = bytearray(b'x') * (200 * 2**20); del block; peak(); run_utils.reset_peak_memory('cpu'); peak()"
+    )
+    command, folder = [sys.executable, "-c", code], Path(run_utils.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    first, second = map(float, done.stdout.split())
+    assert first - second > 150
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_git_commit_is_forty_digits_and_says_when_files_differ(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("GIT_")]:

@@ -13,6 +13,7 @@ import clip
 import datasets
 import main as entry
 import train
+import utils
 from datasets.digits import DigitsTask
 from methods import METHODS
 from run_utils import Settings, UserError, parse
@@ -111,7 +112,7 @@ def test_the_grid_is_part_of_the_run_id():
     assert len(set(ids)) == len(ids)
     assert settings_of(search={"lr": [1e-3, 1e-4]}, lr=7.0).run_id == base.run_id  # it is searched
     assert settings_of(search={"lr": [1e-3, 1e-4]}, t=9).run_id != base.run_id
-    assert settings_of(tuned_on="val").run_id == settings_of().run_id  # a label
+    assert settings_of(tuned_on="val").run_id != settings_of().run_id  # a label, but the record must not lie
 
 
 # --- what it does
@@ -173,7 +174,7 @@ def test_of_equals_the_first_is_chosen(run_main):
         assert record["lr"] == float(values.split(",")[0])
 
 
-def test_no_test_image_is_read_before_the_choice(run_main, monkeypatch):
+def test_test_images_are_read_but_not_judged_before_the_choice(run_main, monkeypatch):
     task = datasets.build("digits", None, 1, 3)
     events, read, search = [], DigitsTask.read, train.search
 
@@ -188,10 +189,16 @@ def test_no_test_image_is_read_before_the_choice(run_main, monkeypatch):
 
     monkeypatch.setattr(DigitsTask, "read", watched_read)
     monkeypatch.setattr(train, "search", watched_search)
+    judged, accuracy = [], utils.accuracy
+    monkeypatch.setattr(
+        utils, "accuracy", lambda *args: judged.append((len(args[2]), "chosen" in events)) or accuracy(*args)
+    )
     run_main(*QUICK, *GRID, "--eval_every", 1)
     before, after = events[: events.index("chosen")], events[events.index("chosen") :]
-    assert before.count("train") == 4 * 10 and before.count("val") == 4 * 10 and "test" not in before
+    assert before.count("train") == 4 * 10 and before.count("val") == 4 * 10
+    assert before[:42] == ["test"] * 42 and before.count("test") == 42  # damaged ones would stop it here
     assert after.count("test") >= 42 and "val" not in after
+    assert judged[:4] == [(10, False)] * 4 and all(call == (42, True) for call in judged[4:])
 
 
 def test_every_candidate_starts_from_the_same_model(monkeypatch):
