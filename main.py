@@ -3,6 +3,7 @@
 python main.py                                                       # SO on the embedded digits
 python main.py --shots 4 --method zero_shot                          # the same without training
 python main.py --dataset dtd --shots 4 --root_path $DATA             # the released protocol on ViT-B/16
+python main.py --shots 4 --search lr=3e-4,1e-3,3e-3                  # lr is chosen on the val images
 python main.py --config configs/so_paper.yaml --dataset dtd --shots 4 --root_path $DATA
 """
 
@@ -25,8 +26,9 @@ import clip
 import datasets
 import run_utils
 import train
-from clip.preprocess import train_transform
-from methods import METHODS, MethodError
+import utils
+from configs.settings import one_by_one
+from methods import MethodError
 
 MISTAKES = (run_utils.UserError, datasets.DatasetError, clip.WeightsError, MethodError, train.TrainingDiverged)
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -41,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
     """
     try:
         settings = run_utils.parse(argv)
-        runs = [run_utils.Run(one) for one in run_utils.one_by_one(settings)]
         # Data first, all of them: they are checked faster than weights are loaded, or downloaded.
-        tasks = [read_data(run.settings) for run in runs]
-        records = [run_once(run, task) for run, task in zip(runs, tasks)]
+        tasks = [(single, read_data(single)) for single in one_by_one(settings)]
+        runs = [(run_utils.Run(single.settled(len(task.train))), task) for single, task in tasks]
+        records = [run_once(run, task) for run, task in runs]
         return records[0] if settings.eval_datasets is None else records
     except MISTAKES as error:
         sys.exit(fail(str(error)))
@@ -61,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
 
 
 def read_data(settings: run_utils.Settings) -> datasets.Task:
-    """The task that a run trains or is tested on, with all of its images in place."""
-    transfers = settings.test_dataset != settings.dataset
+    """The task that a run trains or is tested on, with all of its images in place and prompts that CLIP can read."""
+    trains = settings.method != "zero_shot" and not settings.eval_only
     task = datasets.build(
         settings.test_dataset,
         settings.root_path,
-        None if transfers or datasets.is_test_only(settings.dataset) else settings.shots,
+        settings.shots if trains or settings.split else None,  # without training, the test part is all that is read
         settings.seed,
         settings.prompts,
         templates=settings.template,
@@ -75,12 +77,17 @@ def read_data(settings: run_utils.Settings) -> datasets.Task:
         split=settings.split,
     )
     datasets.check_images_exist(task)
+    for template in task.templates:
+        try:
+            utils.tokenize_classes(task.class_names, template)
+        except ValueError as error:
+            raise run_utils.UserError(f"{error}; shorten the class's name or the --template") from None
     return task
 
 
 def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
     """The record of a run, which is done unless it was before."""
-    record = None if run.settings.force else run.finished(task.split_sha256)
+    record = None if run.settings.force else run.finished(task.split_sha256, task.data_sha256)
     if record is not None:
         print(f"already done, not run again (--force does): {run.folder}")
         run_utils.rebuild_table(run.results)
@@ -94,28 +101,20 @@ def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
 def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils.Run) -> dict:
     """From settings and data to the recorded result."""
     run_utils.make_reproducible(settings.seed)
+    run_utils.reset_peak_memory(settings.device)
     model, preprocess = clip.load(settings.backbone, settings.device)
     base_sha256 = clip.weights_sha256(model)
-    adaptation = METHODS[settings.method].prepare(model, task, settings)
+    evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
+    trials, search_seconds = [], 0.0
+    if settings.search:
+        evaluator.read_images()  # damaged ones are found now; what is right or wrong is not asked before the choice
+        settings, trials, search_seconds = train.search(model, task, preprocess, settings, base_sha256)
+    adaptation, loader = train.prepare(model, task, settings)
     print(
         f"{settings.method} on {task.name} ({len(task.class_names)} classes), shots {settings.shots}, seed "
         f"{settings.seed}, {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
         f"{adaptation.trainable_weights:,} weights"
     )
-    loader = None
-    if adaptation.optimizer is not None and not settings.eval_only:  # made first: it finds damaged training images
-        augment = train_transform(model.arch.resolution, settings.min_area, settings.flip)
-        loader = datasets.training_loader(
-            task,
-            augment,
-            settings.batch_size,
-            settings.iterations,
-            settings.seed,
-            settings.workers,
-            settings.image_cache_mb,
-            pin_memory=model.device.type == "cuda",
-        )
-    evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
     zero_shot = evaluator.zero_shot()
     print(f"zero-shot accuracy {zero_shot:.2f} % on {len(task.test)} test images")
 
@@ -123,18 +122,21 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
     if settings.eval_only:
         adaptation.load(settings.checkpoint, base_sha256)
         checkpoint_bytes = settings.checkpoint.stat().st_size
-    elif loader is not None:
+        note_other_split(settings, task)
+    else:
         fit = train.fit(model, task, adaptation, loader, settings, evaluator)
-        if fit.stopped_early:
-            print(f"stopped at iteration {fit.iterations}: the training loss fell below {settings.early_stop_loss}")
+    if fit.stopped_early:
+        print(f"stopped at iteration {fit.iterations}: the training loss fell below {settings.early_stop_loss}")
     start = time.perf_counter()
-    accuracy = evaluator.adapted(adaptation)
+    accuracy = zero_shot if settings.method == "zero_shot" else evaluator.adapted(adaptation)
     eval_seconds = time.perf_counter() - start
-    if settings.checkpoint and not settings.eval_only and adaptation.parameters:
-        metadata = {"run_id": settings.run_id, "method": settings.method, "settings": json.dumps(asdict(settings))}
+    if settings.checkpoint and not settings.eval_only and adaptation.has_weights:
+        metadata = {"run_id": run.settings.run_id, "method": settings.method, "test_sha256": task.test_sha256}
+        metadata["settings"] = json.dumps(asdict(settings))
         checkpoint_bytes = adaptation.save(settings.checkpoint, base_sha256, metadata)
 
     result = {
+        **settings.hyperparameters,  # after a search, those that it chose
         "test_accuracy": accuracy,
         "zero_shot_accuracy": zero_shot,
         "train_accuracy": fit.last["train_accuracy"],
@@ -143,15 +145,30 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         "stopped_early": fit.stopped_early,
         "train_seconds": fit.seconds,
         "eval_seconds": eval_seconds,
+        "search_seconds": search_seconds,
         "peak_memory_mb": run_utils.peak_memory_mb(model.device),
         "trainable_weights": adaptation.trainable_weights,
         "changed_weights": adaptation.changed_weights(),
+        "optimizer_bytes": adaptation.optimizer_bytes,
         "checkpoint_bytes": checkpoint_bytes,
-        "template": task.templates[0],
+        "template": " | ".join(task.templates),
+        "tuned_on": settings.tuned_on,
         "split_sha256": task.split_sha256,
+        "data_sha256": task.data_sha256,
         "weights_sha256": base_sha256,
     }
-    return run.record(result, fit.curve, fit.timing, datasets.to_json(task) if task.train else None)
+    return run.record(result, fit.curve, fit.timing, datasets.to_json(task), trials)
+
+
+def note_other_split(settings: run_utils.Settings, task: datasets.Task) -> None:
+    """Say on stderr that one's own images have another test part than when the weights were trained."""
+    if "test" not in task.parts_to_record or settings.classes == "new":
+        return
+    if run_utils.checkpoint_metadata(settings.checkpoint).get("test_sha256") != task.test_sha256:
+        datasets.note(
+            f"{settings.checkpoint} was trained on another split of {settings.root_path}: some of its training images "
+            "may be tested on here. --split with the split.json of its run leaves them out"
+        )
 
 
 def report(record: dict, run: run_utils.Run) -> None:
@@ -166,8 +183,7 @@ def report(record: dict, run: run_utils.Run) -> None:
 
 
 def fail(message: str) -> int:
-    one_line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # file names may hold anything
-    print(f"error: {one_line}", file=sys.stderr)
+    print(f"error: {datasets.printable(message)}", file=sys.stderr)
     return 2
 
 

@@ -1,15 +1,14 @@
 """One run's settings, seeds, folder and records.
 
-Settings come from three layers: the defaults below, a YAML file (`--config`), the command line; later ones win.
+Settings (configs/settings.py) come from layers: defaults, a YAML file (`--config`), the command line; later ones win.
 Records: `results/<run_id>/result.json` is the truth, written last and atomically; `results/results.csv` is
 rebuilt from all of these files.
 """
 
 import argparse
+import contextlib
 import difflib
-import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,146 +28,11 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-import datasets
-from clip.download import file_sha256
+from configs.settings import ALTERNATIVES, IDENTITY, SIMPLE, Settings, UserError, check
 from methods import METHODS
-from methods.adaptation import ENCODERS, POSITIONS
 
 PROJECT = Path(__file__).resolve().parent
 QUICK_START = PROJECT / "configs" / "digits.yaml"
-
-
-class UserError(Exception):
-    """A mistake that the user can mend; the message is one line with the remedy."""
-
-
-def option(default, text: str, choices: Sequence[str] | None = None, kind: type | None = None):
-    """A field of Settings that is also a command-line flag and a key of config files."""
-    return field(default=default, metadata={"help": text, "choices": choices, "kind": kind or type(default)})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that determines a run. The names are those of the flags; no code changes them after `parse`."""
-
-    # what
-    method: str = option("so", "method of adaptation", tuple(METHODS))
-    dataset: str = option("digits", "data set; digits is embedded, folder your own", datasets.available_datasets())
-    root_path: str = option("", "folder that holds the data sets ($DATA); for folder, that of your images")
-    shots: int = option(1, "labelled training images per class")
-    seed: int = option(3, "of the few-shot draw, the order and augmentation of images, and the method's own draws")
-    backbone: str = option("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
-    # where and how much of the network is trained
-    encoder: str = option("both", "towers that are adapted", ENCODERS)
-    position: str = option("all", "blocks that are adapted in each tower", POSITIONS)
-    # optimisation
-    lr: float = option(2e-4, "initial learning rate; cosine schedule down to 1e-6")
-    n_iters: int = option(2000, "iterations per shot: n_iters x shots in all")
-    total_iters: int | None = option(None, "iterations in all, instead of n_iters x shots", kind=int)
-    batch_size: int = option(32, "training images per iteration")
-    early_stop_loss: float = option(0.01, "stop when an epoch's mean training loss falls below this; 0 never stops")
-    # SO
-    density_ratio: float = option(5e-5, "fraction of each matrix's entries with a gradient and a state (= 1 - s)")
-    t: int = option(5, "iterations between two draws of SO's support")
-    prune_first: bool = option(False, "SO prunes before it updates, as the paper's equation; released: after")
-    sampled_gradients: bool = option(True, "SO: compute weight gradients at the support alone; the same to rounding")
-    # images, classes and prompts
-    draw: str = option("released", "order of the few-shot draw: the released code's, or CoOp's", datasets.ORDERS)
-    split: str | None = option(
-        None, "train on the images of this split.json of a run, or of CoOp's few-shot pickle", kind=str
-    )
-    classes: str = option("all", "base or new: half of the classes, as in the base-to-new protocol", datasets.CLASSES)
-    prompts: str = option(
-        "released", "'a photo of a {}.' for all data sets, or each one's own", ("released", "specific")
-    )
-    template: tuple[str, ...] = option((), "prompt of your own with {} for the class; may be given several times")
-    min_area: float = option(0.08, "smallest part of an image that a random training crop keeps")
-    flip: bool = option(True, "flip training images at random")
-    # machine
-    device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
-    precision: str = option("fp32", "of the towers' computation; weights are float32 always", ("fp32", "bf16"))
-    workers: int | None = option(None, "processes that read images; default from the machine's cores", kind=int)
-    image_cache_mb: int = option(2048, "memory for decoded training images; beyond it they are decoded every time")
-    cache_dir: str = option("~/.cache/clip-so", "folder for features of test images under unchanged weights")
-    # output
-    results_dir: str = option("results", "folder of run folders and results.csv")
-    save_path: str | None = option(None, "folder for the adapted weights; nothing is saved without it", kind=str)
-    filename: str | None = option(
-        None, "name of the weight file there, without ending; default: the method's", kind=str
-    )
-    eval_only: bool = option(False, "train nothing: evaluate the weights that --save_path holds")
-    eval_datasets: str | None = option(
-        None, "with --eval_only: data sets to evaluate them on, with commas between, instead of --dataset", kind=str
-    )
-    eval_every: int = option(0, "diagnostic: test accuracy every N iterations in curve.csv; it decides nothing")
-    force: bool = option(False, "run even if the same run is recorded already")
-
-    @property
-    def iterations(self) -> int:
-        return self.total_iters or self.n_iters * self.shots
-
-    @property
-    def test_dataset(self) -> str:
-        """The data set that is tested on: the one that is trained on, or, after `one_by_one`, another."""
-        return self.eval_datasets or self.dataset
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """File of the adapted weights, apart for each backbone, data set, shots and seed. Weights that are evaluated on
-        new classes were trained on the base classes."""
-        if self.save_path is None:
-            return None
-        data = f"folder-{own_data_name(self.root_path)}" if self.dataset == "folder" else self.dataset
-        data += "" if self.classes == "all" else "-base"
-        folder = Path(self.save_path) / slug(self.backbone) / data / f"{self.shots}shots" / f"seed{self.seed}"
-        return folder / f"{(self.filename or self.method).removesuffix('.safetensors')}.safetensors"
-
-    @property
-    def run_id(self) -> str:
-        """Readable name, and a hash of every setting that can change the outcome."""
-        relevant = {name: getattr(self, name) for name in IDENTITY} | self.hyperparameters
-        relevant["device"] = self.device.split(":")[0]
-        relevant["template"] = self.template
-        if self.test_dataset == "folder":  # elsewhere the name says which images are meant
-            relevant["root_path"] = str(Path(self.root_path).expanduser().resolve())
-        if Path(self.backbone).is_file():
-            relevant["backbone"] = file_sha256(Path(self.backbone))
-        if self.split:
-            relevant["split"] = file_sha256(Path(self.split).expanduser())
-        if self.eval_only:  # the weights decide, not where they lie
-            relevant["checkpoint"] = file_sha256(self.checkpoint)
-        digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
-        data = self.dataset if self.classes == "all" else f"{self.dataset}-{self.classes}"
-        evaluated = f"_eval_{self.test_dataset}" if self.eval_only else ""
-        name = f"{self.method}_{data}_{slug(self.backbone)}_{self.shots}shot_seed{self.seed}"
-        return f"{name}{evaluated}_{digest}"
-
-    @property
-    def hyperparameters(self) -> dict:
-        """The settings that matter to this run's method, with the number of iterations as `total_iters` alone."""
-        used = {name: getattr(self, name) for name in METHODS[self.method].HYPERPARAMETERS if name != "n_iters"}
-        return used | ({"total_iters": self.iterations} if "total_iters" in used else {})
-
-
-# What identifies a run beside its method's hyperparameters. Paths, caches and workers change no result.
-IDENTITY = "method dataset test_dataset classes shots seed backbone draw prompts precision eval_only".split()
-
-
-def own_data_name(root_path: str) -> str:
-    """The name of one's own data set: that of its folder, or of its manifest."""
-    return Path(root_path).expanduser().resolve().stem
-
-
-def slug(backbone: str) -> str:
-    """A backbone's name, or its file's, as part of a file name."""
-    name = Path(backbone).stem if Path(backbone).suffix else backbone
-    return name.replace("/", "-").replace("@", "-")
-
-
-MAX_SHOTS = 10_000  # no class of the data sets has more images; beyond it lists of repeats fill the memory
-
-# Two spellings of one thing: whichever the later layer uses replaces the other.
-ALTERNATIVES = (("s", "density_ratio"), ("n_iters", "total_iters"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,6 +48,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     Below both lie the method's published values and, for the data set digits, the quick start's configs/digits.yaml.
     """
     given = vars(_parser().parse_args(argv))
+    if "search" in given:
+        given["search"] = _grid_of_words(given["search"])
     layers = [read_config(Path(given.pop("config"))), given] if "config" in given else [given]
     merged = {name: value for layer in layers for name, value in layer.items() if name in ("dataset", "method")}
     method = merged.get("method", "so")
@@ -192,11 +58,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     layers = [METHODS[method].DEFAULTS, *(part for layer in layers for part in _general_and_own(layer, method))]
     merged = {}
     for layer in layers:
-        for pair in ALTERNATIVES:
-            if set(pair) <= layer.keys():
-                raise UserError(f"{pair[0]} and {pair[1]} say the same thing twice; give one of them")
-            if set(pair) & layer.keys():
-                merged = {name: value for name, value in merged.items() if name not in pair}
+        for names in ALTERNATIVES:
+            used = [name for name in names if name in layer]
+            if len(used) > 1:
+                raise UserError(f"{used[0]} and {used[1]} say the same thing twice; give one of them")
+            if used:
+                merged = {name: value for name, value in merged.items() if name not in names}
         merged |= layer
     if "s" in merged:
         merged["density_ratio"] = round(1 - merged.pop("s"), 12)
@@ -206,8 +73,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if settings.eval_only:  # what the weights were trained with is the truth, whatever else was given
         try:
             trained = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])
-            known = {name: trained[name] for name in METHODS[settings.method].HYPERPARAMETERS}
-            settings = check(replace(settings, **known))
+            if trained["method"] != settings.method:
+                raise UserError(f"{settings.checkpoint} was trained with --method {trained['method']}; evaluate it so")
+            known = {name: trained[name] for name in (*METHODS[settings.method].HYPERPARAMETERS, "tuned_on", "draw")}
+            if not {"prompts", "template"} & given.keys():  # a config file's prompts may be those of another purpose
+                known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
+            settings = check(replace(settings, epochs=None, search={}, **known))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
     return settings
@@ -229,7 +100,7 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins over it")
-    for f in fields(Settings):
+    for f in SIMPLE:
         text = f"{f.metadata['help']} [{f.default}]"
         if f.metadata["kind"] is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
@@ -238,6 +109,8 @@ def _parser() -> Parser:
         else:
             parser.add_argument(f"--{f.name}", type=f.metadata["kind"], choices=f.metadata["choices"], help=text)
     parser.add_argument("--s", type=float, help="sparsity, 1 - density_ratio [0.99995]")
+    search = Settings.__dataclass_fields__["search"].metadata["help"]
+    parser.add_argument("--search", action="append", metavar="NAME=VALUE,VALUE,...", help=search)
     return parser
 
 
@@ -264,18 +137,37 @@ def _settings(content, where: str, untyped: Sequence[str] = ()) -> dict:
     """The settings in a part of a config file, each in its proper type."""
     if not isinstance(content or {}, dict):
         raise UserError(f"{where} must hold lines of the form `name: value`")
-    known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in fields(Settings)}
+    known = {f.name: (f.metadata["kind"], f.metadata["choices"], f.default) for f in SIMPLE}
     known["s"] = (float, None, 0.99995)
     settings = {}
     for name, value in (content or {}).items():
         if name in untyped:
             settings[name] = value
             continue
+        if name == "search":
+            settings[name] = _grid(value, f"{where}: search")
+            continue
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             raise UserError(f"{where}: unknown setting {name!r}" + (f"; meant {close[0]}?" if close else ""))
         settings[name] = _typed(value, *known[name], where=f"{where}: {name}")
     return settings
+
+
+def _grid(content, where: str) -> dict[str, list]:
+    """What a search compares: by name of a setting its values, each in its proper type."""
+    if not isinstance(content, dict) or not all(isinstance(values, list) and values for values in content.values()):
+        raise UserError(f"{where} must be `name: [value, value, ...]`, not {content!r}")
+    return {name: [_settings({name: value}, where)[name] for value in values] for name, values in content.items()}
+
+
+def _grid_of_words(words: Sequence[str]) -> dict[str, list]:
+    """The same from the command line, where it is NAME=VALUE,VALUE,... once or more."""
+    truth, grid = {"true": True, "false": False}, {}
+    for word in words:
+        name, _, values = word.partition("=")
+        grid.setdefault(name, []).extend(truth.get(value, value) for value in values.split(","))
+    return _grid(grid, "--search")
 
 
 def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str):
@@ -297,97 +189,6 @@ def _typed(value, kind: type, choices: Sequence[str] | None, default, where: str
     if choices and typed not in choices:
         raise UserError(wanted)
     return typed
-
-
-def check(settings: Settings) -> Settings:
-    """The same settings with device and workers decided. UserError for values out of range or at odds."""
-    at_least = {"shots": 1, "seed": 0, "n_iters": 1, "total_iters": 1, "batch_size": 1, "t": 1, "eval_every": 0}
-    at_least |= {"early_stop_loss": 0, "workers": 0, "image_cache_mb": 0}
-    for name, minimum in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and not (minimum <= value < math.inf):
-            raise UserError(f"--{name} must be at least {minimum}, not {value}")
-    if settings.shots > MAX_SHOTS:
-        raise UserError(f"--shots must be at most {MAX_SHOTS}, not {settings.shots}")
-    if settings.seed >= 2**63:
-        raise UserError(f"--seed must be below 2**63, not {settings.seed}")
-    if not 0 < settings.lr < math.inf:
-        raise UserError(f"--lr must be positive, not {settings.lr}")
-    if not 0 < settings.density_ratio <= 1:
-        raise UserError(f"--density_ratio (1 - s) must be in (0, 1], not {settings.density_ratio}")
-    if not 0 < settings.min_area <= 1:
-        raise UserError(f"--min_area must be in (0, 1], not {settings.min_area}")
-    if settings.test_dataset != "digits" and not settings.root_path:
-        raise UserError(f"--dataset {settings.test_dataset} needs --root_path, the folder that holds the data sets")
-    _check_data(settings)
-    if settings.save_path == "":
-        raise UserError("--save_path is empty; name a folder, . for this one")
-    if settings.eval_only and settings.method == "zero_shot":
-        raise UserError("--eval_only evaluates adapted weights, and zero_shot has none; leave --eval_only out")
-    if settings.eval_only and settings.save_path is None:
-        raise UserError("--eval_only needs --save_path, the folder given when the weights were saved")
-    if settings.eval_only and not settings.checkpoint.is_file():
-        raise UserError(f"--eval_only: there is no {settings.checkpoint}; check --save_path and the run's settings")
-    if settings.filename and Path(settings.filename).name != settings.filename:
-        raise UserError(f"--filename {settings.filename} must be a plain name; folders go into --save_path")
-    workers = datasets.default_workers() if settings.workers is None else settings.workers
-    return replace(settings, device=_device(settings.device), workers=workers)
-
-
-def _check_data(settings: Settings) -> None:
-    """UserError for data sets, classes and prompts that do not go together."""
-    trains = settings.method != "zero_shot" and not settings.eval_only
-    if datasets.is_test_only(settings.dataset) and settings.method != "zero_shot":
-        raise UserError(
-            f"--dataset {settings.dataset} has a test part alone; train on another, imagenet for one, and evaluate "
-            f"with --eval_only --eval_datasets {settings.dataset}"
-        )
-    if datasets.is_test_only(settings.dataset) and settings.split:
-        raise UserError(f"--split: {settings.dataset} has no training images to choose")
-    if settings.classes == "new" and trains:
-        raise UserError("--classes new is there to test on; train with --classes base, then add --eval_only")
-    if settings.eval_datasets is not None:
-        names = settings.eval_datasets.split(",")
-        known = [name for name in datasets.available_datasets() if name != "folder"]
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise UserError(f"--eval_datasets: {unknown[0]!r} is none of {', '.join(known)}")
-        if len(set(names)) < len(names):
-            raise UserError(f"--eval_datasets {settings.eval_datasets} names a data set twice")
-        if not settings.eval_only:
-            raise UserError("--eval_datasets evaluates saved weights; add --eval_only, and --save_path where they are")
-        if settings.classes != "all" or settings.split:
-            raise UserError("--eval_datasets takes whole test parts; leave --classes and --split out")
-    for template in settings.template:
-        try:
-            fits = template.format("x") == template.replace("{}", "x") != template
-        except (ValueError, LookupError):
-            fits = False
-        if not fits:
-            raise UserError(f"--template {template!r} must have {{}} where the class name goes, and no other braces")
-    if settings.template and settings.prompts == "specific":
-        raise UserError("--template and --prompts specific both say which prompts to use; give one of them")
-
-
-def one_by_one(settings: Settings) -> list[Settings]:
-    """The settings of each single run: one, or with --eval_datasets one for each data set."""
-    if settings.eval_datasets is None:
-        return [settings]
-    return [replace(settings, eval_datasets=name) for name in settings.eval_datasets.split(",")]
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return name
 
 
 def make_reproducible(seed: int) -> None:
@@ -412,13 +213,15 @@ class Run:
         self.csv = self.results / "results.csv"
         self.made: list[Path] = []
 
-    def finished(self, split_sha256: str) -> dict | None:
-        """The record, if this run is done: on the same split, and its weights are saved if they are asked for."""
+    def finished(self, split_sha256: str, data_sha256: str | None = None) -> dict | None:
+        """The record, if this run is done: on the same split and data, and its weights are saved if they are asked
+        for."""
         record = read_record(self.folder / "result.json")
         checkpoint = self.settings.checkpoint
-        if record is None or record["split_sha256"] != split_sha256:
+        if record is None or (record["split_sha256"], record.get("data_sha256")) != (split_sha256, data_sha256):
             return None
-        no_weights = checkpoint is None or self.settings.eval_only or record["trainable_weights"] == 0
+        nothing_changed = record["trainable_weights"] == 0 == record["changed_weights"]
+        no_weights = checkpoint is None or self.settings.eval_only or nothing_changed
         saved = no_weights or checkpoint_metadata(checkpoint).get("run_id") == self.settings.run_id
         return record if saved else None
 
@@ -471,17 +274,28 @@ class Run:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def record(self, result: dict, curve: list[dict], timing: list[dict], split: str | None = None) -> dict:
-        """Writes the split, if images were drawn, and the curves, then the result, then the table of all results.
-        Returns the whole record."""
+    def record(
+        self,
+        result: dict,
+        curve: list[dict],
+        timing: list[dict],
+        split: str | None = None,
+        search: Sequence[dict] = (),
+    ) -> dict:
+        """Writes the split, if images were drawn, the curves and the search, then the result, then the table of all
+        results. Returns the whole record.
+
+        `result` may have other values of the method's settings than the run's: those that a search chose.
+        """
         settings = self.settings
         own = settings.test_dataset == "folder"
         record = {
             **{name: getattr(settings, name) for name in IDENTITY},
             **settings.hyperparameters,
             **result,
+            "draw": _draw(settings),
             "prompts": "own" if settings.template else settings.prompts,
-            "root_path": str(Path(settings.root_path).expanduser().resolve()) if own else None,
+            "root_path": _as_text(Path(settings.root_path).expanduser().resolve()) if own else None,
             "run_id": settings.run_id,
             "git_commit": git_commit(),
             "torch_version": torch.__version__,
@@ -497,21 +311,37 @@ class Run:
             columns = [name for name in CURVE if any(name in row for row in curve)]
             write_atomically(self.folder / "curve.csv", pd.DataFrame(curve, columns=columns).to_csv(index=False))
             write_atomically(self.folder / "timing.csv", pd.DataFrame(timing).to_csv(index=False))
+        if search:
+            table = pd.DataFrame(search).astype({"iterations": "Int64"})  # whole, or missing
+            write_atomically(self.folder / "search.csv", table.to_csv(index=False))
         write_atomically(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
         rebuild_table(self.results)
         return record
+
+
+def _draw(settings: Settings) -> str:
+    """How the training images were chosen; of an evaluation, those of its weights."""
+    split = settings.split
+    if settings.eval_only:
+        split = json.loads(checkpoint_metadata(settings.checkpoint)["settings"])["split"]
+    return "recorded" if split else settings.draw
+
+
+def _as_text(path: Path) -> str:
+    """A path that a UTF-8 file can hold: names on disk may be no valid text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 CURVE = ("iteration", "loss", "train_accuracy", "test_accuracy", "lr")
 # Columns of results.csv in order. Hyperparameters that are not named here follow lr, density_ratio and t.
 FIRST = (
     "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss iterations "
-    "stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights checkpoint_bytes "
-    "lr density_ratio t".split()
+    "stopped_early train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights changed_weights "
+    "optimizer_bytes checkpoint_bytes lr density_ratio t".split()
 )
 LAST = (
-    "encoder position precision draw classes prompts template test_dataset root_path eval_only split_sha256 "
-    "weights_sha256 git_commit torch_version device finished_at".split()
+    "encoder position precision draw classes prompts template test_dataset root_path eval_only tuned_on split_sha256 "
+    "data_sha256 weights_sha256 git_commit torch_version device finished_at".split()
 )
 
 
@@ -547,7 +377,7 @@ def checkpoint_metadata(checkpoint: Path) -> dict[str, str]:
 
 def _config(settings: Settings) -> dict:
     """Settings as a config file that repeats the run; of two alternatives only the one in force."""
-    left_out = {"n_iters" if settings.total_iters else "total_iters", "force"}
+    left_out = {"n_iters" if settings.total_iters else "total_iters", "epochs", "force"}
     return {name: value for name, value in asdict(settings).items() if name not in left_out}
 
 
@@ -583,6 +413,15 @@ def git_commit() -> str:
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def reset_peak_memory(device: str) -> None:
+    """Lets the peak begin anew for a run in a process that has done others. Where the system does not allow it, as on
+    macOS, a CPU's peak is that of the process so far."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is in use now
 
 
 def peak_memory_mb(device: torch.device) -> float:

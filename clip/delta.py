@@ -57,22 +57,7 @@ def apply_delta(model: CLIP, path: Path, base_sha256: str) -> dict[str, str]:
     `base_sha256` is `weights_sha256` of the model as it is. Raises WeightsError, the model untouched, if the
     delta belongs to other weights or is damaged.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
-    except FileNotFoundError:
-        raise WeightsError(f"there is no file {path}; save one with --save_path") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path} is no readable delta ({error}); save it again") from error
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path} is not a delta of this program (format {metadata.get('format')})")
-    base = metadata.get("base_sha256", "")
-    if base != base_sha256:
-        raise WeightsError(
-            f"{path} belongs to other base weights (SHA-256 {base[:12]}..., not {base_sha256[:12]}...); load the "
-            "backbone it was made from"
-        )
+    tensors, metadata = read_adapted(path, FORMAT, base_sha256)
     weights = model.state_dict()
     names = sorted({name.rpartition(".")[0] for name in tensors})
     for name in names:  # all of them, before the first weight changes
@@ -82,6 +67,30 @@ def apply_delta(model: CLIP, path: Path, base_sha256: str) -> dict[str, str]:
         indices = tensors[f"{name}.indices"].long().to(model.device)
         weights[name].view(-1)[indices] = tensors[f"{name}.values"].to(model.device)
     return metadata
+
+
+def read_adapted(path: Path, expected_format: str, base_sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file that was made on base weights, a delta or another of this program.
+
+    Raises WeightsError if it is missing, unreadable, of another format or made on other base weights.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
+    except FileNotFoundError:
+        raise WeightsError(f"there is no file {path}; save one with --save_path") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path} is no readable file of adapted weights ({error}); save it again") from error
+    if metadata.get("format") != expected_format:
+        raise WeightsError(f"{path} is not a {expected_format} of this program (format {metadata.get('format')})")
+    base = metadata.get("base_sha256", "")
+    if base != base_sha256:
+        raise WeightsError(
+            f"{path} belongs to other base weights (SHA-256 {base[:12]}..., not {base_sha256[:12]}...); load the "
+            "backbone it was made from"
+        )
+    return tensors, metadata
 
 
 def _fits(indices: Tensor | None, values: Tensor | None, weight: Tensor | None) -> bool:

@@ -1,5 +1,6 @@
-"""OpenAI's nine models: their addresses, and a download that resumes and is verified."""
+"""OpenAI's nine models: their addresses, and a download that resumes and is verified (of datasets too)."""
 
+import errno
 import hashlib
 import http.client
 import urllib.error
@@ -33,64 +34,101 @@ def fetch_model(name: str, folder: str | Path | None = None) -> Path:
     return fetch(f"{PREFIX}/{sha256}/{file}", Path(folder or CACHE).expanduser() / file, sha256)
 
 
-def fetch(url: str, target: Path, sha256: str) -> Path:
-    """`target`, whose content has this SHA-256; downloaded from `url` unless it is there already.
+def fetch(url: str, target: Path, checksum: str | None, error: type[Exception] = WeightsError) -> Path:
+    """`target`, whose content has this checksum; downloaded from `url` unless it is there already.
 
-    A download grows in `target`.part, goes on where an earlier one stopped, and gets its real name only when
-    it is whole and its checksum right; so `target`, if it exists, is never half a file. Processes that want
-    the same file wait for the first of them. Raises WeightsError with the remedy.
+    `checksum` is an MD5 (32 hexadecimal digits) or a SHA-256 (64), or None where none is known: then only the
+    announced length is checked. A download grows in `target`.part, goes on where an earlier one stopped, and
+    gets its real name only when it is whole and its checksum right; so `target`, if it exists, is never half a
+    file. Processes that want the same file wait for the first of them. Raises `error` with the remedy.
     """
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.exists():  # nobody brought it while this process waited
-                _download_verified(url, target, sha256)
-    elif file_sha256(target) != sha256:
-        raise WeightsError(f"{target} is damaged or not the original (SHA-256 differs); delete it and run again")
+                _download_verified(url, target, checksum, error)
+    elif not has_checksum(target, checksum):
+        raise error(f"{target} is damaged or not the original ({algorithm(checksum)} differs); delete it and run again")
     return target
 
 
-def _download_verified(url: str, target: Path, sha256: str) -> None:
+def _download_verified(url: str, target: Path, checksum: str | None, error: type[Exception]) -> None:
     part = target.with_name(target.name + ".part")
     try:
         _download(url, part)
-    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise WeightsError(
-            f"could not download {url} ({error}); run again to go on with {part}, or get the file elsewhere "
+    except _WebPageError:
+        raise error(
+            f"{url} sent a web page instead of the file (a login, a quota or an error page); open it in a browser "
+            f"and put the file that it offers at {target}, or run again later"
+        ) from None
+    except (OSError, http.client.HTTPException) as reason:  # URLError is an OSError
+        if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise error(f"no space left for {part}; free space there and run again to go on with it") from reason
+        raise error(
+            f"could not download {url} ({reason}); run again to go on with {part}, or get the file elsewhere "
             f"and put it at {target}"
-        ) from error
-    if file_sha256(part) != sha256:
+        ) from reason
+    if not has_checksum(part, checksum):
         part.unlink()
-        raise WeightsError(f"the download of {url} arrived damaged (SHA-256 differs); run again")
+        raise error(f"the download of {url} arrived damaged ({algorithm(checksum)} differs); run again")
     part.replace(target)
+
+
+class _WebPageError(Exception):
+    """The server sent HTML where a file was asked for."""
 
 
 def _download(url: str, part: Path) -> None:
     """Appends to `part` what it lacks. A server that ignores the Range header makes it start over."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    headers = {"User-Agent": "few-shot-clip"}  # some hosts refuse the name that Python's own client gives
+    if have:
+        headers["Range"] = f"bytes={have}-"
     try:
-        response = urllib.request.urlopen(request, timeout=60)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # nothing is left to send; the checksum decides whether it is right
             return
         raise
     with response:
         resumed = response.status == 206
+        chunk = response.read(CHUNK)
+        if not resumed and is_web_page(chunk):
+            raise _WebPageError
         length = response.headers.get("Content-Length")
         total = int(length) + have * resumed if length else None
         bar = tqdm(desc=part.stem, total=total, initial=have * resumed, unit="B", unit_scale=True)
         with bar, open(part, "ab" if resumed else "wb") as file:
-            while chunk := response.read(CHUNK):
+            while chunk:
                 file.write(chunk)
                 bar.update(len(chunk))
+                chunk = response.read(CHUNK)
             if total is not None and file.tell() < total:
                 raise OSError(f"the connection closed after {file.tell()} of {total} bytes")
 
 
+def is_web_page(start: bytes) -> bool:
+    """Whether a file that starts with these bytes is HTML."""
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
+
+
+def has_checksum(path: Path, checksum: str | None) -> bool:
+    """Whether a file has this MD5 or SHA-256 (None: no checksum is known, any file will do)."""
+    return checksum is None or _file_digest(path, algorithm(checksum)) == checksum
+
+
+def algorithm(checksum: str) -> str:
+    """The algorithm of a hexadecimal checksum, told by its length."""
+    return {32: "MD5", 64: "SHA-256"}[len(checksum)]
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
+    return _file_digest(path, "SHA-256")
+
+
+def _file_digest(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm.replace("-", ""), usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)

@@ -71,11 +71,13 @@ class PackedPrompts:
     Only attention needs the prompts apart: it pads their rests to the longest, [B, S], and drops the padding again.
     """
 
-    def __init__(self, tokens: Tensor):
-        """`tokens` [B, context]: int64 ids as `clip.tokenize` makes them, one prompt or more."""
+    def __init__(self, tokens: Tensor, share_prefix: bool = True):
+        """`tokens` [B, context]: int64 ids as `clip.tokenize` makes them, one prompt or more. Without `share_prefix`
+        each prompt has a beginning of its own: where dropout makes them differ."""
         lengths = tokens.argmax(dim=1) + 1  # [B], end-of-text included
         shared = (tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()
-        self.prefix = int(min(shared, lengths.min() - 1))  # every prompt keeps its end-of-text token
+        # Every prompt keeps its end-of-text token.
+        self.prefix = int(min(shared, lengths.min() - 1)) if share_prefix else 0
         rests = lengths - self.prefix
         self.shape = len(tokens), int(rests.max())  # B, S
         columns = torch.arange(self.shape[1], device=tokens.device)
@@ -110,10 +112,13 @@ class PackedPrompts:
         return torch.cat([shared, self._pad(x, heads)], dim=2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        rests = _attention(self._pad(q, heads), self._prefixed(k, heads), self._prefixed(v, heads), self.causal)
+        rests = _join_heads(rests).flatten(0, 1)[self.slots]
+        if self.prefix == 0:
+            return rests
         shared = (_split_heads(x[None, : self.prefix], heads) for x in (q, k, v))
         first = _join_heads(_attention(*shared, is_causal=True))[0]  # [prefix, D]
-        rests = _attention(self._pad(q, heads), self._prefixed(k, heads), self._prefixed(v, heads), self.causal)
-        return torch.cat([first, _join_heads(rests).flatten(0, 1)[self.slots]])
+        return torch.cat([first, rests])
 
     def used(self, x: Tensor) -> Tensor:
         return x[self.ends]

@@ -5,7 +5,6 @@ Example: `build("dtd", "/data", shots=4, seed=1)`. The loaders of batches are in
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,18 +14,18 @@ from datasets.digits import DigitsTask, split_digits
 from datasets.fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
 from datasets.folder import TEMPLATES as FOLDER_TEMPLATES
 from datasets.folder import FolderTask, read_folder
-from datasets.images import batches_per_epoch, default_workers, read_image, test_loader, training_loader
-from datasets.recorded import import_coop, replay, to_json
-from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, locate
-from datasets.splits import (
-    ImageNetListing,
-    Split,
-    list_imagenet,
-    list_imagenet_variant,
-    read_fgvc_split,
-    read_json_split,
+from datasets.images import (
+    augmented_loader,
+    batches_per_epoch,
+    default_workers,
+    read_image,
+    test_loader,
+    training_loader,
 )
-from datasets.task import DatasetError, Item, Task, check_images_exist
+from datasets.recorded import import_coop, replay, to_json
+from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
+from datasets.splits import ImageNetListing, Split, list_imagenet, read_split
+from datasets.task import DatasetError, Item, Task, check_images_exist, note, printable
 
 __all__ = [
     "CLASSES",
@@ -34,12 +33,15 @@ __all__ = [
     "DatasetError",
     "Item",
     "Task",
+    "augmented_loader",
     "available_datasets",
     "batches_per_epoch",
     "build",
     "check_images_exist",
     "default_workers",
     "is_test_only",
+    "note",
+    "printable",
     "read_image",
     "test_loader",
     "to_json",
@@ -121,11 +123,8 @@ def _read(name: str, root: Path) -> tuple[Split, Path | None]:
     if name == "folder":
         return read_folder(root)
     found = locate(name, root)
-    if found.split is not None:
-        parts = read_json_split(found.split)
-    else:
-        parts = list_imagenet_variant(found.images) if is_test_only(name) else read_fgvc_split(found.folder)
-    _note_departure(name, found, parts)
+    parts = read_split(name, found)
+    _note_departure(name, found, parts.class_names, (len(parts.train), len(parts.val), len(parts.test)))
     return parts, found.images
 
 
@@ -142,9 +141,15 @@ def _choose(
         task = import_coop(task, path, pool())
     if classes != "all":
         task = base_or_new(task, classes)
+        if len(task.class_names) < 2 or not task.test:
+            found = f"{len(task.class_names)} classes and {len(task.test)} test images"
+            raise DatasetError(f"--classes {classes}: this half of {task.name} has {found}; use --classes all")
     if path and not from_coop:
         task = replay(task, path)
     if path:
+        tested = {item.path for item in task.test} & {item.path for item in (*task.train, *task.val)}
+        if tested:
+            raise DatasetError(f"--split {path} trains on images of the test part, {min(tested)} for one")
         most = max(Counter(item.label for item in task.train).values(), default=0)
         if most != shots:
             raise DatasetError(f"--split {path} has up to {most} training images per class; give --shots {most}")
@@ -155,8 +160,11 @@ def _choose(
 
 def _list_imagenet(root: Path, shots: int | None) -> tuple[ImageNetListing, Path]:
     """ImageNet has no split file: train and val come from its train folder, test is its val folder."""
-    image_root = locate("imagenet", root).images
+    found = locate("imagenet", root)
+    image_root = found.images
     listing = list_imagenet(image_root, with_train=shots is not None)
+    n_train = sum(map(len, listing.train)) if shots else SPECS["imagenet"].sizes[0]
+    _note_departure("imagenet", found, listing.class_names, (n_train, 0, len(listing.test)))
     needed = shots + val_shots(shots) if shots else 0
     for wnid, names in zip(listing.wnids, listing.train):
         if len(names) < needed:
@@ -181,18 +189,13 @@ def _draw_imagenet(
     )
 
 
-def _note_departure(name: str, found: Found, split: Split) -> None:
-    """Say on stderr that a split is not the published one: that may be meant, but figures don't compare."""
-    spec = SPECS[name]
-    here = (len(split.class_names), len(split.train), len(split.val), len(split.test))
-    published = (spec.classes, *spec.sizes)
-    if here != published:
-        print(
-            f"note: {name} in {found.split or found.folder} has {here[0]} classes and "
-            f"{here[1]}/{here[2]}/{here[3]} train/val/test images, the published split {published[0]} and "
-            f"{published[1]}/{published[2]}/{published[3]}; results do not compare with published ones",
-            file=sys.stderr,
-        )
+def _note_departure(name: str, found: Found, class_names: Sequence[str], sizes: tuple[int, int, int]) -> None:
+    """Say on stderr what the user may not expect: there are two copies, or the split is not the published one."""
+    if found.copies:
+        note(f"{name} is read from {found.folder}; {found.copies[0]} is another copy")
+    unlike = departure(name, class_names, sizes)
+    if unlike:
+        note(f"{name} in {found.split or found.folder} has {unlike}")
 
 
 def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:
@@ -201,8 +204,7 @@ def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:
     label, fewest = min(counts.items(), key=lambda pair: pair[1], default=(0, shots))
     if fewest < shots:
         rule = "some are drawn twice or more" if order == "released" else "these classes have fewer"
-        print(
-            f"note: {sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
-            f"images ({split.class_names[label]} has {fewest}); as in the published code {rule}",
-            file=sys.stderr,
+        note(
+            f"{sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
+            f"images ({split.class_names[label]} has {fewest}); as in the published code {rule}"
         )

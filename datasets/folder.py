@@ -1,52 +1,50 @@
 """One's own data: a folder of class folders, with or without train, val and test parts, or a manifest.
 
-    pets/cat/1.jpg, pets/dog/7.png, ...                 split here, always in the same way
+    pets/cat/1.jpg, pets/dog/7.png, ...                  divided here, always in the same way
     pets/train/cat/1.jpg, ..., pets/test/dog/7.png, ...  val may be missing
-    pets/manifest.csv or pets/manifest.json             what `read_manifest` takes; its paths start at pets/
+    pets/manifest.csv or pets/manifest.json              what `read_manifest` takes; its paths start at pets/
 
 Class names are the folders' names, or come from `classnames.txt` beside them.
 """
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import os
-import random
-import sys
+import re
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
-from datasets.splits import Split, check_path, parse_json, parse_json_split, read_text
-from datasets.task import DatasetError, Item, Task, read_upright_image
+from datasets.manifest import PARTS, check_names, divide, likewise, read_manifest
+from datasets.splits import Split, read_text
+from datasets.task import DatasetError, Item, Task, note, read_upright_image
 
 TEMPLATES = ("a photo of a {}.",)
 
-_PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
-_COLUMNS = ("path", "label", "class_name", "part")
 _MANIFESTS = ("manifest.csv", "manifest.json")
+# Beside hidden files, what macOS and Synology put beside one's own: names like those of the images, thumbnails in them.
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
 
 
 class FolderTask(Task):
     """A Task with one's own images: turned upright as their EXIF data say, transparent ones laid on white."""
 
     parts_to_record = ("train", "val", "test")
+    if_missing = "put it there, or correct the manifest or --split that lists it"
 
     def read(self, item: Item) -> Image.Image:
         """Return the RGB picture of `item`; raise DatasetError if its file is missing or damaged."""
         return read_upright_image(self.image_root / item.path)
+
+    @property
+    def data_sha256(self) -> str:
+        """SHA-256 of the class names and of the files' fingerprint: one's own data change under the same name."""
+        names = json.dumps(self.class_names)
+        return hashlib.sha256(f"{names}\n{self.fingerprint((*self.train, *self.val, *self.test))}".encode()).hexdigest()
 
 
 def read_folder(root: Path) -> tuple[Split, Path]:
@@ -56,7 +54,7 @@ def read_folder(root: Path) -> tuple[Split, Path]:
     val may be empty. Raises DatasetError, with the file or folder and the remedy, for anything else.
     """
     if root.is_file():
-        return read_manifest(root), root.parent
+        return _note_untested(read_manifest(root), root), root.parent
     if not root.is_dir():
         raise DatasetError(
             f"--root_path {root} does not exist; for --dataset folder it names the folder of your images"
@@ -65,69 +63,43 @@ def read_folder(root: Path) -> tuple[Split, Path]:
     if len(manifests) == 2:
         raise DatasetError(f"{root} has a {_MANIFESTS[0]} and a {_MANIFESTS[1]}; remove one of them")
     if manifests:
-        return read_manifest(manifests[0]), root
+        return _note_untested(read_manifest(manifests[0]), root), root
     folders = _subfolders(root)
-    parts = {name: _PARTS[name.lower()] for name in folders if name.lower() in _PARTS}
-    if "train" in parts.values() and len(parts) > 1:
-        return _read_parts(root, parts, set(folders) - parts.keys()), root
-    return _read_class_folders(root, folders), root
-
-
-# --- folders
+    parts = {name: PARTS[name.lower()] for name in folders if name.lower() in PARTS}
+    others = [name for name in folders if name not in parts]
+    # One folder named like a part, with images in it and beside other classes, is a class: trains, for one.
+    if others and (len(parts) > 1 or any(_subfolders(root / name) for name in parts)):
+        raise DatasetError(
+            f"{root} holds what looks like parts ({', '.join(parts)}) and other folders beside them ({others[0]}); "
+            "move these elsewhere, or say in a manifest.csv what belongs where"
+        )
+    split = _read_parts(root, parts) if parts and not others else _read_class_folders(root, folders)
+    return _note_untested(split, root), root
 
 
 def _read_class_folders(root: Path, folders: list[str]) -> Split:
-    images = {folder: _images_below(root, folder) for folder in folders}
+    listing = _Listing(root)
+    images = listing.class_folders(folders)
+    listing.note()
     _check_classes(root, images)
     names = _class_names(root, folders)
-    parts: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
-    _note_division(root)
-    for label, (folder, paths) in enumerate(images.items()):
-        if len(paths) < 2:
-            raise DatasetError(
-                f"{root / folder} holds one image; each class needs at least two, one to train and one to test"
-            )
-        for part, chosen in zip(parts, split_paths(paths, folder)):
-            part += [Item(path, label) for path in chosen]
-    return Split(names, *map(tuple, parts))
+    return Split(names, *divide(images, str(root)))
 
 
-def split_paths(paths: list[str], name: str) -> tuple[list[str], list[str], list[str]]:
-    """Divide the images of class `name` into 50 % train, 20 % val and 30 % test, at least one of train and test.
-
-    The proportions are those of CoOp's splits. The division depends on the paths and the class's name alone: not on
-    the run's seed, and not on other classes, which may be added later.
-    """
-    seed = name.encode("utf-8", "surrogateescape")
-    shuffled = random.Random(seed).sample(sorted(paths), len(paths))
-    test, val = max(1, round(0.3 * len(paths))), round(0.2 * len(paths))
-    return shuffled[test + val :], shuffled[test : test + val], shuffled[:test]
-
-
-def _note_division(source: Path) -> None:
-    print(
-        f"note: {source} names no train, val and test parts; its images are divided 50/20/30 % per class, always "
-        "in the same way, and the run's split.json lists them",
-        file=sys.stderr,
-    )
-
-
-def _read_parts(root: Path, parts: dict[str, str], others: set[str]) -> Split:
-    if others:
-        raise DatasetError(
-            f"{root} holds the parts {', '.join(parts)} and other folders beside them ({min(others)}); move these "
-            "elsewhere, or say in a manifest.csv what belongs where"
-        )
+def _read_parts(root: Path, parts: dict[str, str]) -> Split:
     twice = [part for part, count in Counter(parts.values()).items() if count > 1]
     if twice:
         same = [name for name, part in parts.items() if part == twice[0]]
         raise DatasetError(f"{root} holds the folders {' and '.join(same)}, which mean the same part; keep one")
-    listed = {
-        part: {folder: _images_below(root, f"{name}/{folder}") for folder in _subfolders(root / name)}
-        for name, part in parts.items()
-    }
-    if "test" not in listed:
-        raise DatasetError(f"{root} has train and val but no test folder; rename val to test if it is to be tested on")
+    for part in ("train", "test"):
+        if part not in parts.values():
+            raise DatasetError(
+                f"{root} has {' and '.join(parts)} but no {part} folder; add it, or move the class folders into {root} "
+                "itself to have them divided"
+            )
+    listing = _Listing(root)
+    listed = {part: listing.class_folders(_subfolders(root / name), f"{name}/") for name, part in parts.items()}
+    listing.note()
     train_folder = root / next(name for name, part in parts.items() if part == "train")
     _check_classes(train_folder, listed["train"])
     labels = {folder: label for label, folder in enumerate(listed["train"])}
@@ -143,7 +115,7 @@ def _read_parts(root: Path, parts: dict[str, str], others: set[str]) -> Split:
         for part, folders in listed.items()
     }
     if not items["test"]:
-        raise DatasetError(f"{root}: the test folder holds no images")
+        raise DatasetError(f"{root}: the test folder holds no images in class folders")
     return Split(_class_names(root, list(labels)), items["train"], items.get("val", ()), items["test"])
 
 
@@ -152,9 +124,23 @@ def _check_classes(root: Path, images: dict[str, list[str]]) -> None:
     if len(images) < 2:
         found = f"one folder ({next(iter(images))})" if images else "no class folders"
         raise DatasetError(f"{root} holds {found}; it needs one folder of images for each of two or more classes")
-    for folder, paths in images.items():
-        if not paths:
-            raise DatasetError(f"class folder {root / folder} holds no images; fill or remove it")
+    empty = [str(root / folder) for folder, paths in images.items() if not paths]
+    if empty:
+        raise DatasetError(f"class folder {empty[0]} holds no images{likewise(empty)}; fill or remove it")
+
+
+def _note_untested(split: Split, source: Path) -> Split:
+    """The same split; said on stderr if it has classes that nothing is tested on."""
+    untested = sorted(set(range(len(split.class_names))) - {item.label for item in split.test})
+    if untested:
+        note(
+            f"{source} has no test images of {len(untested)} classes, {split.class_names[untested[0]]} for one; the "
+            "accuracy is over the others' images"
+        )
+    return split
+
+
+# --- class names
 
 
 def _class_names(root: Path, folders: list[str]) -> tuple[str, ...]:
@@ -163,14 +149,19 @@ def _class_names(root: Path, folders: list[str]) -> tuple[str, ...]:
     if not file.is_file():
         return check_names(folders, f"the class folders in {root}")
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    named = dict(pair for pair in (_folder_and_name(line, folders) for line in lines) if pair)
-    if named.keys() == set(folders) and len(lines) == len(folders):
-        return check_names([named[folder] for folder in folders], str(file))
+    named = [pair for pair in (_folder_and_name(line, folders) for line in lines) if pair]
+    if dict(named).keys() == set(folders) and len(lines) == len(folders):
+        names = dict(named)
+        return check_names([names[folder] for folder in folders], str(file))
+    remedy = "write one line for each, `folder name`"
+    if named:  # some lines of this kind: as names alone the others would go to wrong folders
+        wrong = next((line for line in lines if not _folder_and_name(line, folders)), "a folder is named twice")
+        raise DatasetError(f"{file} names {len(dict(named))} of the {len(folders)} class folders ({wrong}); {remedy}")
     if len(lines) != len(folders):
-        raise DatasetError(
-            f"{file} has {len(lines)} lines for {len(folders)} class folders; write one line for each, `folder name`, "
-            "or the names alone in the order of the sorted folders"
-        )
+        remedy += ", or the names alone in the order of the sorted folders"
+        raise DatasetError(f"{file} has {len(lines)} lines for {len(folders)} class folders; {remedy}")
+    if folders != sorted(folders, key=_as_people_sort):
+        raise DatasetError(f"{file} has names alone, but folders like these can be sorted in several ways; {remedy}")
     return check_names(lines, str(file))
 
 
@@ -183,19 +174,10 @@ def _folder_and_name(line: str, folders: list[str]) -> tuple[str, str] | None:
     return folder, line[len(folder) :].strip()
 
 
-def check_names(names: list[str], where: str) -> tuple[str, ...]:
-    """The class names, if a text encoder can tell them apart; DatasetError says `where` they come from."""
-    seen: dict[str, str] = {}
-    for name in names:
-        prompt = " ".join(name.replace("_", " ").lower().split())
-        if not prompt or not name.isprintable():
-            raise DatasetError(f"{where}: {name!r} cannot be read as a class name; give it another in classnames.txt")
-        if prompt in seen:
-            raise DatasetError(
-                f"{where}: the classes {seen[prompt]!r} and {name!r} read the same in a prompt; merge or rename them"
-            )
-        seen[prompt] = name
-    return tuple(names)
+def _as_people_sort(name: str) -> list[tuple[int, str]]:
+    """Sort key that ignores letter case and puts 2 before 10, as file managers do."""
+    pieces = re.split(r"([0-9]+)", name.casefold())
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
 
 
 # --- listings
@@ -203,48 +185,25 @@ def check_names(names: list[str], where: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _endings() -> tuple[str, ...]:
-    """The file name endings of all formats that the installed Pillow reads."""
-    return tuple(ending for ending, format_ in Image.registered_extensions().items() if format_ in Image.OPEN)
+    """The file name endings of all formats that the installed Pillow reads; not PostScript, which is a program."""
+    formats = Image.OPEN.keys() - {"EPS"}
+    return tuple(ending for ending, format_ in Image.registered_extensions().items() if format_ in formats)
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _subfolders(root: Path) -> list[str]:
     """Sorted names of the folders in `root`; hidden ones are left out, symbolic links are followed."""
-    return sorted(entry.name for entry in _scan(root) if not _is_hidden(entry.name) and entry.is_dir())
-
-
-def _images_below(root: Path, folder: str) -> list[str]:
-    """Sorted paths, relative to `root`, of the images in `folder` and its subfolders, judged by their names.
-
-    Files with other endings are counted on stderr. Symbolic links are followed, each folder once on a way down.
-    """
-    images, others = [], []
-    pending = [(folder, frozenset([os.path.realpath(root / folder)]))]
-    while pending:
-        inner, above = pending.pop()
-        for entry in _scan(root / inner):
-            path = f"{inner}/{entry.name}"
-            if _is_hidden(entry.name):
-                continue
-            if entry.name.lower().endswith(_endings()):
-                images.append(path)
-            elif entry.is_dir():
-                real = os.path.realpath(entry.path)
-                if real in above:
-                    raise DatasetError(f"{root / path} links to a folder that it lies in; remove the link")
-                pending.append((path, above | {real}))
-            else:
-                others.append(path)
-    if others:
-        print(
-            f"note: {len(others)} files in {root / folder} are no images by their names and are left out, "
-            f"{min(others)} for one",
-            file=sys.stderr,
-        )
-    return sorted(images)
+    return sorted(entry.name for entry in _scan(root) if not _is_hidden(entry.name) and _is_folder(entry))
 
 
 def _scan(folder: Path) -> list[os.DirEntry]:
@@ -255,154 +214,52 @@ def _scan(folder: Path) -> list[os.DirEntry]:
         raise DatasetError(f"folder {folder} cannot be listed ({error.strerror}); change its permissions") from error
 
 
-# --- manifests
+class _Listing:
+    """The images below `root`, judged by their names: each file may be there once. What is left out is counted."""
 
+    def __init__(self, root: Path):
+        self.root = root
+        self.paths: dict[str, str] = {}  # of each file, links followed -> as it was found
+        self.others: list[str] = []
 
-def read_manifest(path: Path) -> Split:
-    """Read a manifest: a table with one image a row, as CSV with a header line or as a JSON list of objects.
+    def class_folders(self, folders: list[str], part: str = "") -> dict[str, list[str]]:
+        """The images in each class folder of the root or, with a slash at its end, of a part's folder."""
+        names = [entry.name for entry in _scan(self.root / part)]
+        self.others += [f"{part}{n}" for n in names if n.lower().endswith(_endings()) and n not in folders]
+        return {folder: self._images(f"{part}{folder}") for folder in folders}
 
-    Columns: `path` (relative to the manifest's folder, with forward slashes); `class_name`, or `label` (whole numbers
-    from 0), or both; `part` (train, val or test). Labels without class names take them from `classnames.txt` beside
-    the manifest, class names without labels are numbered in sorted order. Without a column `part` the images are split
-    as folders are. A JSON object in the format of CoOp's split files is taken as well. Raises DatasetError with file
-    and row.
-    """
-    if path.suffix.lower() == ".json":
-        content = parse_json(path)
-        if isinstance(content, dict):
-            return parse_json_split(content, path)
-        rows = content
-    elif path.suffix.lower() == ".csv":
-        rows = _read_csv(path)
-    else:
-        raise DatasetError(f"{path} is neither a folder nor a manifest; a manifest's name ends in .csv or .json")
-    if not isinstance(rows, list) or not rows:
-        raise DatasetError(f"manifest {path} lists no images")
-    rows = [_check_row(row, f"manifest {path}, row {number}") for number, row in enumerate(rows, start=1)]
-    for column in ("label", "class_name", "part"):
-        lacking = [number for number, row in enumerate(rows, start=1) if row[column] is None]
-        if lacking and len(lacking) < len(rows):
-            raise DatasetError(f"manifest {path}, row {lacking[0]}: no {column}, but other rows have one")
-    return _split_rows(rows, path)
+    def _images(self, folder: str) -> list[str]:
+        """Sorted paths, relative to `root`, of the images in `folder` and its subfolders, links followed."""
+        images = []
+        pending = [(folder, os.path.realpath(self.root / folder), frozenset([os.path.realpath(self.root)]))]
+        while pending:
+            inner, real, above = pending.pop()
+            if real in above:
+                raise DatasetError(f"{self.root / inner} links to a folder that it lies in; remove the link")
+            for entry in _scan(self.root / inner):
+                path = f"{inner}/{entry.name}"
+                if _is_hidden(entry.name):
+                    continue
+                target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                if _is_folder(entry):
+                    pending.append((path, target, above | {real}))
+                elif entry.name.lower().endswith(_endings()):
+                    images.append(path)
+                    self._check_new(path, target)
+                else:
+                    self.others.append(path)
+        return sorted(images)
 
+    def _check_new(self, path: str, target: str) -> None:
+        before = self.paths.setdefault(target, path)
+        if before != path:  # else it might be trained on and tested on
+            first, second = sorted((before, path))
+            raise DatasetError(f"{self.root / first} and {self.root / second} are the same file; remove the link")
 
-def _read_csv(path: Path) -> list[dict]:
-    text = read_text(path).removeprefix("\ufeff")
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    try:
-        rows = list(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        raise DatasetError(f"manifest {path} is no valid CSV ({error})") from error
-    names = [name.strip().lower().replace(" ", "_") for name in rows[0]] if rows else []
-    names = ["class_name" if name in ("classname", "class") else name for name in names]
-    unknown = [name for name in names if name not in _COLUMNS]
-    if unknown or "path" not in names or len(set(names)) < len(names):
-        raise DatasetError(
-            f"manifest {path}: the first line must name the columns, out of {', '.join(_COLUMNS)}, and path must be "
-            f"there; it is {header.strip()[:80]!r}"
-        )
-    filled = [(number, row) for number, row in enumerate(rows[1:], start=1) if row]
-    for number, row in filled:
-        if len(row) != len(names):
-            raise DatasetError(f"manifest {path}, row {number} has {len(row)} fields instead of {len(names)}")
-    return [dict(zip(names, row)) for _, row in filled]
-
-
-def _check_row(row: object, where: str) -> dict:
-    """One row with all of the columns, None where it has nothing, a label as a number."""
-    if not isinstance(row, dict) or not row.keys() <= set(_COLUMNS):
-        raise DatasetError(f"{where}: expected the fields {', '.join(_COLUMNS)}, found {json.dumps(row)[:80]}")
-    row = {name: None if row.get(name) == "" else row.get(name) for name in _COLUMNS}
-    if not isinstance(row["path"], str):
-        raise DatasetError(f"{where}: no path")
-    if "\\" in row["path"]:
-        raise DatasetError(f"{where}: {row['path']!r} has backslashes; write forward slashes")
-    check_path(row["path"], where)
-    if row["label"] is not None:
-        try:
-            label = int(str(row["label"]))  # through text, so that true and 1.5 are no labels
-        except ValueError:
-            label = -1
-        if label < 0:
-            raise DatasetError(
-                f"{where}: label {row['label']!r} is no whole number from 0; a name belongs into the column class_name"
+    def note(self) -> None:
+        """Say on stderr what was left out."""
+        if self.others:
+            note(
+                f"{len(self.others)} files in {self.root} are left out, no images by their names or not in a class "
+                f"folder; {min(self.others)} for one"
             )
-        row["label"] = label
-    elif not isinstance(row["class_name"], str):
-        raise DatasetError(f"{where}: neither label nor class_name")
-    if row["part"] is not None:
-        part = _PARTS.get(str(row["part"]).strip().lower())
-        if part is None:
-            raise DatasetError(f"{where}: part {row['part']!r} is none of train, val, test")
-        row["part"] = part
-    return row
-
-
-def _split_rows(rows: list[dict], path: Path) -> Split:
-    names = _names_of_labels(rows, path)
-    seen: set[str] = set()
-    for number, row in enumerate(rows, start=1):
-        if row["path"] in seen:  # in two parts it would be trained on and tested on
-            raise DatasetError(f"manifest {path}, row {number}: {row['path']!r} is listed before; list it once")
-        seen.add(row["path"])
-    if rows[0]["part"] is None:
-        parts: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
-        paths_of: list[list[str]] = [[] for _ in names]
-        _note_division(path)
-        for row in rows:
-            paths_of[row["label"]].append(row["path"])
-        for label, (name, paths) in enumerate(zip(names, paths_of)):
-            if len(paths) < 2:
-                raise DatasetError(
-                    f"manifest {path}: class {name!r} has one image; each needs two, to train and to test"
-                )
-            for part, chosen in zip(parts.values(), split_paths(paths, name)):
-                part += [Item(image, label) for image in chosen]
-        return Split(names, *map(tuple, parts.values()))
-    items = {
-        part: tuple(Item(row["path"], row["label"]) for row in rows if row["part"] == part)
-        for part in ("train", "val", "test")
-    }
-    untrained = set(range(len(names))) - {item.label for item in items["train"]}
-    if untrained:
-        raise DatasetError(f"manifest {path}: class {names[min(untrained)]!r} has no image in train")
-    if not items["test"]:
-        raise DatasetError(f"manifest {path} has no image in test; some rows need the part test")
-    return Split(names, items["train"], items["val"], items["test"])
-
-
-def _names_of_labels(rows: list[dict], path: Path) -> tuple[str, ...]:
-    """The class names in label order; rows without labels get them."""
-    if rows[0]["label"] is None:
-        names = sorted({row["class_name"] for row in rows})
-        labels = {name: label for label, name in enumerate(names)}
-        for row in rows:
-            row["label"] = labels[row["class_name"]]
-    else:
-        used: dict[int, str | None] = {}
-        for number, row in enumerate(rows, start=1):
-            if used.setdefault(row["label"], row["class_name"]) != row["class_name"]:
-                raise DatasetError(
-                    f"manifest {path}, row {number}: label {row['label']} is called {row['class_name']!r} here and "
-                    f"{used[row['label']]!r} before"
-                )
-        missing = set(range(len(used))) - used.keys()
-        if missing:
-            raise DatasetError(f"manifest {path}: labels must count up from 0 without gaps, {min(missing)} is missing")
-        names = [used[label] for label in range(len(used))]
-        if rows[0]["class_name"] is None:
-            names = _names_beside(path, len(used))
-    if len(names) < 2:
-        raise DatasetError(f"manifest {path} has one class ({names[0]!r}); it needs two or more")
-    return check_names(names, f"manifest {path}")
-
-
-def _names_beside(path: Path, classes: int) -> list[str]:
-    file = path.with_name("classnames.txt")
-    if not file.is_file():
-        raise DatasetError(f"manifest {path} has labels but no class names; add the column class_name, or {file}")
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if len(lines) != classes:
-        raise DatasetError(f"{file} has {len(lines)} lines for the {classes} labels of {path}; write one for each")
-    return lines

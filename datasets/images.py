@@ -3,6 +3,7 @@
 Training batch i is a pure function of (items, seed, i). Which images it holds follows from a shuffle seeded
 by (seed, epoch), and how image p of the train list is augmented in an epoch from (seed, epoch, p) alone. So
 neither the number of workers, nor a resumed run, nor other random draws of the program change the batches.
+Epochs of training are 0, 1, ...; passes over augmented images for other purposes are -1, -2, ...
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from datasets.task import DatasetError, Item, Task, read_image
 
 # read_image is defined beside Task, which needs it too.
-__all__ = ["batches_per_epoch", "default_workers", "read_image", "test_loader", "training_loader"]
+__all__ = ["augmented_loader", "batches_per_epoch", "default_workers", "read_image", "test_loader", "training_loader"]
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -68,6 +69,26 @@ def training_loader(
     data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
     batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start)
     return _loader(data, workers, pin_memory, batch_sampler=batches)
+
+
+def augmented_loader(
+    task: Task,
+    transform: Transform,
+    batch_size: int,
+    passes: int,
+    seed: int,
+    workers: int,
+    cache_mb: int = 2048,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of all training images in order, `passes` times over, augmented anew in each pass.
+
+    Image p of pass i is item number i * len(task.train) + p; batches may span two passes. No augmentation is that
+    of a training epoch with the same seed. Images, transform and errors are as in `training_loader`.
+    """
+    data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
+    keys = [(-1 - i, position) for i in range(passes) for position in range(len(task.train))]
+    return _loader(data, workers, pin_memory, batch_size=batch_size, sampler=keys)
 
 
 def test_loader(

@@ -17,8 +17,11 @@ from datasets.splits import check_path, parse_json
 from datasets.task import DatasetError, Item, Task
 
 
-def to_json(task: Task) -> str:
-    """The text of a `split.json`: what `replay` needs to draw the same images of `task`, one row a line."""
+def to_json(task: Task) -> str | None:
+    """The text of a `split.json`: what `replay` needs to draw the same images of `task`, one row a line. None where
+    nothing was drawn."""
+    if not any(getattr(task, part) for part in task.parts_to_record):
+        return None
     head = {"dataset": task.name, "class_names": task.class_names, "split_sha256": task.split_sha256}
     fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
     for part in task.parts_to_record:
@@ -33,7 +36,7 @@ def replay(task: Task, path: Path) -> Task:
     Raises DatasetError if it belongs to another data set or other classes, if it was changed, or if the parts that it
     does not list are not those of the run that wrote it.
     """
-    content = parse_json(path)
+    content = parse_json(path, "--split takes the split.json of a run, or a .pkl file of CoOp")
     if not isinstance(content, dict) or not {"dataset", "class_names", "split_sha256"} <= content.keys():
         raise DatasetError(f"--split {path} is no split.json of a run of this program")
     if content["dataset"] != task.name:
@@ -90,10 +93,10 @@ def import_coop(task: Task, path: Path, labels: Mapping[str, int]) -> Task:
     try:
         with open(path, "rb") as file:
             content = _DatumUnpickler(file).load()
-        rows = [(part, d._impath, d._label) for part in ("train", "val") for d in content.get(part, [])]
-        parts: dict[str, list[Item]] = {"train": [], "val": []}
-        for part, impath, label in rows:
-            parts[part].append(Item(_known_end(impath, labels), label))
+        parts = {
+            part: tuple(Item(_known_end(d._impath, labels), d._label) for d in content.get(part, []))
+            for part in ("train", "val")
+        }
     except OSError as error:
         raise DatasetError(f"--split {path} cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -101,11 +104,11 @@ def import_coop(task: Task, path: Path, labels: Mapping[str, int]) -> Task:
         raise DatasetError(f"--split {path} is none of CoOp's few-shot files ({reason})") from error
     for items in parts.values():
         for item in items:
-            if labels.get(item.path) != item.label:
+            if type(item.label) is not int or labels.get(item.path) != item.label:
                 raise DatasetError(
                     f"--split {path}: {item.path} with label {item.label} is not to be drawn in {task.name}"
                 )
-    return dataclasses.replace(task, train=tuple(parts["train"]), val=tuple(parts["val"]))
+    return dataclasses.replace(task, **parts)
 
 
 def _known_end(impath: str, labels: Mapping[str, int]) -> str:

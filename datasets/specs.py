@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,20 +31,21 @@ class Spec:
 
     `split_file` is CoOp's split (None: the dataset brings its own). `templates` are the dataset-specific
     prompts. `classes` and `sizes` (images in train, val and test before any draw) are those of the published
-    split; `names_sha256` is the SHA-256 of its class names in label order, joined by newlines.
+    split, ImageNet's those of its folders; `names_sha256` is the SHA-256 of the class names in label order, joined
+    by newlines.
     """
 
     layouts: tuple[Layout, ...]
     split_file: str | None
     templates: tuple[str, ...]
     classes: int
-    sizes: tuple[int, int, int] | None
+    sizes: tuple[int, int, int]
     names_sha256: str
 
     @property
     def is_test_only(self) -> bool:
         """Whether there is nothing to train with: the variants of ImageNet that test its models."""
-        return self.sizes is not None and self.sizes[0] == 0
+        return self.sizes[0] == 0
 
 
 def _layouts(images: str, *folders: str) -> tuple[Layout, ...]:
@@ -64,7 +66,7 @@ SPECS = {
             "a photo of the small {}.",
         ),
         classes=1000,
-        sizes=None,
+        sizes=(1281167, 0, 50000),
         names_sha256="571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60",
     ),
     "sun397": Spec(
@@ -191,55 +193,86 @@ SPECS = {
 
 @dataclass(frozen=True)
 class Found:
-    """Where a dataset was found. `split` is None for a dataset that brings its own split."""
+    """Where a dataset was found. `split` is None for a dataset that brings its own split.
 
-    folder: Path
-    images: Path
-    split: Path | None
+    `copies` are the folders of other, complete copies, which are not used. `problems` says what is missing, with the
+    remedy; its place is then None, which never is the case in what `locate` returns.
+    """
+
+    folder: Path | None = None
+    images: Path | None = None
+    split: Path | None = None
+    copies: tuple[Path, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 def locate(name: str, root: Path) -> Found:
-    """Find dataset `name` below `root`; raise DatasetError with what was looked for if it is not there.
+    """Find dataset `name` below `root`; raise DatasetError with what was looked for if it is not there."""
+    found = search(name, root)
+    if found.problems:
+        raise DatasetError(found.problems[0])
+    return found
+
+
+def search(name: str, root: Path) -> Found:
+    """Find what there is of dataset `name` below `root`.
 
     The first layout that has both the image folder and the split file wins. If none has both, the split file
     may lie in any of the candidate folders, and the first image folder is taken.
     """
-    spec = SPECS[name]
-    folders = _existing_folders(name, root)
-    complete, images_only = [], []
-    for layout in spec.layouts:
-        folder, images = root / layout.folder, root / layout.folder / layout.images
-        if not (images / layout.holds).is_dir():
-            continue
-        split = folder / spec.split_file if spec.split_file else None
-        has_split = split is None or split.is_file()
-        (complete if has_split else images_only).append(Found(folder, images, split))
-    others = [found for found in complete[1:] if not found.images.samefile(complete[0].images)]
-    if others:  # different copies, as in dtd and DTD on a disk that tells letter cases apart
-        print(f"note: {name} is read from {complete[0].folder}; {others[0].folder} is another copy", file=sys.stderr)
-    if complete:
-        return complete[0]
-    if not images_only:
-        tried = [root / layout.folder / layout.images / layout.holds for layout in spec.layouts]
-        raise DatasetError(f"{name}: image folder not found; looked for {_listed(tried)}; unpack the images there")
-    for folder in folders:
-        if (folder / spec.split_file).is_file():
-            return Found(images_only[0].folder, images_only[0].images, folder / spec.split_file)
-    raise DatasetError(
-        f"{name}: split file {spec.split_file} not found in {_listed(folders)}; "
-        "it is one of the split files published with CoOp, DATASETS.md says where to get it"
-    )
-
-
-def _existing_folders(name: str, root: Path) -> list[Path]:
-    """The dataset folders that exist below `root`, in the order of the layouts."""
     if not root.is_dir():
-        raise DatasetError(f"data folder {root} does not exist; --root_path names the folder that holds the datasets")
-    names = list(dict.fromkeys(layout.folder for layout in SPECS[name].layouts))
+        problem = f"data folder {root} does not exist; --root_path names the folder that holds the datasets"
+        return Found(problems=(problem,))
+    spec = SPECS[name]
+    names = list(dict.fromkeys(layout.folder for layout in spec.layouts))
     folders = [root / folder for folder in names if (root / folder).is_dir()]
     if not folders:
-        raise DatasetError(f"{name}: no dataset folder in {root}; looked for {_listed(names)} (see DATASETS.md)")
-    return folders
+        problem = f"{name}: no dataset folder in {root}; looked for {_listed(names)} (see DATASETS.md)"
+        return Found(problems=(problem,))
+
+    problems = []
+    places = [(root / layout.folder, root / layout.folder / layout.images, layout.holds) for layout in spec.layouts]
+    existing = [(folder, images) for folder, images, holds in places if (images / holds).is_dir()]
+    if not existing:
+        tried = [images / holds for _, images, holds in places]
+        problems.append(f"{name}: image folder not found; looked for {_listed(tried)}; unpack the images there")
+    splits = []
+    if spec.split_file:
+        splits = [folder / spec.split_file for folder in folders if (folder / spec.split_file).is_file()]
+        if not splits:
+            problems.append(
+                f"{name}: split file {spec.split_file} not found in {_listed(folders)}; "
+                "it is one of the split files published with CoOp, DATASETS.md says where to get it"
+            )
+    complete = [place for place in existing if not spec.split_file or place[0] / spec.split_file in splits]
+    folder, images = (complete or existing or [(folders[0], None)])[0]
+    split = folder / spec.split_file if complete and spec.split_file else next(iter(splits), None)
+    # Different copies, as in dtd and DTD on a disk that tells letter cases apart.
+    copies = tuple(other for other, inside in complete[1:] if not inside.samefile(images))
+    return Found(folder, images, split, copies, tuple(problems))
+
+
+def names_sha256(class_names: Sequence[str]) -> str:
+    """SHA-256 of class names in label order, joined by newlines."""
+    return hashlib.sha256("\n".join(class_names).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def departure(name: str, class_names: Sequence[str], sizes: tuple[int, int, int]) -> str | None:
+    """How a split with these classes and numbers of train, val and test images differs from the published one, if it
+    does."""
+    spec, classes = SPECS[name], len(class_names)
+    if (classes, sizes) == (spec.classes, spec.sizes):
+        if names_sha256(class_names) == spec.names_sha256:
+            return None
+        return (
+            f"class names, or an order of them, that are not the published ones, the first is {class_names[0]!r}; "
+            "results do not compare with published ones"
+        )
+    here, published = ("/".join(map(str, three)) for three in (sizes, spec.sizes))
+    return (
+        f"{classes} classes and {here} train/val/test images, the published split {spec.classes} and {published}; "
+        "results do not compare with published ones"
+    )
 
 
 def _listed(things: list) -> str:

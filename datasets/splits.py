@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 
-from datasets.task import DatasetError, Item
+from datasets.specs import SPECS, Found
+from datasets.task import DatasetError, Item, enumerated
 
 # The extensions that torchvision's ImageFolder takes for images; the published draws were made from its
 # listing.
-_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,27 @@ class ImageNetListing:
         return {f"train/{wnid}/{name}": label for label, (wnid, names) in classes for name in names}
 
 
+def read_split(name: str, found: Found) -> Split:
+    """The parts of a published dataset; not of imagenet, which has no val part: both draws come from train."""
+    if found.split is not None:
+        return read_json_split(found.split)
+    if not SPECS[name].is_test_only:
+        return read_fgvc_split(found.folder)
+    split, classes = list_imagenet_variant(found.images), SPECS[name].classes
+    if len(split.class_names) != classes:  # among fewer classes the right one is easier to find
+        raise DatasetError(
+            f"{found.images} holds {len(split.class_names)} class folders instead of {classes}; unpack it again"
+        )
+    return split
+
+
 def read_json_split(path: Path) -> Split:
     """Read a split in CoOp's format: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
 
     Raises DatasetError if the file is not JSON or departs from that: paths must stay inside the image folder,
     the labels must count up from 0, and each must have one name and at least one training image.
     """
-    return parse_json_split(parse_json(path), path)
-
-
-def parse_json(path: Path) -> object:
-    """The content of a JSON file; DatasetError if it is none."""
-    try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise DatasetError(
-            f"split file {path} is not JSON ({where}); download it again and look into it, some servers send a web "
-            "page instead"
-        ) from error
-
-
-def parse_json_split(content: object, path: Path) -> Split:
-    """What `read_json_split` reads, from the parsed content of `path`."""
+    content = parse_json(path, "download it again")
     if not isinstance(content, dict):
         raise DatasetError(f"split file {path} is not a JSON object with the parts train, val and test")
     names: dict[int, str] = {}
@@ -78,7 +77,18 @@ def parse_json_split(content: object, path: Path) -> Split:
             f"split file {path}: train must have the labels 0 to {len(names) - 1} without gaps, "
             f"label {wrong} breaks this; get the published file"
         )
+    _check_apart(f"split file {path}", train, val, test)
     return Split(tuple(names[label] for label in range(len(names))), train, val, test)
+
+
+def _check_apart(where: str, *parts: tuple[Item, ...]) -> None:
+    """Refuse parts that share images, which would be trained on and tested on."""
+    paths = [{item.path for item in part} for part in parts]
+    shared = (paths[0] & paths[1]) | (paths[0] & paths[2]) | (paths[1] & paths[2])
+    if shared:
+        raise DatasetError(
+            f"{where} lists {min(shared)!r} in two parts ({len(shared)} images in all); get the published file"
+        )
 
 
 def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> tuple[Item, ...]:
@@ -100,24 +110,38 @@ def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> t
     return tuple(items)
 
 
+def parse_json(path: Path, remedy: str) -> object:
+    """The content of a JSON file; DatasetError with the remedy if it is none."""
+    text = read_text(path)
+    if text.lstrip().startswith("<"):
+        raise DatasetError(f"file {path} is a web page, as servers send under a quota, and not JSON; {remedy}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DatasetError(f"file {path} is not JSON ({where}); {remedy}") from error
+
+
 def check_path(path: str, where: str) -> None:
     """Refuse a path that leaves the folder it starts from; `where` says in which file it stands."""
     # A Windows path knows all dangerous forms: it splits at both slashes and sees drives as well as roots.
     parsed = PureWindowsPath(path)
-    if not parsed.parts or parsed.anchor or ".." in parsed.parts:
+    is_name = "\0" not in path and not any("\ud800" <= c < "\udc80" for c in path)  # JSON can write what no name can be
+    if not parsed.parts or parsed.anchor or ".." in parsed.parts or not is_name:
         raise DatasetError(f"{where}: {path!r} is not a relative path inside the image folder")
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file; whatever keeps it from being read becomes a DatasetError."""
+    """The UTF-8 text of a file, without the mark that some editors put before it; whatever keeps it from being read
+    becomes a DatasetError."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DatasetError(f"file {path} does not exist; see DATASETS.md for what belongs there") from error
     except OSError as error:
         raise DatasetError(f"file {path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise DatasetError(f"file {path} is not UTF-8 text; download it again") from error
+        raise DatasetError(f"file {path} is not UTF-8 text; save it as UTF-8, or get it again") from error
 
 
 def read_fgvc_split(folder: Path) -> Split:
@@ -126,6 +150,10 @@ def read_fgvc_split(folder: Path) -> Split:
     A label is the rank of its line in variants.txt. The other files have one line per image: its id, a blank,
     and the variant's name, which may hold blanks itself. Raises DatasetError with file and line.
     """
+    files = ["variants.txt", *(f"images_variant_{part}.txt" for part in ("train", "val", "test"))]
+    lacking = [file for file in files if not (folder / file).is_file()]
+    if lacking:
+        raise DatasetError(f"{folder} lacks {', '.join(lacking)}; copy them from data/ of the dataset's archive")
     names = tuple(line.strip() for line in read_text(folder / "variants.txt").splitlines() if line.strip())
     labels = {name: label for label, name in enumerate(names)}
     parts = []
@@ -148,6 +176,7 @@ def read_fgvc_split(folder: Path) -> Split:
     if missing:
         path, name = folder / "images_variant_train.txt", names[min(missing)]
         raise DatasetError(f"file {path} has no image of {name!r}; unpack it again")
+    _check_apart(f"{folder}/images_variant_*.txt", *parts)
     return Split(names, *parts)
 
 
@@ -164,17 +193,22 @@ def list_imagenet(image_root: Path, with_train: bool = True) -> ImageNetListing:
     Raises DatasetError if the folders are not exactly the 1000 classes or val is still one flat folder.
     """
     wnids, names = imagenet_classes()
-    for part in ("train", "val") if with_train else ("val",):
-        _check_class_folders(image_root / part, wnids)
-    train = tuple(_list_images(image_root / "train" / wnid) for wnid in wnids) if with_train else ()
+    train = list_imagenet_part(image_root / "train") if with_train else ()
+    val = list_imagenet_part(image_root / "val")
     test = tuple(
-        Item(f"val/{wnid}/{name}", label)
-        for label, wnid in enumerate(wnids)
-        for name in _list_images(image_root / "val" / wnid)
+        Item(f"val/{wnid}/{name}", label) for label, (wnid, listed) in enumerate(zip(wnids, val)) for name in listed
     )
-    if not test:
-        raise DatasetError(f"the class folders in {image_root / 'val'} are empty; unpack the archive again")
     return ImageNetListing(wnids, names, train, test)
+
+
+def list_imagenet_part(folder: Path) -> tuple[tuple[str, ...], ...]:
+    """The image names of each class in `folder`, ImageNet's train or val; DatasetError as for `list_imagenet`."""
+    wnids, _ = imagenet_classes()
+    _check_class_folders(folder, wnids)
+    listed = tuple(_list_images(folder / wnid) for wnid in wnids)
+    if not any(listed):
+        raise DatasetError(f"the class folders in {folder} are empty; unpack the archive again")
+    return listed
 
 
 def list_imagenet_variant(image_root: Path) -> Split:
@@ -207,7 +241,7 @@ def list_imagenet_variant(image_root: Path) -> Split:
 def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
     folders, images = [], 0
     for entry in _scan(folder):
-        if entry.name.lower().endswith(_IMAGE_EXTENSIONS):
+        if entry.name.lower().endswith(IMAGE_EXTENSIONS):
             images += 1
         elif not entry.name.startswith(".") and entry.is_dir():
             folders.append(entry.name)
@@ -219,7 +253,8 @@ def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
         )
     missing, unknown = set(wnids) - set(folders), set(folders) - set(wnids)
     if missing or unknown:
-        example = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not one of them"
+        wrong = sorted(missing or unknown)
+        example = f"{'missing' if missing else 'not among them'}: {enumerated(wrong)}"
         raise DatasetError(
             f"{folder} holds {len(folders)} class folders instead of ImageNet's {len(wnids)} ({example}); "
             "unpack it again"
@@ -228,7 +263,7 @@ def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
 
 def _list_images(folder: Path) -> tuple[str, ...]:
     """Sorted names of the images in a folder, judged by name alone: a stat per file would take minutes."""
-    return tuple(sorted(e.name for e in _scan(folder) if e.name.lower().endswith(_IMAGE_EXTENSIONS)))
+    return tuple(sorted(e.name for e in _scan(folder) if e.name.lower().endswith(IMAGE_EXTENSIONS)))
 
 
 def _scan(folder: Path) -> list[os.DirEntry]:

@@ -5,17 +5,28 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import sys
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 class DatasetError(Exception):
     """A mistake in the data that the user can mend: its message, one line, names the file and the remedy."""
+
+
+def printable(text: str) -> str:
+    """The text on one line that every terminal can show: file names may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def note(text: str) -> None:
+    """Say on stderr, on one line, what a user may want to know and need not mend."""
+    print(f"note: {printable(text)}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Task:
 
     # The parts that split.json lists. The test part of a published dataset needs no list: it is never drawn.
     parts_to_record = ("train", "val")
+    if_missing = "is the dataset unpacked completely?"
 
     def read(self, item: Item) -> Image.Image:
         """Return the RGB picture of `item`; raise DatasetError if its file is missing or damaged."""
@@ -64,48 +76,79 @@ class Task:
                 digest.update(line.encode("utf-8", "surrogateescape"))  # a file name may be no valid text
         return digest.hexdigest()
 
+    @property
+    def data_sha256(self) -> str | None:
+        """SHA-256 of whatever else of the data a result follows from. None for a published dataset, which its name
+        and its split determine."""
+        return None
+
+    @property
+    def test_sha256(self) -> str:
+        """As `split_sha256`, over the test part alone."""
+        return replace(self, train=(), val=()).split_sha256
+
     def fingerprint(self, items: Sequence[Item]) -> str:
-        """SHA-256 of paths, labels, sizes and times of change of the images: another one if any of them changes.
+        """SHA-256 of how the images are read and of their paths, labels, sizes and times of change: another one if any
+        of them changes.
 
         Raises DatasetError if an image is missing.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(type(self).__name__.encode())
+        image_root = self.image_root.resolve()  # however it was written
         for item in items:
-            path = self.image_root / item.path
+            path = image_root / item.path
             try:
                 status = path.stat()
             except OSError as error:
-                raise DatasetError(f"image {path}: {error.strerror}; is the dataset unpacked completely?") from error
+                raise DatasetError(f"image {path}: {error.strerror}; {self.if_missing}") from error
             line = f"{item.label}\t{path}\t{status.st_size}\t{status.st_mtime_ns}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
 def check_images_exist(task: Task) -> None:
-    """Raise DatasetError, naming the first, if files of the task's images are missing.
-
-    Whole folders are listed instead of asking for each file: 50,000 images take a moment, on a network disk too.
-    """
+    """Raise DatasetError, naming the first, if files of the task's images are missing."""
     if task.image_root is None:
         return
-    folders: dict[str, set[str]] = {}
-    missing = []
-    for item in dict.fromkeys((*task.train, *task.val, *task.test)):
-        folder, _, name = item.path.rpartition("/")
-        if folder not in folders:
-            try:
-                folders[folder] = set(os.listdir(task.image_root / folder))
-            except OSError:
-                folders[folder] = set()
-        # A disk that ignores letter case lists a file under another name than it can be opened with.
-        if name not in folders[folder] and not (task.image_root / item.path).exists():
-            missing.append(item.path)
+    missing, unlisted = missing_images(task.image_root, (*task.train, *task.val, *task.test))
+    for folder, reason in unlisted.items():
+        raise DatasetError(f"folder {task.image_root / folder} cannot be listed ({reason}); change its permissions")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DatasetError(
-            f"image {task.image_root / missing[0]}{more} of {task.name} cannot be found; is the dataset unpacked "
-            "completely?"
+            f"image {task.image_root / missing[0]}{more} of {task.name} cannot be found; {task.if_missing}"
         )
+
+
+def missing_images(image_root: Path, items: Iterable[Item]) -> tuple[list[str], dict[str, str]]:
+    """The paths among `items` that lead to no file; and of their folders those that cannot be listed, with the reason.
+
+    Whole folders are listed instead of asking for each file: 50,000 images take a moment, on a network disk too.
+    """
+    listed: dict[str, set[str]] = {}
+    denied: dict[str, str] = {}
+    missing = []
+    for path in dict.fromkeys(item.path for item in items):
+        folder, _, name = path.rpartition("/")
+        if folder not in listed:
+            listed[folder] = set()
+            try:
+                listed[folder] = set(os.listdir(image_root / folder))
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as error:
+                denied[folder] = error.strerror
+        # A disk that ignores letter case lists a file under another name than it can be opened with.
+        if name not in listed[folder] and not os.path.exists(image_root / path):
+            missing.append(path)
+    folders = {path.rpartition("/")[0] for path in missing}
+    return missing, {folder: reason for folder, reason in denied.items() if folder in folders}
+
+
+def enumerated(things: Sequence[str], most: int = 10) -> str:
+    """The first things separated by commas, and the number of the others."""
+    more = len(things) - most
+    return ", ".join(things[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 # What Pillow's decoders raise on damaged files, for want of a common base class.
@@ -127,7 +170,7 @@ def read_image(path: str | Path) -> Image.Image:
     A missing, empty, truncated or unreadable file raises DatasetError with its name; no other image takes its
     place.
     """
-    return _decode(path, lambda image: image.convert("RGB"))
+    return _decode(path, lambda image: image.convert("RGB"), "unpack or download it again")
 
 
 def read_upright_image(path: str | Path) -> Image.Image:
@@ -135,33 +178,62 @@ def read_upright_image(path: str | Path) -> Image.Image:
     scaled to 8. Of animations and of files with several pages the first picture counts. Images of 32 bits a
     channel, whose range of values nothing tells, raise DatasetError.
     """
-    return _decode(path, _to_upright_rgb)
+    return _decode(path, _to_upright_rgb, "replace or remove it")
+
+
+# EXIF's orientation -> how to turn the picture back.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    image.load()  # Pillow turns a TIFF itself, and forgets its orientation then
+    # Not ImageOps.exif_transpose: it writes the other EXIF data anew, and stumbles over odd ones.
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    upright = _eight_bits(image)
+    return upright if turn is None else upright.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if has_16_bits(image):
         levels = np.asarray(image).astype(np.int64)  # convert would cut off everything above 255
         return Image.fromarray((levels // 256).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("nothing tells which of its 32-bit values is white; save it with 8 bits a channel")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if is_transparent(image):
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, coloured).convert("RGB")
     return image.convert("RGB")
 
 
-def _decode(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether a picture has 16 bits a channel; Pillow's mode I holds more, except from these formats."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether parts of a picture may be transparent."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _decode(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image], remedy: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
     except FileNotFoundError as error:
-        raise DatasetError(f"image {path} does not exist; is the dataset unpacked completely?") from error
+        raise DatasetError(f"image {path} does not exist; {remedy}") from error
     except PermissionError as error:
         raise DatasetError(f"image {path} may not be read; change its permissions") from error
     except UnidentifiedImageError as error:
-        raise DatasetError(f"image {path} is empty or no image; unpack or download it again") from error
+        raise DatasetError(f"image {path} is empty or no image; {remedy}") from error
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DatasetError(f"image {path} cannot be decoded ({reason}); replace or remove it") from error
+        raise DatasetError(f"image {path} cannot be decoded ({reason}); {remedy}") from error

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clip import CLIP, delta
+from clip.model import Block
 from utils import cosine_logits
 
 MINIMUM_LR = 1e-6
@@ -20,8 +21,11 @@ class MethodError(Exception):
 class Adaptation:
     """Parameters that are trained in place, what updates them, and the weights that changed since.
 
-    `parameters` are the model's by name; all others must be frozen. Without an optimizer nothing is trained.
+    `parameters` are the model's by name; all others must be frozen. Without an optimizer train.fit is not called.
     """
+
+    # One update per epoch, from the mean loss of all its images: batch_size is then how many are read at a time.
+    full_batch = False
 
     def __init__(
         self,
@@ -38,6 +42,19 @@ class Adaptation:
         return sum(p.numel() for p in self.parameters.values())
 
     @property
+    def shares_prefix(self) -> bool:
+        """Whether all prompts may share the activations of their common beginning while training: not if a method
+        draws something at random for every token."""
+        return True
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Size of the tensors in the optimizer's state, as it is now: nothing before the first step."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
     def trains_images(self) -> bool:
         """Whether the image tower changes; if not, image features stay what they are."""
         return any(name.startswith("visual.") for name in self.parameters)
@@ -46,6 +63,15 @@ class Adaptation:
     def trains_text(self) -> bool:
         """Whether the text tower changes; if not, text features stay what they are."""
         return any(not name.startswith("visual.") for name in self.parameters)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is anything to save."""
+        return bool(self.parameters)
+
+    def build(self) -> None:
+        """Called once before training, but not where saved weights are evaluated: for what a method computes from the
+        training images without the training loop."""
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Logits [B, C] of unit image features [B, E] and the classes' unit text features [C, E]: as CLIP's, unless a
@@ -73,9 +99,11 @@ class Adaptation:
         delta.apply_delta(self.model, path, base_sha256)
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, iterations: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """From the optimizer's learning rate down to 1e-6 along half a cosine, one step an iteration."""
-    lowest = min(MINIMUM_LR, *(group["lr"] for group in optimizer.param_groups))
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, iterations: int, lowest: float = MINIMUM_LR
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """From the optimizer's learning rate down to `lowest` along half a cosine, one step an iteration."""
+    lowest = min(lowest, *(group["lr"] for group in optimizer.param_groups))
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=lowest)
 
 
@@ -109,14 +137,20 @@ def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Pa
     They are, in the chosen blocks of the chosen towers, the attention's input projection (query, key and value
     stacked) and output projection, and the two matrices of the MLP: 96 tensors, 122,683,392 weights in ViT-B/16.
     """
+    for block in select_blocks(model, encoder, position).values():
+        for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+            linear.weight.requires_grad_(True)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def select_blocks(model: CLIP, encoder: str, position: str) -> dict[str, Block]:
+    """Freezes the model, and returns the chosen blocks of the chosen towers by name."""
     towers = {"vision": model.visual, "text": model}
     if encoder != "text" and not model.arch.is_vit:
         raise MethodError("a ResNet image encoder has no transformer blocks to adapt; use --encoder text")
     model.requires_grad_(False)
+    chosen = set()
     for name in ("text", "vision") if encoder == "both" else (encoder,):
         blocks = towers[name].transformer.resblocks
-        for index in chosen_blocks(position, len(blocks)):
-            block = blocks[index]
-            for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                linear.weight.requires_grad_(True)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+        chosen |= {blocks[index] for index in chosen_blocks(position, len(blocks))}
+    return {name: module for name, module in model.named_modules() if module in chosen}

@@ -10,7 +10,7 @@ from optimizers import SO, attach
 from .adaptation import TRAINING, Adaptation, cosine_schedule, select_matrices
 
 HYPERPARAMETERS = (*TRAINING, "density_ratio", "t", "prune_first", "sampled_gradients", "encoder", "position")
-DEFAULTS: dict = {}  # those in run_utils.Settings are SO's
+DEFAULTS: dict = {}  # those in configs/settings.py are SO's
 
 
 def prepare(model: CLIP, task: Task, settings) -> Adaptation:

@@ -163,7 +163,7 @@ class SO(Optimizer):
         super().add_param_group(param_group)
         self.is_drawn = False
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
@@ -342,7 +342,8 @@ def entries(tensor: Tensor, indices: Tensor) -> Tensor:
     return view[index]
 
 
-def _check_group(group: dict) -> None:
+def check_group(group: dict) -> None:
+    """ValueError if an option of a parameter group is out of range."""
     betas, T = group["betas"], group["T"]
     checks = {
         "lr": (group["lr"] >= 0, "at least 0"),

@@ -1,6 +1,7 @@
-"""SO, the sparse optimizer, and weight gradients at its support alone."""
+"""SO, the sparse optimizer, weight gradients at its support alone, and SO's ablations."""
 
+from .ablations import SOAblation
 from .sampled_gradients import attach
 from .SparseOptimizer import SO
 
-__all__ = ["SO", "attach"]
+__all__ = ["SO", "SOAblation", "attach"]

@@ -1,57 +1,85 @@
-"""How the quick start's settings were chosen: accuracy on the digits' val part, with seeds that are not reported.
+"""How the settings for the digits are chosen: accuracy on their val part, with seeds that are not reported.
 
-    python scripts/tune_digits.py
+    python scripts/tune_digits.py                                          # every method in GRIDS
+    python scripts/tune_digits.py --methods adam --search lr=1e-4,3e-4     # one of them, another grid
+    python scripts/tune_digits.py --methods so --shots 16 --min_area 0.4   # other flags are those of main.py
 
 The few-shot training images are drawn as in any run; what is evaluated is the whole val part of the fixed split (359
-images). The test part is not touched. Prints one line for each combination of the grid.
+images). The test part is not touched. Of each grid the values with the best mean over shots and seeds are chosen, the
+first of equals, and printed as rows for configs/digits.yaml.
 """
 
+import argparse
 import dataclasses
-import itertools
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main as entry  # isort: skip (before torch: it sets how torch's threads wait)
 
 import clip
 import datasets
 import run_utils
 import train
-from clip.preprocess import train_transform
 from datasets.digits import split_digits
-from methods import METHODS
 
-SEEDS = (11, 12)
-GRID = {
-    "shots": (1, 4, 16),
-    "total_iters": (200, 600),
-    "density_ratio": (0.001, 0.01, 0.05),
-    "lr": (3e-4, 1e-3, 3e-3),
-    "min_area": (0.6,),
+GRIDS = {  # a line a method: what --search takes
+    "so": ["total_iters=200,600", "density_ratio=0.001,0.01,0.05", "lr=3e-4,1e-3,3e-3"],
+    "adam": ["total_iters=200,600", "lr=1e-5,3e-5,1e-4,3e-4,1e-3"],
 }
 
 
-def val_accuracy(settings: run_utils.Settings) -> tuple[float, int]:
-    """Accuracy in per cent on the val part after training with these settings, and the iterations it took."""
+def trials(settings: run_utils.Settings) -> list[dict]:
+    """A row for each candidate of the search: its values, and its accuracy in per cent on the whole val part."""
     run_utils.make_reproducible(settings.seed)
     task = datasets.build("digits", None, settings.shots, settings.seed, settings.prompts)
-    task = dataclasses.replace(task, test=split_digits().val)
-    model, preprocess = clip.load("tiny", settings.device)
-    evaluator = train.Evaluator(model, task, preprocess, settings, clip.weights_sha256(model))
-    adaptation = METHODS["so"].prepare(model, task, settings)
-    augment = train_transform(model.arch.resolution, settings.min_area, settings.flip)
-    loader = datasets.training_loader(
-        task, augment, settings.batch_size, settings.iterations, settings.seed, settings.workers
-    )
-    fit = train.fit(model, task, adaptation, loader, settings, evaluator)
-    return evaluator.adapted(adaptation), fit.iterations
+    task = dataclasses.replace(task, val=split_digits().val, test=())
+    model, preprocess = clip.load(settings.backbone, settings.device)
+    return train.search(model, task, preprocess, settings, clip.weights_sha256(model))[1]
 
 
-def main() -> None:
-    for values in itertools.product(*GRID.values()):
-        flags = [word for name, value in zip(GRID, values) for word in (f"--{name}", str(value))]
-        results = [val_accuracy(run_utils.parse(["--seed", str(seed), *flags])) for seed in SEEDS]
-        print(" ".join(flags), "  val accuracy", *(f"{accuracy:.2f} ({steps} it)" for accuracy, steps in results))
+def tune(method: str, grid: Sequence[str], shots: Sequence[int], seeds: Sequence[int], flags: Sequence[str]) -> str:
+    """Prints the accuracies of all of the grid and returns the rows for configs/digits.yaml."""
+    accuracies = defaultdict(list)  # by values: of each number of shots the mean over seeds
+    names = [word.partition("=")[0] for word in grid]
+    for number in shots:
+        of_seeds = defaultdict(list)
+        for seed in seeds:
+            words = ["--method", method, "--shots", str(number), "--seed", str(seed), *flags]
+            for row in trials(run_utils.parse([*words, *(f"--search={word}" for word in grid)])):
+                accuracy = row["val_accuracy"]  # none if the training diverged, which rules the values out
+                of_seeds[tuple(row[name] for name in names)].append(0.0 if accuracy is None else accuracy)
+        for values, found in of_seeds.items():
+            accuracies[values].append(sum(found) / len(found))
+    for values, means in accuracies.items():
+        pairs = " ".join(f"{name}={value}" for name, value in zip(names, values))
+        print(f"{method} {pairs}: val accuracy", *(f"{mean:.2f} % at {number}" for number, mean in zip(shots, means)))
+    best = max(accuracies, key=lambda values: sum(accuracies[values]))
+    comment = ", ".join(f"{mean:.2f} % at {number} shots" for number, mean in zip(shots, accuracies[best]))
+    rows = [f"  {method}:  # val: {comment}", *(f"    {name}: {value}" for name, value in zip(names, best))]
+    return "\n".join([*rows, "    tuned_on: val"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=list(GRIDS))
+    parser.add_argument("--search", action="append", metavar="NAME=VALUE,VALUE,...", help="instead of GRIDS")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12])
+    options, flags = parser.parse_known_args(argv)
+    if not options.search and not GRIDS.keys() >= set(options.methods):
+        parser.error(f"GRIDS has {', '.join(GRIDS)}; give a grid for others with --search")
+    try:
+        rows = [
+            tune(name, options.search or GRIDS[name], options.shots, options.seeds, flags) for name in options.methods
+        ]
+    except entry.MISTAKES as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("methods:", *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from download_server import data_root, run_download, world  # noqa: F401, fixtures of test_download*.py
 
 import main as entry
 

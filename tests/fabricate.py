@@ -108,6 +108,9 @@ _PATHS = {
     "ucf101": "Kind_{c}/v_Kind{c}_g01_c{i:02d}.jpg",
 }
 
+# One class of UCF101 has a folder that is not spelt like its files.
+_ODD_CLASS = {"ucf101": (1, "Handstand_Pushups", "Handstand_Pushups/v_HandStandPushups_g01_c{i:02d}.jpg")}
+
 # In these two splits the classes do not first appear in label order.
 _UNORDERED = ("oxford_flowers", "stanford_cars")
 
@@ -116,6 +119,9 @@ IMAGENET_CLASSES = 1000
 
 def class_name(name: str, label: int) -> str:
     """The class name that a fabricated dataset (other than imagenet) gives to `label`."""
+    odd, odd_name, _ = _ODD_CLASS.get(name, (None, "", ""))
+    if label == odd:
+        return odd_name
     return f"Type-{label}/A {label}" if name == "fgvc" else f"kind_{label}"
 
 
@@ -159,7 +165,8 @@ def _write_json(name: str, split_folder: Path, image_root: Path, classes: int, p
                 if name == "stanford_cars":
                     path = f"cars_{'test' if part == 'test' else 'train'}/{number:05d}.jpg"
                 else:
-                    path = _PATHS[name].format(c=label, i=number)
+                    odd, _, odd_path = _ODD_CLASS.get(name, (None, "", ""))
+                    path = (odd_path if label == odd else _PATHS[name]).format(c=label, i=number)
                 _save(picture(label, number), image_root / path)
                 parts[part].append([path, label, class_name(name, label)])
     split_folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +183,14 @@ def fabricate_variant(root: Path, image_root: str, folders: Sequence[str], per_c
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(buffer.getvalue())
     return Path(root) / image_root
+
+
+def fabricate_own(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 6) -> Path:
+    """Write one's own data: `per_class` small pictures 0.png, 1.png, ... in a folder for each class; return `root`."""
+    for label, name in enumerate(classes):
+        for number in range(per_class):
+            _save(picture(label, number, size=(12, 12)), Path(root) / name / f"{number}.png")
+    return Path(root)
 
 
 def _write_fgvc(folder: Path, image_root: Path, classes: int, per_class: int) -> None:

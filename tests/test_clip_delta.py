@@ -168,11 +168,11 @@ def test_files_that_are_no_deltas(base, delta, tmp_path):
     content = delta.read_bytes()
     for length in (0, 5, 100, len(content) // 2, len(content) - 1):
         delta.write_bytes(content[:length])
-        assert "no readable delta" in refusal(base, delta, sha256)
+        assert "no readable file" in refusal(base, delta, sha256)
     foreign = tmp_path / "foreign.safetensors"
     for metadata in (None, {"format": "pt"}):
         save_file({"ln_final.bias.indices": torch.zeros(1, dtype=torch.int32)}, foreign, metadata)
-        assert "not a delta" in refusal(base, foreign, sha256)
+        assert "not a clip-sparse-delta" in refusal(base, foreign, sha256)
     save_file({}, foreign, {"format": FORMAT})
     assert "other base" in refusal(base, foreign, sha256)
 

@@ -205,6 +205,31 @@ def test_a_damaged_target(server, target, part):
     assert_complete(target)
 
 
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html>\n<html>", b"\xef\xbb\xbf <HTML lang=en>"])
+def test_a_web_page_instead_of_the_file(server, target, part, page):
+    """It is told, and what has come before is kept."""
+    server.content = page
+    message = error_of(server.url, target)
+    assert "sent a web page" in message and "in a browser" in message and str(target) in message
+    assert set(os.listdir(target.parent)) <= {"model.pt.lock"}
+    part.write_bytes(CONTENT[:1000])
+    server.ranges = False
+    error_of(server.url, target)
+    assert part.read_bytes() == CONTENT[:1000]
+
+
+@pytest.mark.parametrize("checksum", [hashlib.md5(CONTENT).hexdigest(), None])
+def test_other_checksums_and_errors(server, target, checksum):
+    fetch(server.url, target, checksum, KeyError)
+    assert_complete(target)
+    fetch(server.url, target, checksum, KeyError)
+    assert server.requests == [None]
+    if checksum:
+        target.write_bytes(b"damaged")
+        with pytest.raises(KeyError, match="MD5 differs"):
+            fetch(server.url, target, checksum, KeyError)
+
+
 def test_many_at_once_make_one_download(server, target):
     server.delay = 0.2
     start, results = threading.Barrier(4), []

@@ -77,6 +77,9 @@ def test_a_good_split_passes(tmp_path):
         ({"test": [["c/2.jpg", 2, "c"]]}, "label 2"),
         ({"train": [["a/1.jpg", 0, "a"], ["b/1.jpg", 2, "b"]], "test": [["b/2.jpg", 2, "b"]]}, "label"),
         ({"train": [["a/1.jpg", -1, "a"]], "val": [["a/2.jpg", -1, "a"]]}, "label"),
+        ({"test": [["b/2.jpg", 1, "b"], ["a/1.jpg", 0, "a"]]}, "'a/1.jpg' in two parts"),
+        ({"val": [["b/1.jpg", 1, "b"]]}, "'b/1.jpg' in two parts"),
+        ({"val": [["b/2.jpg", 1, "b"]]}, "'b/2.jpg' in two parts"),
     ],
 )
 def test_a_malformed_split_is_refused_with_file_and_row(change, complaint, tmp_path):
@@ -106,6 +109,7 @@ def test_a_file_that_is_no_split_is_refused_by_name(content, tmp_path):
         ("images_variant_test.txt", "0000001\n", "line 1"),
         ("images_variant_test.txt", "../secret Type-0/A 0\n", "line 1"),
         ("images_variant_train.txt", "0000001 Type-0/A 0\n", "images_variant_train.txt"),
+        ("images_variant_test.txt", "0000001 Type-0/A 0\n", "'0000001.jpg' in two parts"),
     ],
 )
 def test_malformed_fgvc_files_are_refused_by_name(file, content, complaint, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import random
 from collections import Counter
@@ -10,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fabricate import FOLDERS, SPLIT_FILES, class_name, error_of_build, fabricate, part_sizes
+from fabricate import (
+    FOLDERS,
+    SPLIT_FILES,
+    VARIANTS,
+    class_name,
+    error_of_build,
+    fabricate,
+    fabricate_variant,
+    part_sizes,
+)
 from sklearn.datasets import load_digits
 
 import datasets
@@ -20,7 +30,6 @@ from datasets.splits import imagenet_classes
 from datasets.task import DatasetError, Item, Task
 
 SMALL = tuple(name for name in FOLDERS if name != "imagenet")
-VARIANTS = ("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
 
 # --- names and layouts
@@ -118,12 +127,88 @@ def test_build_needs_no_image_to_exist(tmp_path):
         task.read(task.train[0])
 
 
+def test_other_class_names_than_the_published_are_noted(tmp_path, monkeypatch, capsys):
+    fabricate("dtd", tmp_path)
+    names = "\n".join(class_name("dtd", label) for label in range(3))
+    same = dataclasses.replace(
+        SPECS["dtd"], classes=3, sizes=(12, 6, 6), names_sha256=hashlib.sha256(names.encode()).hexdigest()
+    )
+    monkeypatch.setitem(SPECS, "dtd", same)
+    datasets.build("dtd", tmp_path, shots=1, seed=1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(SPECS, "dtd", dataclasses.replace(same, names_sha256="0" * 64))
+    datasets.build("dtd", tmp_path, shots=1, seed=1)
+    assert "not the published ones, the first is 'kind_0'" in capsys.readouterr().err
+
+
+def test_imagenet_is_tested_on_without_its_training_folder(tmp_path):
+    image_root = fabricate("imagenet", tmp_path, per_class=1)
+    (image_root / "train").rename(tmp_path / "elsewhere")
+    task = datasets.build("imagenet", tmp_path, None, 1)
+    assert (len(task.train), len(task.val), len(task.test)) == (0, 0, 1000)
+
+
 def test_a_split_of_other_size_than_the_published_is_noted(tmp_path, capsys):
     fabricate("dtd", tmp_path)
     datasets.build("dtd", tmp_path, shots=1, seed=1)
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "3 classes and 12/6/6" in message and "47 and 2820/1128/1692" in message
+
+
+# --- the variants of ImageNet
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, place) for name, places in VARIANTS.items() for place in places])
+def test_variants_are_found_where_their_archives_put_them(name, layout, tmp_path, capsys):
+    wnids, names = imagenet_classes()
+    # 200 or all; as text, label 100 comes before 20 and 3
+    chosen = range(3, 1000, 5)[:200] if SPECS[name].classes == 200 else range(1000)
+    folders = [str(label) if name == "imagenet_v2" else wnids[label] for label in chosen]
+    image_root = fabricate_variant(tmp_path, layout, folders[::-1])
+    (image_root / ".DS_Store").touch()
+    (image_root / "README.txt").touch()
+    task = datasets.build(name, tmp_path, None, 1)
+    assert task.image_root == image_root and task.train == task.val == ()
+    assert task.class_names == tuple(names[label] for label in chosen)
+    assert task.test == tuple(Item(f"{folder}/0.jpeg", label) for label, folder in enumerate(folders))
+    assert task.read(task.test[0]).size == (16, 16)
+    assert f"note: {name}" in capsys.readouterr().err and "train on another data set" in error_of_build(
+        name, tmp_path, 1, 1
+    )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_that_lacks_classes_is_refused(name, tmp_path):
+    wnids, _ = imagenet_classes()
+    fabricate_variant(tmp_path, VARIANTS[name][0], wnids[:199])
+    message = error_of_build(name, tmp_path, None, 1)
+    assert f"199 class folders instead of {SPECS[name].classes}" in message
+
+
+def test_all_of_imagenet_v2s_unpadded_folders_have_their_own_labels(tmp_path):
+    fabricate_variant(tmp_path, VARIANTS["imagenet_v2"][0], [str(label) for label in range(1000)])
+    task = datasets.build("imagenet_v2", tmp_path, None, 1)
+    assert task.test == tuple(Item(f"{label}/0.jpeg", label) for label in range(1000))
+    assert task.class_names == imagenet_classes()[1]
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (("n01440764", "n99999999"), ("n99999999", "none of ImageNet's classes")),
+        (("1", "007"), ("007", "none of ImageNet's classes")),
+        (("1", "1000"), ("1000", "none of ImageNet's classes")),
+        (("1", "n01443537"), ("folders", "1", "n01443537", "same class")),
+        ((), ("no class folders",)),
+    ],
+)
+def test_variants_with_other_folders_are_refused(folders, words, tmp_path):
+    image_root = tmp_path / VARIANTS["imagenet_a"][0]
+    image_root.mkdir(parents=True)
+    fabricate_variant(tmp_path, VARIANTS["imagenet_a"][0], folders)
+    message = error_of_build("imagenet_a", tmp_path, None, 1)
+    assert str(image_root) in message and all(word in message for word in words)
 
 
 # --- prompts and class names
@@ -157,8 +242,9 @@ def test_specific_templates_and_published_sizes(tmp_path):
     }
     assert len(SPECS["imagenet"].templates) == 7
     assert all(SPECS[name].templates == ("a photo of a {}.",) for name in VARIANTS)
-    totals = {name: sum(spec.sizes) for name, spec in SPECS.items() if spec.sizes}
+    totals = {name: sum(spec.sizes) for name, spec in SPECS.items()}
     assert totals == {
+        "imagenet": 1331167,
         "sun397": 39700,
         "fgvc": 10000,
         "eurosat": 27000,
@@ -320,11 +406,12 @@ def test_digits_pictures_are_the_data():
 
 
 def test_the_package_imports_no_other_part_of_the_project():
+    """But for the one download that it shares with the weights."""
     imported = set()
     for path in Path(datasets.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            imported |= {name.split(".")[0] for name in names}
+            imported |= {name.split(".")[0] for name in names if name != "clip.download"}
     assert {"torch", "datasets"} <= imported
     assert not imported & {"clip", "optimizers", "methods", "main", "train", "utils", "run_utils"}

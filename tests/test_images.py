@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 import datasets
+from datasets import images as images_module
 from datasets.task import DatasetError, Item, Task
 
 AUGMENT = transforms.Compose(
@@ -290,3 +292,30 @@ def test_an_unforeseen_error_in_a_worker_keeps_its_traceback(task):
 def test_default_workers(cores, workers, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     assert datasets.default_workers() == workers
+
+
+# --- augmented views in order
+
+
+def test_augmented_views_come_in_order_and_are_no_training_images(task):
+    def views(seed=3, workers=0, batch_size=7):
+        batches = list(datasets.augmented_loader(task, AUGMENT, batch_size, 3, seed, workers))
+        assert [len(labels) for _, labels in batches] == [7, 7, 7, 7, 2] or batch_size != 7
+        return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+    images, labels = views()
+    assert labels.tolist() == 3 * [item.label for item in task.train]
+    for i in range(3):
+        for position, item in enumerate(task.train):
+            torch.manual_seed(images_module._derive_seed("augment", 3, -1 - i, position))
+            assert torch.equal(images[10 * i + position], AUGMENT(task.read(item)))
+    again, _ = views(workers=2, batch_size=4)
+    assert torch.equal(images, again) and not torch.equal(images, views(seed=4)[0])
+    trained = torch.cat([batch for batch, _ in training_batches(task, batch_size=10, iterations=5)])
+    assert not any(torch.equal(view, image) for view in images for image in trained)
+
+
+def test_a_damaged_image_ends_augmented_views(task):
+    (task.image_root / task.train[3].path).write_bytes(b"")
+    with pytest.raises(DatasetError, match=re.escape(task.train[3].path)):
+        datasets.augmented_loader(task, AUGMENT, 4, 2, 3, 0)

@@ -17,9 +17,9 @@ from run_utils import Settings, UserError, parse
 QUICK = ("--shots", 2, "--total_iters", 6, "--workers", 0)
 COLUMNS = set(
     "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss iterations "
-    "stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights checkpoint_bytes lr "
-    "density_ratio t prune_first encoder position precision template split_sha256 weights_sha256 git_commit "
-    "torch_version device finished_at".split(" ")
+    "stopped_early train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights changed_weights "
+    "optimizer_bytes checkpoint_bytes lr density_ratio t prune_first encoder position precision template tuned_on "
+    "split_sha256 weights_sha256 git_commit torch_version device finished_at".split(" ")
 )
 
 
@@ -40,6 +40,10 @@ def test_a_run_leaves_its_records(run_main):
     assert (row.run_id, row.method, row.dataset, row.backbone) == (folder.name, "so", "digits", "tiny")
     assert (row.iterations, row.shots, row.lr, row.density_ratio, row.t) == (6, 2, 1e-3, 0.01, 5)
     assert row.trainable_weights == 884736 and 0 < row.changed_weights < 884736
+    # In each of 24 matrices k = 1 % of the weights have two 8-byte indices, in S and in K, and two 4-byte moments.
+    sizes = [n * width**2 for width, blocks in ((128, 4), (64, 2)) for n in blocks * (3, 1, 4, 4)]
+    assert row.optimizer_bytes == 24 * sum(int(0.01 * size) for size in sizes)
+    assert (row.tuned_on, row.search_seconds) == ("val", 0)  # configs/digits.yaml says so
     assert 35 < row.zero_shot_accuracy < 85
     curve = pd.read_csv(folder / "curve.csv")
     assert list(curve.columns) == ["iteration", "loss", "train_accuracy", "lr"]
@@ -85,6 +89,7 @@ def test_saved_weights_evaluate_to_the_same_accuracy(run_main, encoder):
     assert checkpoint.stat().st_size == trained["checkpoint_bytes"]
     _, evaluated, _, _ = run_main(*flags, "--eval_only")
     assert evaluated["test_accuracy"] == trained["test_accuracy"] != trained["zero_shot_accuracy"]
+    assert trained["optimizer_bytes"] > evaluated["optimizer_bytes"] == 0
     assert evaluated["iterations"] == 0 and evaluated["changed_weights"] == trained["changed_weights"]
     model, _ = clip.load("tiny")
     clip.delta.apply_delta(model, checkpoint, clip.weights_sha256(model))
@@ -168,6 +173,7 @@ def test_zero_shot_trains_nothing(run_main):
     _, record, _, _ = run_main("--method", "zero_shot", "--save_path", "saved")
     assert record["test_accuracy"] == record["zero_shot_accuracy"]
     assert record["trainable_weights"] == record["changed_weights"] == record["iterations"] == 0
+    assert record["optimizer_bytes"] == 0
     assert not Path("saved").exists()
     assert "already done" in run_main("--method", "zero_shot", "--save_path", "saved")[2]
 
@@ -246,7 +252,7 @@ def test_published_values_of_a_method_lie_below_everything_else(tmp_path, monkey
 
 def test_shipped_configs_say_what_they_promise():
     configs = Path(__file__).parent.parent / "configs"
-    assert yaml.safe_load((configs / "default.yaml").read_text()).keys() | {"total_iters"} == set(
+    assert yaml.safe_load((configs / "default.yaml").read_text()).keys() | {"total_iters", "epochs"} == set(
         Settings.__dataclass_fields__
     )
     data = ["--dataset", "dtd", "--root_path", "data", "--shots", "4"]

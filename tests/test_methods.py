@@ -174,6 +174,26 @@ def test_changed_weights_are_counted_saved_and_loaded(tmp_path):
         Adaptation(other, {}).load(path, clip.weights_sha256(other))
 
 
+def test_the_size_of_the_optimizers_state_counts_its_tensors():
+    model, _ = clip.load("tiny")
+    parameters = select_matrices(model, "text", "top1")
+    weights = sum(p.numel() for p in parameters.values())
+    for optimizer, expected in (
+        (torch.optim.SGD(parameters.values(), lr=0.1), 0),
+        (torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9), 4 * weights),
+        (torch.optim.Adam(parameters.values()), 8 * weights + 4 * 4),  # and a float32 step counter a tensor
+        (SO(parameters.values(), dense=True), 8 * weights),
+        (SO(parameters.values(), density_ratio=1.0), 24 * weights),
+    ):
+        adaptation = Adaptation(model, parameters, optimizer)
+        assert adaptation.optimizer_bytes == 0
+        for p in parameters.values():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert adaptation.optimizer_bytes == expected
+    assert Adaptation(model, parameters).optimizer_bytes == 0
+
+
 # --- SO
 
 

@@ -71,7 +71,7 @@ def test_bad_arguments(run_main, argv, words):
         ("flip: 3\n", ["flip", "bool"]),
         ("results_dir: null\n", ["results_dir", "str"]),
         ("lr: true\n", ["lr", "float"]),
-        ("method: sgd\n", ["method", "so, zero_shot"]),
+        ("method: sgd\n", ["method", "so, ", ", zero_shot"]),
         ("shots: [\n", ["not valid YAML"]),
         ("- shots\n", ["name: value"]),
         ("s: 0.9\ndensity_ratio: 0.1\n", ["s and density_ratio"]),

@@ -376,8 +376,11 @@ def still(model):
         scheduler=scheduler,
         trains_text=True,
         trains_images=True,
+        full_batch=False,
+        shares_prefix=True,
         logits=utils.cosine_logits,
         penalty=float,
+        build=lambda: None,
         after_step=lambda iteration: None,
     )
 

@@ -410,10 +410,10 @@ def test_what_is_json_but_no_record_is_left_out_too(tmp_path, capsys, text):
 
 def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
     first = "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss"
-    first += " iterations stopped_early train_seconds eval_seconds peak_memory_mb trainable_weights changed_weights"
-    first += " checkpoint_bytes lr density_ratio t"
-    last = "encoder position precision draw classes prompts template test_dataset root_path eval_only split_sha256"
-    last += " weights_sha256 git_commit torch_version device finished_at"
+    first += " iterations stopped_early train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights"
+    first += " changed_weights optimizer_bytes checkpoint_bytes lr density_ratio t"
+    last = "encoder position precision draw classes prompts template test_dataset root_path eval_only tuned_on"
+    last += " split_sha256 data_sha256 weights_sha256 git_commit torch_version device finished_at"
     between = {"batch_size", "early_stop_loss", "eval_every", "flip", "min_area", "prune_first", "sampled_gradients"}
     between |= {"total_iters"}
     last_result = {"template": "a photo of a {}.", "split_sha256": "s", "weights_sha256": "w", "final_loss": 0.5}
@@ -430,6 +430,20 @@ def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
         assert len(columns) == len(set(columns))
 
 
+def test_a_search_is_written_beside_the_result_and_its_choice_is_recorded(tmp_path):
+    settings = settings_of(tmp_path, search={"lr": [1e-3, 2e-3]}, lr=7.0)
+    rows = [dict(lr=1e-3, val_accuracy=50.0, iterations=3, chosen=True)]
+    rows += [dict(lr=2e-3, val_accuracy=None, iterations=None, chosen=False)]
+    with Run(settings) as run:
+        written = run.record(MADE_UP | {"lr": 1e-3, "tuned_on": "val", "search_seconds": 2.5}, [], [], search=rows)
+    text = (tmp_path / settings.run_id / "search.csv").read_text()
+    assert text == "lr,val_accuracy,iterations,chosen\n0.001,50.0,3,True\n0.002,,,False\n"
+    assert (written["lr"], written["tuned_on"], written["search_seconds"]) == (1e-3, "val", 2.5)
+    assert pd.read_csv(tmp_path / "results.csv").lr.item() == 1e-3
+    repeated = parse(["--config", str(tmp_path / settings.run_id / "config.yaml")])
+    assert repeated.search == {"lr": [1e-3, 2e-3]} and repeated.run_id == settings.run_id
+
+
 # --- measurements
 
 
@@ -444,6 +458,19 @@ def test_peak_memory_is_in_mib():
     before, during, after = map(float, done.stdout.split())
     assert during - before == pytest.approx(200, abs=4) and before > 20
     assert after == pytest.approx(during, abs=4)  # a peak does not fall
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not let it begin anew")
+def test_a_second_run_in_a_process_has_a_peak_of_its_own():
+    code = (
+        "import torch, run_utils\n"
+        "def peak(): print(run_utils.peak_memory_mb(torch.device('cpu')))\n"
+        "block = bytearray(b'x') * (200 * 2**20); del block; peak(); run_utils.reset_peak_memory('cpu'); peak()"
+    )
+    command, folder = [sys.executable, "-c", code], Path(run_utils.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    first, second = map(float, done.stdout.split())
+    assert first - second > 150
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -482,7 +509,7 @@ def test_the_largest_seed():
 
 def test_null_in_a_config_file_is_refused_where_it_has_no_meaning(tmp_path):
     path = tmp_path / "c.yaml"
-    optional = {"total_iters", "workers", "save_path", "filename", "split", "eval_datasets"}
+    optional = {"total_iters", "epochs", "workers", "save_path", "filename", "split", "eval_datasets"}
     for name in Settings.__dataclass_fields__:
         path.write_text(f"{name}: null\n")
         if name in optional:

@@ -39,7 +39,7 @@ NEEDED = "run_id method dataset backbone shots seed test_accuracy finished_at".s
 MEASURED = frozenset(
     "run_id test_accuracy zero_shot_accuracy train_accuracy val_accuracy final_loss iterations stopped_early "
     "train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights changed_weights optimizer_bytes "
-    "checkpoint_bytes split_sha256 weights_sha256 git_commit torch_version finished_at".split()
+    "checkpoint_bytes split_sha256 data_sha256 weights_sha256 git_commit torch_version finished_at".split()
 )
 # What says on which data a run was, and how often it was repeated.
 PLACE = frozenset(("dataset", "test_dataset", "root_path", "shots", "seed"))

@@ -1,0 +1,35 @@
+"""SO on few-shot GLUE-RTE: a grid over density and T. In this folder:
+
+python script.py                                                    # the published densities and T
+python script.py --kappa 1e-5 1e-4 --T_sparse 10 --seed 1 2 3 4 5   # means over five seeds
+
+Writes so_grid_results.csv (kappa, T, steps, val_acc, ...) and, a row a run, so_grid_runs.csv. Runs that are finished
+are not done again.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # at its end: the local `datasets` must not hide Hugging Face's
+    sys.path.append(str(ROOT))
+
+from BERT import grid
+from BERT.main import mistakes_in_one_line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with mistakes_in_one_line():
+        parser = grid.parser(__doc__, out="so_grid_results.csv")
+        kappas, intervals = [1e-5, 1e-4, 1e-3], [5, 10, 20]
+        parser.add_argument("--kappa", type=float, nargs="+", default=kappas, help=f"densities {kappas}")
+        parser.add_argument("--T_sparse", type=int, nargs="+", default=intervals, help=f"intervals {intervals}")
+        arguments = vars(parser.parse_args(argv))
+        intervals = arguments.pop("T_sparse")
+        cells = [{"kappa": kappa, "T_sparse": T} for kappa in arguments.pop("kappa") for T in intervals]
+        grid.run_all({"kappa": "kappa", "T": "T_sparse"}, cells, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""LoRA on few-shot GLUE-RTE: a grid over the rank. In this folder:
+
+python script_LoRA.py                                     # the published ranks
+python script_LoRA.py --rank 2 8 16 --seed 1 2 3 4 5      # means over five seeds
+
+Writes lora_grid_results.csv (rank, steps, val_acc, ...) and, a row a run, lora_grid_runs.csv. Runs that are finished
+are not done again.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # at its end: the local `datasets` must not hide Hugging Face's
+    sys.path.append(str(ROOT))
+
+from BERT import grid
+from BERT.main import mistakes_in_one_line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with mistakes_in_one_line():
+        parser = grid.parser(__doc__, out="lora_grid_results.csv")
+        ranks = [2, 4, 8, 16]
+        parser.add_argument("--rank", type=int, nargs="+", default=ranks, help=f"ranks {ranks}")
+        arguments = vars(parser.parse_args(argv))
+        cells = [{"rank": rank} for rank in arguments.pop("rank")]
+        grid.run_all({"rank": "rank"}, cells, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""One training step of BERT with SO: dense weight gradients beside gradients sampled at the support (`attach`).
+
+    python -m benchmarks.bert_step                                            # BERT-base
+    python -m benchmarks.bert_step --layers 6 --width 384 --kappa 1e-3        # the size of MiniLM-L6
+
+Weights and tokens are random (their values do not matter for the cost). Both sides are BERT/main.py's SO, draw the
+same supports and have the same dropout; their steps alternate in one process.
+"""
+
+import argparse
+import time
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from transformers import BertConfig, BertForSequenceClassification
+
+from BERT import main as bert
+from optimizers import attach
+
+
+class Side:
+    """SO on its own copy of the model, with sampled or with dense gradients."""
+
+    def __init__(self, args, is_sampled: bool):
+        torch.manual_seed(0)
+        config = BertConfig(
+            hidden_size=args.width,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            intermediate_size=4 * args.width,
+        )
+        self.model = BertForSequenceClassification(config).to(args.device)
+        self.optimizer = bert.prepare(self.model, bert.Settings(kappa=args.kappa, T_sparse=args.T_sparse))
+        if is_sampled:
+            attach(self.model, self.optimizer)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(1000, config.vocab_size, (bert.BATCH, args.tokens), generator=generator)
+        self.inputs = {"input_ids": ids.to(args.device), "attention_mask": torch.ones_like(ids).to(args.device)}
+        self.labels = (torch.arange(bert.BATCH) % 2).to(args.device)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds and loss of one training step."""
+        torch.manual_seed(2)  # dropout
+        start = time.perf_counter()
+        loss = F.cross_entropy(self.model(**self.inputs).logits, self.labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        value = loss.item()
+        return time.perf_counter() - start, value
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128, help="of each of the 8 pairs")
+    parser.add_argument("--kappa", type=float, default=1e-4)
+    parser.add_argument("--T_sparse", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each side, after one that is not")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    bert.make_reproducible(0)
+    sides = {"dense": Side(args, False), "sampled": Side(args, True)}
+    measured = {name: [] for name in sides}
+    for _ in range(args.steps + 1):
+        for name, side in sides.items():
+            measured[name].append(side.step())
+    medians = {name: median(seconds for seconds, _ in steps[1:]) for name, steps in measured.items()}
+    for name, steps in measured.items():
+        print(f"{name:8} median {medians[name]:.3f} s   last loss {steps[-1][1]:.6f}")
+    print(f"ratio of medians {medians['dense'] / medians['sampled']:.2f} x")
+
+
+if __name__ == "__main__":
+    main()

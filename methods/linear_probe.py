@@ -1,0 +1,99 @@
+"""Logistic regression on frozen image features: scikit-learn's, with the lbfgs solver and an L2 penalty.
+
+Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), section 3.2 and appendix A.3, and the example in the README of
+openai/CLIP: `LogisticRegression(C=0.316, max_iter=1000)`, with the remark that C should come from a sweep on
+validation data. Defaults here: that C and that max_iter; scikit-learn's for the rest (tolerance 1e-4, no penalty on
+the intercept).
+
+- Images are not augmented: one centre crop each, as there.
+- Features enter as CLIP's logits use them, 100 x unit length, where the example takes them as the encoder gives them.
+  They are longer then, and the same C is a weaker penalty. Logits are W (100 f) + b, so that the text classifier as W,
+  with b = 0, is zero-shot CLIP.
+- `text_init` starts the solver at that W and b instead of at zero, by scikit-learn's warm start. Nothing else changes:
+  the penalty still pulls W towards zero. The problem is strictly convex in W, so that at convergence the start has no
+  say; it has where the solver stops before, by its tolerance or by `probe_iters`. Relatives that differ: ZS-LP of CLAP
+  (arXiv 2312.12730) starts at the text classifier and takes 300 epochs of SGD; LP++ (arXiv 2404.02285) adds the text
+  classifier to W, with a learned factor per class.
+- With two classes scikit-learn fits one vector w, the difference of the two; the rows of W are then -w/2 and w/2.
+"""
+
+import sys
+import warnings
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+import datasets
+import utils
+from clip import CLIP
+from clip.preprocess import test_transform
+from datasets import Task
+
+from .adaptation import MethodError
+from .head import Head
+
+HYPERPARAMETERS = ("probe_c", "probe_iters", "text_init")
+DEFAULTS: dict = {}  # those in configs/settings.py
+IMAGES_AT_ONCE = 256
+
+
+class LinearProbe(Head):
+    """A weight matrix [C, E] and a bias [C] for 100 x unit features."""
+
+    def __init__(self, model: CLIP, task: Task, settings):
+        classes, width = len(task.class_names), model.arch.embed_dim
+        self.weight = torch.zeros(classes, width, device=model.device, requires_grad=True)
+        self.bias = torch.zeros(classes, device=model.device, requires_grad=True)
+        super().__init__(model, task.class_names, {"weight": self.weight, "bias": self.bias})
+        self.task, self.settings = task, settings
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return utils.cosine_logits(image_features, self.weight) + self.bias
+
+    def build(self) -> None:
+        """Fits the probe to the training images. MethodError if a class has none, or if there is one class alone."""
+        labels = [item.label for item in self.task.train]
+        if len(set(labels)) != len(self.task.class_names) or len(self.task.class_names) < 2:
+            raise MethodError("linear_probe needs two classes or more, all with training images; use another --method")
+        preprocess = test_transform(self.model.arch.resolution)
+        loader = datasets.test_loader(self.task.train, self.task, preprocess, IMAGES_AT_ONCE, self.settings.workers)
+        features = utils.image_features(self.model, loader, self.settings.precision, "training features")
+        text = None
+        if self.settings.text_init:
+            with utils.autocast(self.model.device, self.settings.precision):
+                text = utils.text_classifier(self.model, self.task.class_names, self.task.templates[:1]).cpu()
+        weight, bias = fit_probe(features, labels, self.settings.probe_c, self.settings.probe_iters, text)
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
+
+
+def fit_probe(
+    features: Tensor, labels: list[int], c: float, iterations: int, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weight [C, E] and bias [C] of the logistic regression on 100 x `features` [N, E], labels 0 to C - 1.
+
+    `start` [C, E], if given, is where the solver begins. A solver that has not converged is said on stderr.
+    """
+    probe = LogisticRegression(C=c, max_iter=iterations, warm_start=start is not None)
+    if start is not None:
+        first = start.double().numpy()
+        probe.coef_ = first if len(first) > 2 else first[1:] - first[:1]
+        probe.intercept_ = np.zeros(len(probe.coef_))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe.fit(utils.LOGIT_FACTOR * features.double().numpy(), labels)
+    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+        reason = f"stopped after {probe.n_iter_[0]} iterations without convergence"
+        print(f"note: the linear probe {reason}; --probe_iters allows more", file=sys.stderr)
+    weight, bias = torch.from_numpy(probe.coef_), torch.from_numpy(probe.intercept_)
+    if len(weight) == 1:
+        return torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return weight, bias
+
+
+def prepare(model: CLIP, task: Task, settings) -> LinearProbe:
+    return LinearProbe(model, task, settings)

@@ -1,0 +1,87 @@
+"""Layers of the library peft in CLIP, for DoRA and AdaLoRA.
+
+They go on the four matrices of each chosen block that SO trains too (`select_matrices`). The attention's input
+projection counts as one matrix [3D, D]: peft knows no parts of a layer, so query, key and value share a rank and the
+matrix A.
+"""
+
+import importlib
+import re
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip import CLIP
+
+from .adaptation import MethodError, select_blocks
+from .adapters import Adapters, SeededDropout
+
+ADAPTER = "default"  # peft's name for a model's only adapter
+
+
+def library(method: str) -> ModuleType:
+    """peft, which takes seconds to import and is needed by two methods alone."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise MethodError(f"--method {method} needs peft ({error}); pip install -r requirements-peft.txt") from None
+
+
+class PeftAdapters(Adapters):
+    """Puts the layers that `tuner` (a class of peft) makes from `config` into the chosen blocks of `model`."""
+
+    def __init__(self, model: CLIP, settings, tuner: type, config):
+        blocks = select_blocks(model, settings.encoder, settings.position)
+        kinds = ("attn.in_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+        names = [f"{block}.{kind}" for block in blocks for kind in kinds]
+        # A pattern for whole names: of names in a list peft would also take those that end in one, such as the image
+        # tower's visual.transformer... for the text tower's transformer...
+        config.target_modules = "|".join(re.escape(name) for name in names)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(settings.seed)
+            self.tuner = tuner(model, config, ADAPTER)
+        self.layers = {name: model.get_submodule(name) for name in names}
+        generator = torch.Generator(model.device).manual_seed(settings.seed)
+        for layer in self.layers.values():
+            if settings.dropout > 0:
+                layer.lora_dropout[ADAPTER] = SeededDropout(settings.dropout, generator)
+            layer.forward = partial(_forward, layer)
+        # AdaLoRA's constants, which peft makes trainable where it moves them to another device or type, stay frozen.
+        parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+        model.requires_grad_(False)
+        for p in parameters.values():
+            p.requires_grad_(True)
+        super().__init__(model, settings, parameters)
+
+    def merged_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return ((layer.base_layer.weight, merged(layer)) for layer in self.layers.values())
+
+    def remove(self) -> None:
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer.base_layer)
+        del self.model.peft_config
+
+
+def _forward(layer: nn.Module, x: Tensor, rows: slice | None = None) -> Tensor:
+    """A peft layer's output, or those `rows` of it."""
+    rows = slice(None) if rows is None else rows
+    if not torch.is_grad_enabled():
+        return F.linear(x, merged(layer)[rows], layer.base_layer.bias[rows])
+    return type(layer).forward(layer, x)[..., rows]
+
+
+def merged(layer: nn.Module) -> Tensor:
+    """The weight with which a plain linear layer computes what this peft layer does. Call without gradients."""
+    weight = layer.base_layer.weight
+    before = weight.data
+    with torch.autocast(before.device.type, enabled=False):
+        weight.data = before.clone()  # what peft merges into, and may replace
+        layer.merge()
+    result, weight.data = weight.data, before
+    layer.merged_adapters.clear()
+    return result

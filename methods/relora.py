@@ -1,0 +1,84 @@
+"""ReLoRA (Lialin et al., arXiv 2307.05695): LoRA that is merged into the weights and started anew again and again, so
+that the sum of its updates may have a high rank.
+
+Every `merge_every` iterations W becomes W + s B A, A is drawn anew, B is zero again, the optimizer forgets its state,
+and the learning rate, a cosine over the whole run, drops and climbs back to it in a tenth of the cycle. Published:
+cycles of 1,000 to 5,000 iterations, 50 to 100 of them to climb. Layers, rank and all else are LoRA's, see
+methods/lora.py.
+
+Different from the paper, which trains language models from scratch: there is no warm start with all weights trained,
+and the optimizer's state is dropped whole, step count included, where the paper keeps the largest 1 % of the moments.
+With cycles shorter than Adam's memory (1,000 iterations at beta2 0.999), moments near zero under an old step count
+would make steps several times too long.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from clip import CLIP
+from datasets import Task
+
+from . import lora
+from .adaptation import MINIMUM_LR, Adaptation
+
+HYPERPARAMETERS = (*lora.HYPERPARAMETERS, "merge_every")
+DEFAULTS = lora.DEFAULTS
+CLIMB = 0.1  # part of a cycle in which the learning rate comes back
+
+
+class ReLoRA(lora.LoRA):
+    """LoRA with restarts. What it changes is dense in the adapted matrices, and is saved as a delta on the base."""
+
+    def __init__(self, model: CLIP, settings):
+        super().__init__(model, settings)
+        self.merge_every, self.iterations = settings.merge_every, settings.iterations
+        adapted = {id(branches.layer.weight) for branches in self.branches}
+        state = model.state_dict(keep_vars=True)
+        self.before = {name: t.detach().to("cpu", copy=True) for name, t in state.items() if id(t) in adapted}
+        factor = jagged_cosine(settings.lr, settings.iterations, settings.merge_every)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def after_step(self, iteration: int) -> None:
+        if iteration % self.merge_every == 0 and iteration < self.iterations:
+            self._fold()
+            for branches in self.branches:
+                branches.start(self.generator)
+            self.optimizer.state.clear()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Adds the branches to the weights and sets B to zero: the model computes what it did before."""
+        for branches in self.branches:
+            branches.layer.weight.copy_(branches.merged())
+            for B in branches.B.values():
+                B.zero_()
+
+    def changed_weights(self) -> int:
+        self._fold()
+        return Adaptation.changed_weights(self)
+
+    def save(self, path: Path, base_sha256: str, metadata: dict[str, str]) -> int:
+        self._fold()
+        return Adaptation.save(self, path, base_sha256, metadata)
+
+    def load(self, path: Path, base_sha256: str) -> None:
+        Adaptation.load(self, path, base_sha256)
+
+
+def jagged_cosine(lr: float, iterations: int, cycle: int) -> Callable[[int], float]:
+    """Maps an iteration, from 0, to the factor on `lr`: half a cosine down to 1e-6 over all iterations and, after each
+    restart, a linear climb to it."""
+    lowest, climb = min(MINIMUM_LR, lr) / lr, math.ceil(CLIMB * cycle)
+
+    def factor(iteration: int) -> float:
+        cosine = lowest + (1 - lowest) * (1 + math.cos(math.pi * iteration / iterations)) / 2
+        return cosine * min(1.0, (iteration % cycle + 1) / climb) if iteration >= cycle else cosine
+
+    return factor
+
+
+def prepare(model: CLIP, task: Task, settings) -> Adaptation:
+    return ReLoRA(model, settings)

@@ -1,0 +1,435 @@
+"""Recorded splits: written by every run, replayed bit for bit; CoOp's pickles and its order of draws."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import json
+import os
+import pickle
+import random
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fabricate import error_of_build, fabricate, fabricate_own, fabricate_variant
+from test_mistakes import refused
+
+import datasets
+from datasets.fewshot import draw, draw_disjoint
+from datasets.recorded import import_coop
+from datasets.splits import imagenet_classes
+from datasets.task import Item
+
+QUICK = ("--backbone", "tiny", "--shots", 2, "--total_iters", 3, "--workers", 0)
+
+
+def split_of(record: dict) -> Path:
+    return Path("results", record["run_id"], "split.json")
+
+
+# --- split.json
+
+
+@pytest.fixture
+def flags(run_main):
+    """The data flags of runs on a fabricated DTD of 4 classes, on one's own images, and on the digits."""
+    fabricate("dtd", Path("data"), classes=4, per_class=16)
+    fabricate_own("pets", ("ant", "bee", "cat", "dog"), per_class=10)
+    return {
+        "dtd": ("--dataset", "dtd", "--root_path", "data"),
+        "folder": ("--dataset", "folder", "--root_path", "pets"),
+        "digits": ("--dataset", "digits"),
+    }
+
+
+@pytest.mark.parametrize("extra", [(), ("--classes", "base"), ("--draw", "coop")])
+@pytest.mark.parametrize("name", ["dtd", "folder"])
+def test_a_replay_trains_on_the_same_images_and_gives_the_same_curve(name, extra, run_main, flags):
+    _, first, _, _ = run_main(*QUICK, *flags[name], *extra)
+    split, curve = split_of(first), Path("results", first["run_id"], "curve.csv").read_bytes()
+    content = json.loads(split.read_text())
+    assert content["split_sha256"] == first["split_sha256"] and content["dataset"] == name
+    parts = {"train", "val", "test"} if name == "folder" else {"train", "val"}
+    assert content.keys() == {"dataset", "class_names", "split_sha256", *parts}
+    classes = 2 if "base" in extra else 4
+    assert Counter(label for _, label in content["train"]) == dict.fromkeys(range(classes), 2)
+    assert len(content["val"]) == 2 * classes
+    if name == "folder":  # new images change the division, but not that of the record
+        fabricate_own("pets", ("ant", "bee", "cat", "dog"), per_class=12)
+    options = [word for word in extra if word not in ("--draw", "coop")]  # the file alone says which images
+    code, again, _, _ = run_main(*QUICK, *flags[name], *options, "--split", split)
+    assert code == 0 and again["run_id"] != first["run_id"]
+    assert Path("results", again["run_id"], "curve.csv").read_bytes() == curve
+    assert split_of(again).read_bytes() == split.read_bytes()
+    assert again["test_accuracy"] == first["test_accuracy"]
+
+
+def test_a_replay_of_another_seed_takes_its_images_and_is_a_run_of_its_own(run_main, flags):
+    _, first, _, _ = run_main(*QUICK, *flags["dtd"], "--seed", 1)
+    _, other, _, _ = run_main(*QUICK, *flags["dtd"], "--seed", 2)
+    assert first["split_sha256"] != other["split_sha256"]
+    _, replayed, _, _ = run_main(*QUICK, *flags["dtd"], "--seed", 2, "--split", split_of(first))
+    assert replayed["split_sha256"] == first["split_sha256"]
+    assert len({first["run_id"], other["run_id"], replayed["run_id"]}) == 3
+    _, reread, out, _ = run_main(*QUICK, *flags["dtd"], "--seed", 2, "--split", split_of(replayed))
+    assert "already done" in out and reread == replayed, "the same images from a file elsewhere are the same run"
+
+
+def edited(change):
+    """A change of the parsed split.json, as a change of its text."""
+
+    def edit(text: str) -> str:
+        content = json.loads(text)
+        result = change(content)
+        return json.dumps(content if result is None else result)
+
+    return edit
+
+
+def swapped(content):
+    content["train"][0], content["train"][1] = content["train"][1], content["train"][0]
+
+
+def other_image(content):
+    content["train"][0][0] = content["val"][0][0]
+
+
+def without(key):
+    return edited(lambda content: content.pop(key) and None)
+
+
+def row(value):
+    return edited(lambda content: content["train"].__setitem__(0, value))
+
+
+TAMPERED = {
+    "order": (edited(swapped), ["was changed"]),
+    "image": (edited(other_image), ["was changed"]),
+    "hash": (edited(lambda c: c.update(split_sha256="0" * 64)), ["was changed"]),
+    "names": (edited(lambda c: c["class_names"].reverse()), ["other class names", "--classes", "--root_path"]),
+    "data set": (edited(lambda c: c.update(dataset="food101")), ["data set food101, not to dtd"]),
+    "no hash": (without("split_sha256"), ["no split.json of a run"]),
+    "no train": (without("train"), ["train", "no such list"]),
+    "no val": (without("val"), ["val", "no such list"]),
+    "not a list": (edited(lambda c: c.update(val={"a": 1})), ["val", "no such list"]),
+    "outside": (row(["../x.jpg", 0]), ["train, row 0", "'../x.jpg'", "relative path"]),
+    "absolute": (row(["/etc/x.jpg", 0]), ["train, row 0", "relative path"]),
+    "NUL": (row(["a\0.jpg", 0]), ["train, row 0", "relative path"]),
+    "half a character": (row(["\ud800.jpg", 0]), ["train, row 0", "relative path"]),
+    "no such class": (row(["a.jpg", 4]), ["train, row 0", "no class 4"]),
+    "negative class": (row(["a.jpg", -1]), ["train, row 0", "no class -1"]),
+    "true as class": (row(["a.jpg", True]), ["train, row 0", "expected [path, label]"]),
+    "number as path": (row([3, 0]), ["train, row 0", "expected [path, label]"]),
+    "three fields": (row(["a.jpg", 0, "a"]), ["train, row 0", "expected [path, label]"]),
+    "a text": (row("a.jpg"), ["train, row 0", "expected [path, label]"]),
+    "half of it": (lambda text: text[:300], ["not JSON", "split.json of a run"]),
+    "a list": (lambda text: "[]", ["no split.json of a run"]),
+    "nothing": (lambda text: "", ["not JSON"]),
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A data folder and the text of a split.json of it."""
+    root = tmp_path_factory.mktemp("data")
+    fabricate("dtd", root, classes=4, per_class=16)
+    return root, datasets.to_json(datasets.build("dtd", root, 2, 3))
+
+
+@pytest.mark.parametrize(("change", "words"), TAMPERED.values(), ids=TAMPERED)
+def test_a_changed_record_is_refused(change, words, recorded, tmp_path):
+    root, text = recorded
+    path = tmp_path / "split.json"
+    path.write_text(text)
+    assert datasets.build("dtd", root, 2, 9, split=path) == datasets.build("dtd", root, 2, 3)
+    path.write_text(change(text))
+    message = error_of_build("dtd", root, 2, 9, split=path)
+    assert str(path) in message and all(word in message for word in words), message
+    assert "download" not in message and "manifest" not in message
+
+
+def test_a_record_that_trains_on_test_images_is_refused_even_with_a_right_hash(recorded, tmp_path):
+    root, _ = recorded
+    task = datasets.build("dtd", root, 2, 3)
+    leaking = dataclasses.replace(task, train=(task.test[0], *task.train[1:]))
+    path = tmp_path / "split.json"
+    path.write_text(datasets.to_json(leaking))
+    message = error_of_build("dtd", root, 2, 3, split=path)
+    assert str(path) in message and task.test[0].path in message and "test part" in message
+
+
+def test_records_of_other_runs_are_refused(run_main, flags):
+    _, first, _, _ = run_main(*QUICK, *flags["dtd"])
+    split = split_of(first).rename("split.json")
+    before = ("data", "pets", "results", "split.json")
+
+    def line(*argv):
+        return refused(run_main(*QUICK, *argv, "--split", split), before)
+
+    assert "belongs to the data set dtd, not to digits" in line(*flags["digits"])
+    assert "belongs to the data set dtd, not to folder" in line(*flags["folder"])
+    assert "give --shots 2" in line(*flags["dtd"], "--shots", 4)
+    assert "other class names" in line(*flags["dtd"], "--classes", "base")
+    fabricate("dtd", Path("more"), classes=4, per_class=20)
+    before = ("data", "more", "pets", "results", "split.json")
+    assert "was changed, or the test part" in line("--dataset", "dtd", "--root_path", "more")
+    Path("data/dtd/images", json.loads(split.read_text())["train"][3][0]).unlink()
+    assert "cannot be found" in line(*flags["dtd"])
+
+
+def test_a_record_of_one_class_less_is_refused(recorded, tmp_path):
+    root, _ = recorded
+    task = datasets.build("dtd", root, 2, 3)
+    path = tmp_path / "split.json"
+    path.write_text(datasets.to_json(dataclasses.replace(task, train=task.train[2:])))
+    assert "no training images for some of the classes" in error_of_build("dtd", root, 2, 3, split=path)
+
+
+def test_own_images_that_a_record_lists_and_that_are_gone(run_main, flags):
+    _, first, _, _ = run_main(*QUICK, *flags["folder"])
+    split = split_of(first).rename("split.json")
+    gone = json.loads(split.read_text())["test"][0][0]
+    Path("pets", gone).unlink()
+    line = refused(run_main(*QUICK, *flags["folder"], "--split", split), ("data", "pets", "results", "split.json"))
+    assert gone in line and "--split" in line and "unpack" not in line
+
+
+# --- CoOp's pickles
+
+
+def make_datum() -> type:
+    """A class as Dassl's, in a module of its name, which is gone again when the pickle is read."""
+
+    class Datum:
+        def __init__(self, impath, label, classname):
+            self._impath, self._label, self._domain, self._classname = impath, label, 0, classname
+
+    Datum.__module__, Datum.__qualname__ = "dassl.data.datasets.base_dataset", "Datum"
+    return Datum
+
+
+def coop_pickle(
+    path: Path,
+    task: datasets.Task,
+    prefix: str,
+    separator: str = "/",
+    protocol: int = 5,
+    parts: tuple[str, ...] = ("train", "val"),
+    **extra,
+) -> Path:
+    """Writes what CoOp keeps: {"train": [Datum, ...], "val": [...]}, with the paths of another machine."""
+    datum, name = make_datum(), "dassl.data.datasets.base_dataset"
+    module = types.ModuleType(name)
+    module.Datum = datum
+    parents = {parent: types.ModuleType(parent) for parent in ("dassl", "dassl.data", "dassl.data.datasets")}
+    sys.modules |= parents | {name: module}
+    try:
+        content = {
+            part: [
+                datum(prefix + item.path.replace("/", separator), item.label, task.class_names[item.label])
+                for item in getattr(task, part)
+            ]
+            for part in parts
+        }
+        path.write_bytes(pickle.dumps(content | extra, protocol=protocol))
+    finally:
+        for module_name in (*parents, name):
+            del sys.modules[module_name]
+    return path
+
+
+@pytest.mark.parametrize(
+    ("prefix", "separator", "protocol"),
+    [
+        ("/home/zhou/data/dtd/images/", "/", pickle.HIGHEST_PROTOCOL),
+        ("D:\\data\\dtd\\images\\", "\\", pickle.HIGHEST_PROTOCOL),
+        ("./data/dtd/images/", "/", 2),
+        ("", "/", 4),
+    ],
+)
+def test_coops_pickles_are_imported(prefix, separator, protocol, recorded, tmp_path):
+    root, _ = recorded
+    drawn = datasets.build("dtd", root, 2, 1, order="coop")
+    path = coop_pickle(tmp_path / "shot_2-seed_1.pkl", drawn, prefix, separator, protocol)
+    assert b"dassl.data.datasets.base_dataset" in path.read_bytes() and "dassl" not in sys.modules
+    task = datasets.build("dtd", root, 2, 3, split=path)
+    assert task == drawn != datasets.build("dtd", root, 2, 3)
+    base = datasets.build("dtd", root, 2, 3, split=path, classes="base")
+    assert base == datasets.build("dtd", root, 2, 1, order="coop", classes="base")
+
+
+def test_a_pickle_through_training(run_main, flags):
+    drawn = datasets.build("dtd", "data", 2, 1, order="coop")
+    coop_pickle(Path("shot_2-seed_1.pkl"), drawn, "/x/dtd/images/")
+    code, record, _, _ = run_main(*QUICK, *flags["dtd"], "--split", "shot_2-seed_1.pkl")
+    assert code == 0 and record["split_sha256"] == drawn.split_sha256
+    assert json.loads(split_of(record).read_text())["train"] == [[i.path, i.label] for i in drawn.train]
+
+
+def test_coops_pickles_of_imagenet_have_no_val(tmp_path):
+    items = tuple(Item(f"train/n0{label}/n0{label}_{i}.JPEG", label) for label in range(2) for i in range(3))
+    task = datasets.Task(
+        "imagenet", ("a", "b"), ("{}",), items[1:2], items[2:3], (Item("val/n00/1.JPEG", 0),), tmp_path
+    )
+    drawn = dataclasses.replace(task, train=(items[0], items[5]), val=())
+    path = coop_pickle(tmp_path / "shot_1-seed_5.pkl", drawn, "/d/imagenet/images/", val=[])
+    content = path.read_bytes()
+    assert import_coop(task, path, {item.path: item.label for item in items}) == drawn
+    path = coop_pickle(tmp_path / "without.pkl", drawn, "/d/imagenet/images/", parts=("train",))
+    assert path.read_bytes() != content
+    assert import_coop(task, path, {item.path: item.label for item in items}) == drawn
+
+
+class Runs:
+    """Pickles to a call of any function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def escape(name: str) -> str:
+    return f"open({name!r}, 'w').close()"
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda mark: Runs(os.system, f"touch {mark}"), "system"),
+        (lambda mark: Runs(builtins.eval, escape(mark)), "eval"),
+        (lambda mark: Runs(builtins.exec, escape(mark)), "exec"),
+        (lambda mark: Runs(builtins.open, mark, "w"), "open"),
+        (lambda mark: Runs(os.mkdir, mark), "mkdir"),
+    ],
+    ids=["system", "eval", "exec", "open", "mkdir"],
+)
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("place", ["alone", "beside good data"])
+def test_a_pickle_that_runs_code_is_refused_and_runs_none(make, named, protocol, place, recorded, tmp_path):
+    root, _ = recorded
+    mark = str(tmp_path / "mark")
+    path, harm = tmp_path / "shot_2-seed_1.pkl", make(mark)
+    if place == "alone":
+        path.write_bytes(pickle.dumps(harm, protocol=protocol))
+    else:
+        coop_pickle(path, datasets.build("dtd", root, 2, 1), "", protocol=max(2, protocol), test=harm)
+    message = error_of_build("dtd", root, 2, 3, split=path)
+    assert str(path) in message and "none of CoOp's" in message and named in message
+    assert not Path(mark).exists()
+    if place == "alone":  # else nothing was proved
+        pickle.loads(path.read_bytes())
+        assert Path(mark).exists()
+
+
+def test_dassls_name_opens_no_other_door(recorded, tmp_path):
+    root, _ = recorded
+    doors = {
+        "method": b"cdassl.data.datasets.base_dataset\nDatum.__init__.__globals__\n.",
+        "other": b"cdassl.data.datasets.base_dataset\nDatasetBase\n.",
+        "other package": b"cdassl.evil\nDatum\n.",
+        "called": b"cdassl.data.datasets.base_dataset\nDatum\n(S'a'\ntR.",
+        "extension": b"\x80\x02\x82\x01.",
+        "persistent": b"Pid\n.",
+    }
+    for name, content in doors.items():
+        path = tmp_path / f"{name}.pkl"
+        path.write_bytes(content)
+        assert "none of CoOp's few-shot files" in error_of_build("dtd", root, 2, 3, split=path), name
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a pickle",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"train": 3}),
+        pickle.dumps({"train": ["a.jpg"]}),
+        pickle.dumps({}),
+    ],
+)
+def test_damaged_pickles(content, recorded, tmp_path):
+    root, _ = recorded
+    path = tmp_path / "x.pkl"
+    path.write_bytes(content)
+    assert f"--split {path}" in error_of_build("dtd", root, 2, 3, split=path)
+
+
+def test_pickles_of_other_images_or_labels(recorded, tmp_path):
+    root, _ = recorded
+    task = datasets.build("dtd", root, 2, 1)
+    path = tmp_path / "x.pkl"
+
+    def message(train):
+        coop_pickle(path, dataclasses.replace(task, train=tuple(train)), "/x/images/")
+        return error_of_build("dtd", root, 2, 3, split=path)
+
+    first, *rest = task.train
+    assert "/x/images/nowhere.jpg" in message([Item("nowhere.jpg", 0), *rest])
+    assert f"{first.path} with label 1" in message([Item(first.path, 1), *rest])
+    assert task.test[0].path in message([task.test[0], *rest]), "a test image to train on"
+    assert "give --shots 1" in message(task.train[::2])
+    assert "no training images for some" in message([i for i in task.train if i.label != 3])
+
+
+# --- CoOp's draws
+
+
+def coop_reference(train, val, shots, seed):
+    """CoOp's procedure spelled out with the global generator: seed it, then draw train, then draw val."""
+    before = random.getstate()
+    random.seed(seed)
+    drawn = []
+    for part, k in ((train, shots), (val, min(shots, 4))):
+        by_label = {}
+        for item in part:
+            by_label.setdefault(item.label, []).append(item)
+        picks = []
+        for items in by_label.values():
+            picks.extend(random.sample(items, k) if len(items) >= k else items)
+        drawn.append(tuple(picks))
+    random.setstate(before)
+    return tuple(drawn)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("shots", [1, 4, 16])
+def test_draws_in_coops_order(shots, seed):
+    train = tuple(Item(f"t{label}_{i}", label) for label, n in {2: 20, 0: 60, 1: 5}.items() for i in range(n))
+    val = tuple(Item(f"v{label}_{i}", label) for label, n in {2: 9, 1: 3, 0: 24}.items() for i in range(n))
+    drawn = draw(train, val, shots, seed, "coop")
+    assert drawn == coop_reference(train, val, shots, seed) != draw(train, val, shots, seed)
+    assert Counter(item.label for item in drawn[0]) == {2: shots, 0: shots, 1: min(shots, 5)}
+    assert Counter(item.label for item in drawn[1]) == {2: min(shots, 4), 1: min(shots, 3), 0: min(shots, 4)}
+    assert len(set(drawn[0])) == len(drawn[0])
+
+
+def test_imagenets_draws_in_coops_order():
+    pools = [[f"{label}_{i}" for i in range(20)] for label in range(3)]
+    train, val = draw_disjoint(pools, 8, 3, "coop")
+    rng = random.Random(3)
+    assert train == [rng.sample(pool, 8) for pool in pools] and val == [[], [], []]
+
+
+def test_coops_draw_through_main(run_main, flags):
+    few = (*QUICK, "--shots", 16)
+    _, coop, _, err = run_main(*few, *flags["folder"], "--draw", "coop")
+    assert "these classes have fewer" in err and "twice" not in err
+    content = json.loads(split_of(coop).read_text())
+    assert Counter(label for _, label in content["train"]) == dict.fromkeys(range(4), 5)
+    _, released, _, err = run_main(*few, *flags["folder"])
+    assert "drawn twice" in err and len(json.loads(split_of(released).read_text())["train"]) == 64
+    assert (coop["draw"], released["draw"]) == ("coop", "released") and coop["run_id"] != released["run_id"]
+    assert coop["split_sha256"] != released["split_sha256"]
+
+
+def test_the_variants_have_nothing_to_replay(run_main):
+    fabricate_variant(Path("."), "imagenet-a", imagenet_classes()[0][:3])
+    Path("split.json").write_text("{}")
+    flags = ("--dataset", "imagenet_a", "--root_path", ".", "--method", "zero_shot", "--split", "split.json")
+    assert "no training images" in refused(run_main(*QUICK, *flags), ["imagenet-a", "split.json"])

@@ -1,0 +1,325 @@
+"""One adapted model on several data sets, base-to-new classes, and prompts of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from fabricate import VARIANTS, class_name, error_of_build, fabricate, fabricate_own, fabricate_variant
+from test_mistakes import refused
+
+import clip
+import datasets
+import main as entry
+import run_utils
+import utils
+from datasets.splits import imagenet_classes
+from datasets.task import Item
+from methods import METHODS
+
+QUICK = ("--backbone", "tiny", "--shots", 2, "--total_iters", 3, "--workers", 0, "--lr", "1e-3")
+DTD = (*QUICK, "--dataset", "dtd", "--root_path", "data", "--save_path", "saved")
+WEIGHTS = Path("saved/tiny/dtd/2shots/seed3/so.safetensors")
+
+
+@pytest.fixture
+def data(run_main):
+    """Fabricated data sets, and weights that were adapted on one of them."""
+    wnids, _ = imagenet_classes()
+    fabricate("dtd", Path("data"), classes=5, per_class=16)
+    fabricate("eurosat", Path("data"), classes=3)
+    fabricate_variant(Path("data"), VARIANTS["imagenet_a"][0], wnids[::5])
+    code, record, _, _ = run_main(*DTD)
+    assert code == 0
+    return record
+
+
+# --- several data sets
+
+
+def test_one_model_is_evaluated_on_several_data_sets(data, run_main):
+    weights = WEIGHTS.read_bytes()
+    names = ["eurosat", "dtd", "imagenet_a", "digits"]
+    code, records, out, _ = run_main(*DTD, "--eval_only", "--eval_datasets", ",".join(names))
+    assert code == 0 and [record["test_dataset"] for record in records] == names
+    assert WEIGHTS.read_bytes() == weights
+    assert {record["dataset"] for record in records} == {"dtd"} and all(record["eval_only"] for record in records)
+    assert all(record["root_path"] is None and record["iterations"] == 0 for record in records)
+    assert len({record["changed_weights"] for record in records} | {data["changed_weights"]}) == 1
+    own = records[1]
+    assert own["test_accuracy"] == data["test_accuracy"] and own["split_sha256"] != data["split_sha256"]
+    for record in records:
+        assert record["test_accuracy"] == accuracy_by_hand(record["test_dataset"])
+        folder = Path("results", record["run_id"])
+        assert json.loads((folder / "result.json").read_text()) == record
+        assert f"_eval_{record['test_dataset']}_" in record["run_id"] and "2shot_seed3" in record["run_id"]
+        assert not (folder / "split.json").exists(), "nothing was drawn"
+    table = pd.read_csv("results/results.csv")
+    assert sorted(table.test_dataset) == sorted(["dtd", *names]) and list(table.dataset) == ["dtd"] * 5
+    assert table.run_id.is_unique and out.count("record: ") == 4
+
+
+def accuracy_by_hand(name: str) -> float:
+    """Of the saved weights, one image after the other."""
+    model, preprocess = clip.load("tiny")
+    clip.delta.apply_delta(model, WEIGHTS, clip.weights_sha256(model))
+    task = datasets.build(name, "data", None, 1)
+    classifier = utils.text_classifier(model, task.class_names, task.templates)
+    features = model.encode_image(torch.stack([preprocess(task.read(item)) for item in task.test])).detach()
+    predictions = (features @ classifier.T).argmax(dim=1).tolist()
+    return 100 * sum(p == item.label for p, item in zip(predictions, task.test)) / len(task.test)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("so", "zero_shot")])
+def test_every_method_is_evaluated_elsewhere_or_says_why_not(method, run_main):
+    fabricate("dtd", Path("data"), classes=3)
+    fabricate("eurosat", Path("data"), classes=3)  # with the class names of dtd
+    fabricate("ucf101", Path("data"), classes=4)
+    whole = "--epochs" if method in ("prolip", "tip_adapter_f") else "--total_iters"
+    flags = ("--method", method, "--backbone", "tiny", "--shots", 2, whole, 3, "--workers", 0, "--root_path", "data")
+    flags = (*flags, "--dataset", "dtd", "--save_path", "saved")
+    code, trained, _, err = run_main(*flags)
+    assert code == 0, err
+    code, (same, elsewhere), _, err = run_main(*flags, "--eval_only", "--eval_datasets", "dtd,eurosat")
+    assert code == 0, err
+    assert same["test_accuracy"] == trained["test_accuracy"] and elsewhere["test_dataset"] == "eurosat"
+    assert same["changed_weights"] == trained["changed_weights"]
+    code, _, _, err = run_main(*flags, "--eval_only", "--eval_datasets", "ucf101")
+    is_head = method in ("linear_probe", "tip_adapter", "tip_adapter_f")
+    assert code == (2 if is_head else 0) and ("3 other classes" in err) == is_head
+
+
+def test_an_evaluation_records_how_its_weights_were_drawn(run_main):
+    fabricate("dtd", Path("data"), per_class=16)
+    _, trained, _, _ = run_main(*DTD, "--draw", "coop")
+    _, evaluated, _, _ = run_main(*DTD, "--eval_only")
+    assert (trained["draw"], evaluated["draw"]) == ("coop", "coop")
+    split = Path("results", trained["run_id"], "split.json")
+    _, replayed, _, _ = run_main(*DTD, "--split", split, "--filename", "again")
+    _, evaluated, _, _ = run_main(*DTD, "--eval_only", "--filename", "again")
+    assert (replayed["draw"], evaluated["draw"]) == ("recorded", "recorded")
+    assert replayed["split_sha256"] == trained["split_sha256"]
+
+
+def test_finished_evaluations_are_skipped_and_others_done(data, run_main, monkeypatch):
+    flags = (*DTD, "--eval_only", "--eval_datasets")
+    _, (variant,), _, _ = run_main(*flags, "imagenet_a")
+    experiment, done = entry.experiment, []
+    monkeypatch.setattr(entry, "experiment", lambda *args: done.append(args[1].name) or experiment(*args))
+    _, records, out, _ = run_main(*flags, "eurosat,imagenet_a")
+    assert done == ["eurosat"] and records[1] == variant and out.count("already done") == 1
+    _, same, _, _ = run_main(*DTD, "--eval_only")
+    _, (again,), _, _ = run_main(*flags, "dtd")
+    assert again == same and done == ["eurosat", "dtd"], "the data set itself is the plain --eval_only"
+    run_main(*DTD, "--lr", "1e-2", "--force")  # other weights in the same place
+    _, (other,), _, _ = run_main(*flags, "eurosat")
+    assert other["run_id"] != records[0]["run_id"] and done[-1] == "eurosat"
+    run_main(*flags, "eurosat", "--force")
+    assert done[-2:] == ["eurosat", "eurosat"]
+
+
+def test_a_missing_data_set_is_found_out_before_any_is_evaluated(data, run_main):
+    before = sorted(Path("results").rglob("*"))
+    line = refused(run_main(*DTD, "--eval_only", "--eval_datasets", "eurosat,food101"), ["data", "results", "saved"])
+    assert "food101: no dataset folder in data" in line and sorted(Path("results").rglob("*")) == before
+    Path("data/eurosat/2750", datasets.build("eurosat", "data", None, 1).test[0].path).write_bytes(b"")
+    line = refused(run_main(*DTD, "--eval_only", "--eval_datasets", "eurosat"), ["data", "results", "saved"])
+    assert ".jpg is empty" in line and sorted(Path("results").rglob("*")) == before
+
+
+ROOT = ("--root_path", "data")
+SAVED = ("--save_path", "saved", "--eval_only")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((*SAVED, *ROOT, "--eval_datasets", "cifar"), ["--eval_datasets", "'cifar'", "imagenet_v2"]),
+        ((*SAVED, *ROOT, "--eval_datasets", ""), ["--eval_datasets", "''"]),
+        ((*SAVED, *ROOT, "--eval_datasets", "dtd,"), ["--eval_datasets", "''"]),
+        ((*SAVED, *ROOT, "--eval_datasets", "dtd,digits,dtd"), ["--eval_datasets", "twice"]),
+        ((*SAVED, *ROOT, "--eval_datasets", "folder"), ["--eval_datasets", "'folder'"]),
+        ((*SAVED, "--eval_datasets", "digits,dtd"), ["--eval_datasets digits,dtd needs --root_path"]),
+        ((*SAVED, "--eval_datasets", "dtd"), ["--eval_datasets dtd needs --root_path"]),
+        ((*SAVED, "--dataset", "dtd"), ["--dataset dtd needs --root_path"]),
+        (("--eval_datasets", "digits"), ["--eval_only", "--save_path"]),
+        (("--save_path", "saved", "--eval_datasets", "digits"), ["--eval_only"]),
+        (("--eval_only", "--eval_datasets", "digits"), ["--save_path"]),
+        ((*SAVED, "--eval_datasets", "digits"), ["there is no saved/tiny/digits", "so.safetensors"]),
+        ((*SAVED, "--eval_datasets", "digits", "--classes", "new"), ["--eval_datasets", "--classes"]),
+        ((*SAVED, "--eval_datasets", "digits", "--split", "data/x"), ["--eval_datasets", "--split"]),
+        ((*SAVED, "--eval_datasets", "digits", "--method", "zero_shot"), ["--eval_only", "zero_shot"]),
+        (("--dataset", "imagenet_r", *ROOT), ["imagenet_r", "test part alone", "--eval_datasets imagenet_r"]),
+        ((*SAVED, "--dataset", "imagenet_r", *ROOT), ["imagenet_r", "test part alone"]),
+        ((*SAVED, *ROOT, "--dataset", "folder", "--eval_datasets", "dtd"), ["--dataset folder", "take digits"]),
+        ((*SAVED, "--dataset", "folder", "--eval_datasets", "digits"), ["--dataset folder needs --root_path"]),
+    ],
+)
+def test_evaluations_that_cannot_work(flags, words, run_main):
+    Path("data").mkdir()
+    Path("data/x").touch()
+    line = refused(run_main(*QUICK, *flags), ["data"])
+    assert all(word in line for word in words), line
+
+
+def test_weights_of_ones_own_data_on_the_digits(run_main):
+    fabricate_own("pets")
+    flags = (*QUICK, "--dataset", "folder", "--root_path", "pets", "--save_path", "saved")
+    run_main(*flags)
+    code, (record,), _, _ = run_main(*flags, "--eval_only", "--eval_datasets", "digits")
+    assert code == 0 and (record["dataset"], record["test_dataset"]) == ("folder", "digits")
+    assert len(pd.read_csv("results/results.csv")) == 2
+
+
+def test_a_variant_without_training(run_main):
+    wnids, names = imagenet_classes()
+    fabricate_variant(Path("data"), VARIANTS["imagenet_r"][0], wnids[999:799:-1])
+    flags = (*QUICK, "--dataset", "imagenet_r", "--root_path", "data", "--method", "zero_shot")
+    code, record, _, err = run_main(*flags)
+    assert code == 0 and record["test_dataset"] == "imagenet_r" and "published split 200" in err
+    assert not Path("results", record["run_id"], "split.json").exists()
+    task = datasets.build("imagenet_r", "data", None, 1)
+    assert task.class_names == names[800:] and task.train == task.val == ()
+    assert [item.label for item in task.test] == list(range(200))
+
+
+# --- base-to-new
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 10, 47])
+def test_base_is_the_larger_first_half_and_new_the_rest(classes, tmp_path):
+    if classes < 4:
+        fabricate("dtd", tmp_path, classes=classes)
+        assert "--classes new" in error_of_build("dtd", tmp_path, 1, 1, classes="new")  # one class alone
+        return
+    fabricate("dtd", tmp_path, classes=classes, per_class=4)
+    whole = datasets.build("dtd", tmp_path, 2, 1)
+    middle = (classes + 1) // 2
+    halves = {name: datasets.build("dtd", tmp_path, 2, 1, classes=name) for name in ("base", "new")}
+    for name, first, end in (("base", 0, middle), ("new", middle, classes)):
+        task = halves[name]
+        assert task.class_names == tuple(class_name("dtd", label) for label in range(first, end))
+        for part in ("train", "val", "test"):  # drawn before: the same images as with all classes
+            expected = [Item(i.path, i.label - first) for i in getattr(whole, part) if first <= i.label < end]
+            assert list(getattr(task, part)) == expected
+    assert len(halves["base"].test) + len(halves["new"].test) == len(whole.test)
+    assert Counter(item.label for item in halves["base"].train) == dict.fromkeys(range(middle), 2)
+
+
+def test_training_on_base_and_evaluation_on_both(data, run_main):
+    code, base, _, _ = run_main(*DTD, "--classes", "base")
+    assert code == 0 and Path("saved/tiny/dtd-base/2shots/seed3/so.safetensors").is_file()
+    _, again, _, _ = run_main(*DTD, "--classes", "base", "--eval_only")
+    assert again["test_accuracy"] == base["test_accuracy"]
+    _, new, out, _ = run_main(*DTD, "--classes", "new", "--eval_only")
+    assert "dtd (2 classes)" in out and "on 8 test images" in out
+    assert new["changed_weights"] == base["changed_weights"] != 0
+    _, zero_shot, _, _ = run_main(*DTD, "--classes", "new", "--method", "zero_shot")
+    assert zero_shot["test_accuracy"] == zero_shot["zero_shot_accuracy"] == new["zero_shot_accuracy"]
+    records = [data, base, again, new, zero_shot]
+    assert [record["classes"] for record in records] == ["all", "base", "base", "new", "new"]
+    assert len({record["run_id"] for record in records}) == 5
+    _, whole, _, _ = run_main(*DTD, "--eval_only")
+    assert whole["test_accuracy"] == data["test_accuracy"], "the weights of all classes are still in their place"
+
+
+def test_training_on_new_classes_is_refused(run_main):
+    fabricate("dtd", Path("data"), classes=4)
+    line = refused(run_main(*DTD, "--classes", "new"), ["data"])
+    assert "train with --classes base" in line
+    line = refused(run_main(*DTD, "--classes", "new", "--eval_only"), ["data"])
+    assert "there is no saved/tiny/dtd-base/" in line
+
+
+def test_a_half_without_test_images_is_refused(run_main):
+    fabricate_own("pets/train", ("ant", "bee", "cat", "dog"))
+    fabricate_own("pets/test", ("ant", "bee"))
+    flags = (*QUICK, "--dataset", "folder", "--root_path", "pets", "--method", "zero_shot", "--classes", "new")
+    assert "2 classes and 0 test images" in refused(run_main(*flags), ["pets"])
+
+
+# --- prompts of one's own
+
+TEMPLATES = ("a scan of {}.", "{}, a texture.", "{}")
+
+
+def test_zero_shot_averages_all_templates_and_training_takes_the_first(run_main, monkeypatch):
+    fabricate("dtd", Path("data"), classes=3)
+    asked, tokenize = [], utils.tokenize_classes
+    monkeypatch.setattr(utils, "tokenize_classes", lambda names, t: asked.append(t) or tokenize(names, t))
+    flags = [word for template in TEMPLATES for word in ("--template", template)]
+    _, record, _, _ = run_main(*DTD, *flags)
+    # checked, then zero-shot, then training, then the adapted model
+    assert asked == [*TEMPLATES, *TEMPLATES, TEMPLATES[0], TEMPLATES[0]]
+    assert (record["template"], record["prompts"]) == (" | ".join(TEMPLATES), "own")
+    _, alone, _, _ = run_main(*DTD, "--template", TEMPLATES[0], "--filename", "alone")
+    assert alone["run_id"] != record["run_id"] and alone["final_loss"] == record["final_loss"]
+    asked.clear()
+    _, zero_shot, _, _ = run_main(*DTD, *flags, "--method", "zero_shot")
+    assert asked == [*TEMPLATES, *TEMPLATES]
+    assert zero_shot["test_accuracy"] == zero_shot["zero_shot_accuracy"] == record["zero_shot_accuracy"]
+
+
+def test_templates_in_config_files_and_above_them(run_main):
+    one, two = (f"template: {value}\n" for value in ('"a {}."', "['a {}.', 'b {}.']"))
+    Path("one.yaml").write_text(one)
+    Path("two.yaml").write_text(two)
+    assert run_utils.parse(["--config", "one.yaml"]).template == ("a {}.",)
+    assert run_utils.parse(["--config", "two.yaml"]).template == ("a {}.", "b {}.")
+    assert run_utils.parse(["--config", "two.yaml", "--template", "c {}"]).template == ("c {}",)
+    fabricate("dtd", Path("data"), classes=2)
+    _, record, _, _ = run_main(*DTD, "--config", "two.yaml")
+    config = Path("results", record["run_id"], "config.yaml")
+    assert yaml.safe_load(config.read_text())["template"] == ["a {}.", "b {}."]
+    assert "already done" in run_main("--config", config)[2]
+    for text in ("template: 3", "template: null", "template: [1]", "template: {a: b}"):
+        Path("bad.yaml").write_text(text)
+        before = ("bad.yaml", "data", "one.yaml", "results", "saved", "two.yaml")
+        assert "template must be a list of texts" in refused(run_main("--config", "bad.yaml"), before)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "",
+        "a photo",
+        "{} and {}",
+        "{0}",
+        "{name}",
+        "{!r}",
+        "{:>9}",
+        "{.upper}",
+        "{[0]}",
+        "{{}}",
+        "{",
+        "}",
+        "{} {",
+        "a {} }",
+    ],
+)
+def test_templates_with_other_braces_are_refused(template, run_main):
+    line = refused(run_main("--template", "good {}", "--template", template))
+    assert f"--template {template!r}" in line and "{}" in line
+
+
+def test_saved_weights_are_evaluated_with_the_prompts_they_were_trained_with(run_main):
+    fabricate("dtd", Path("data"), classes=4, per_class=16)
+    _, trained, _, _ = run_main(*DTD, "--template", "{} of many kinds", "--template", "b {}")
+    _, same, _, _ = run_main(*DTD, "--eval_only")
+    assert same["template"] == "{} of many kinds | b {}" and same["test_accuracy"] == trained["test_accuracy"]
+    assert same["zero_shot_accuracy"] == trained["zero_shot_accuracy"]
+    _, other, _, _ = run_main(*DTD, "--eval_only", "--template", "c {}")
+    assert other["template"] == "c {}" and other["run_id"] != same["run_id"]
+    _, own, _, _ = run_main(*DTD, "--eval_only", "--prompts", "specific")
+    assert (own["template"], own["prompts"]) == ("{} texture.", "specific")
+    fabricate("eurosat", Path("data"))
+    _, (elsewhere,), _, _ = run_main(*DTD, "--eval_only", "--eval_datasets", "eurosat")
+    assert elsewhere["template"] == "{} of many kinds | b {}"
+    hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in Path("saved").rglob("*.safetensors")}
+    assert len(hashes) == 1
