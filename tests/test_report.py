@@ -40,7 +40,7 @@ class Folder:
         self.path = path
         self.number = itertools.count(1)
 
-    def add(self, method="so", dataset="dtd", shots=4, seed=1, accuracy=50.0, curve=None, **changes):
+    def add(self, method="so", dataset="dtd", shots=4, seed=1, accuracy=50.0, curve=None, search=None, **changes):
         number = next(self.number)
         record = {
             **{"run_id": f"run{number}", "method": method, "dataset": dataset, "backbone": "ViT-B/16"},
@@ -64,6 +64,8 @@ class Folder:
         (folder / "result.json").write_text(json.dumps(record))
         if curve is not None:
             pd.DataFrame(curve).to_csv(folder / "curve.csv", index=False)
+        if search is not None:
+            pd.DataFrame(search | {"val_accuracy": 1.0, "chosen": True}).to_csv(folder / "search.csv", index=False)
         return record
 
     def read(self):
@@ -148,6 +150,21 @@ def test_prompts_of_the_data_set_and_iterations_by_epochs_vary_with_it(results):
     for dataset, template, iterations in (("dtd", "{} texture.", 80), ("eurosat", "satellite photo of {}.", 30)):
         results.add(dataset=dataset, prompts="specific", template=template, epochs=10, total_iters=iterations)
     assert list(results.read().settings.index) == ["so"]
+
+
+def test_values_that_were_searched_are_outcomes_and_their_list_is_the_setting(results):
+    for seed, (lr, iterations) in enumerate(((0.001, 100), (0.01, 900), (0.01, 100))):
+        lists = {"lr": [0.001, 0.001, 0.01, 0.01], "n_iters": [100, 900] * 2}
+        results.add(seed=seed, lr=lr, total_iters=4 * iterations, search=lists)
+        results.add(seed=seed, lr=0.001, search={"lr": [0.001, 0.1]})
+    results.add(lr=0.001)
+    read = results.read()
+    assert read.runs.groupby("configuration").size().tolist() == [1, 3, 3]
+    assert read.settings[["searched", "lr", "iterations"]].to_numpy().tolist() == [
+        ["-", "0.001", "total_iters 8000"],
+        ["lr of 0.001, 0.01; n_iters of 100, 900", "searched", "iterations searched"],
+        ["lr of 0.001, 0.1", "searched", "total_iters 8000"],
+    ]
 
 
 def test_iterations_per_shot_and_in_all_are_told_apart_over_shots(results):
@@ -275,6 +292,19 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
     assert (mean.difference, mean.low, mean.high) == pytest.approx((np.mean(differences[:3]), *wanted))
     page = (out / "index.html").read_text()
     assert "19 pairs of runs" in page and "4 runs of the two have no partner" in page
+
+
+@pytest.mark.parametrize(
+    "change, pairs",
+    [({"split_sha256": "test part"}, 1), ({"classes": "base"}, 0), ({"data_sha256": "other"}, 0), ({"seed": 2}, 0)],
+    ids=str,
+)
+def test_zero_shot_runs_which_have_no_training_images_are_paired_with_others(results, change, pairs):
+    results.add("so", accuracy=60)
+    results.add("zero_shot", accuracy=50, **change)
+    rows = comparison.differences(results.read(), "so", "zero_shot")
+    assert rows.difference.tolist() == [10] * pairs
+    assert comparison.differences(results.read(), "zero_shot", "so").difference.tolist() == [-10] * pairs
 
 
 def test_one_pair_has_no_interval_and_the_order_decides_the_sign(results, make, no_figures):
@@ -476,6 +506,9 @@ def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, 
     columns = [name for name in original if name in tidy]
     pd.testing.assert_frame_equal(tidy[columns], original[columns], check_dtype=False)
     assert original.drop(columns=columns).isna().all(axis=None)
+
+    (difference,) = pd.read_csv("one/differences.csv").itertuples()
+    assert (difference.a, difference.b, difference.pairs) == ("so", "zero_shot", 2)
 
     text = (tmp_path / "one" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
