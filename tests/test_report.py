@@ -141,7 +141,13 @@ def test_runs_that_differ_in_a_setting_are_not_mixed(results, change, words):
 def test_what_runs_measure_does_not_part_them(results):
     results.add(seed=1, device="NVIDIA H100")
     measured = {"train_seconds": 5.0, "changed_weights": 3, "optimizer_bytes": 9, "iterations": 3, "final_loss": 0.3}
-    measured |= {"stopped_early": True, "peak_memory_mb": 3.0, "search_seconds": 1.0, "checkpoint_bytes": 55}
+    measured |= {
+        "data_sha256": "a" * 64,
+        "stopped_early": True,
+        "peak_memory_mb": 3.0,
+        "search_seconds": 1.0,
+        "checkpoint_bytes": 55,
+    }
     results.add(seed=2, git_commit="def", torch_version="2.9", device="NVIDIA A100", **measured)
     assert list(results.read().settings.index) == ["so"]
 
@@ -275,6 +281,8 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
     results.add("so", "fgvc", accuracy=99)  # a data set that is missing
     results.add("so", "ucf101", seed=9, accuracy=99)
     results.add("lora", "ucf101", seed=9, accuracy=1, split_sha256="other images")
+    results.add("so", "ucf101", seed=10, accuracy=99)
+    results.add("lora", "ucf101", seed=10, accuracy=1, data_sha256="changed images")
     code, _, _, out = make()
     assert code == 0
     rows = pd.read_csv(out / "differences.csv").set_index("data_set")
@@ -291,12 +299,12 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
     mean = rows.loc["mean of 3"]
     assert (mean.difference, mean.low, mean.high) == pytest.approx((np.mean(differences[:3]), *wanted))
     page = (out / "index.html").read_text()
-    assert "19 pairs of runs" in page and "4 runs of the two have no partner" in page
+    assert "19 pairs of runs" in page and "6 runs of the two have no partner" in page
 
 
 @pytest.mark.parametrize(
     "change, pairs",
-    [({"split_sha256": "test part"}, 1), ({"classes": "base"}, 0), ({"data_sha256": "other"}, 0), ({"seed": 2}, 0)],
+    [({"split_sha256": "test part"}, 1), ({"classes": "base"}, 0), ({"data_sha256": "test part"}, 1), ({"seed": 2}, 0)],
     ids=str,
 )
 def test_zero_shot_runs_which_have_no_training_images_are_paired_with_others(results, change, pairs):

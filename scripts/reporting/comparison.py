@@ -67,14 +67,15 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     high (empty where there are too few values for an interval).
     """
     runs = results.runs[~results.runs.evaluated]
-    place = ["shots", "tested_on", "classes", "data_sha256", "seed"]
+    place = ["shots", "tested_on", "classes", "seed"]
     one, two = (runs[runs.configuration == label].set_index(place) for label in (a, b))
-    two = two[["test_accuracy", "split_sha256", "method"]].set_axis(["mean_b", "other_split", "other_method"], axis=1)
-    both = one.rename(columns={"test_accuracy": "mean_a"}).join(two, how="inner").reset_index()
-    untrained = (both.method == "zero_shot") | (
-        both.other_method == "zero_shot"
-    )  # their hash is of the test part alone
-    both = both[untrained | (both.split_sha256 == both.other_split)]
+    one = one.assign(images=one.split_sha256 + one.data_sha256, mean_a=one.test_accuracy)
+    two = pd.DataFrame(
+        {"mean_b": two.test_accuracy, "others": two.split_sha256 + two.data_sha256, "other_method": two.method}
+    )
+    both = one.join(two, how="inner").reset_index()
+    untrained = both[["method", "other_method"]].eq("zero_shot").any(axis=1)  # its hashes are of the test part alone
+    both = both[untrained | (both.images == both.others)]
     both = both.assign(difference=both.mean_a - both.mean_b)
     rows = []
     for shots, pairs in both.groupby("shots"):

@@ -204,10 +204,8 @@ def _settings(runs: pd.DataFrame) -> pd.DataFrame:
     chosen = runs.searched.map(text).map(lambda searched: {part.split(" of ")[0] for part in searched.split("; ")})
     for name in settings:
         settings[name] = settings[name].mask(chosen.map(lambda names, name=name: name in names), "searched")
-    settings["iterations"] = _budgets(runs, settings)
-    settings["iterations"] = settings.iterations.mask(
-        chosen.map(lambda names: bool(names & {*BUDGETS})), "iterations searched"
-    )
+    open_budget = chosen.map(lambda names: bool(names & {*BUDGETS}))
+    settings["iterations"] = _budgets(runs, settings).mask(open_budget, "iterations searched")
     return settings
 
 
