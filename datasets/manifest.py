@@ -88,7 +88,7 @@ def _csv_rows(path: Path) -> list[tuple[str, dict]]:
     if "path" not in names or not set(names) <= set(_COLUMNS) or len(set(names)) < len(names):
         raise DatasetError(
             f"manifest {path}: the first line must name the columns, out of {', '.join(_COLUMNS)}, and path must be "
-            f"there; it is {header.strip()[:80]!r}"
+            f"there once; it is {header.strip()[:80]!r}"
         )
     for number, row in lines:
         if len(row) != len(names):
