@@ -169,8 +169,8 @@ def note_other_split(settings: run_utils.Settings, task: datasets.Task) -> None:
         return
     if run_utils.checkpoint_metadata(settings.checkpoint).get("split_sha256") != task.split_sha256:
         datasets.note(
-            f"{settings.checkpoint} was trained when {settings.root_path} had other images or parts; some that it was "
-            "trained on may be tested on here. --split with the split.json of its run leaves them out"
+            f"{settings.checkpoint} was trained on another split of {settings.root_path}: some of its training images "
+            "may be tested on here. --split with the split.json of its run leaves them out"
         )
 
 

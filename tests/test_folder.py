@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -122,14 +123,14 @@ def test_weights_evaluated_on_another_division_are_called_out(run_main):
     flags = (*OWN, "--root_path", "pets", "--save_path", "saved")
     _, trained, _, _ = run_main(*flags)
     _, same, _, err = run_main(*flags, "--eval_only")
-    assert same["test_accuracy"] == trained["test_accuracy"] and "other images" not in err
+    assert same["test_accuracy"] == trained["test_accuracy"] and "another split" not in err
     split = Path("results", trained["run_id"], "split.json").read_bytes()
     picture(0, 9, (12, 12)).save("pets/cat/new.png")  # and every image of the class may change its part
     _, moved, _, err = run_main(*flags, "--eval_only")
-    assert moved["split_sha256"] != trained["split_sha256"] and "pets had other images" in err and "--split" in err
+    assert moved["split_sha256"] != trained["split_sha256"] and "another split of pets" in err and "--split" in err
     Path("old.json").write_bytes(split)
     _, replayed, _, err = run_main(*flags, "--eval_only", "--split", "old.json")
-    assert replayed["split_sha256"] == trained["split_sha256"] and "other images" not in err
+    assert replayed["split_sha256"] == trained["split_sha256"] and "another split" not in err
     assert replayed["test_accuracy"] == trained["test_accuracy"]
 
 
@@ -184,7 +185,7 @@ def test_the_division_of_a_class():
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "valid", "TESTING"), ("train", None, "test")])
-def test_parts_are_known_by_their_usual_names(names, tmp_path):
+def test_parts_are_known_by_their_usual_names(names, tmp_path, monkeypatch):
     for name, per_class in zip(names, (4, 3, 2)):
         if name:
             fabricate_own(tmp_path / name, per_class=per_class)
@@ -192,6 +193,9 @@ def test_parts_are_known_by_their_usual_names(names, tmp_path):
     assert [len(parts[part]) for part in parts] == [8, 6 if names[1] else 0, 4]
     assert all(path.startswith(f"{name}/") for name, part in zip(names, parts) for path, _ in parts[part])
     task = own(tmp_path, shots=2)
+    scan = datasets.folder._scan
+    monkeypatch.setattr(datasets.folder, "_scan", lambda folder: scan(folder)[::-1])
+    assert own(tmp_path, shots=2) == task, "the disk's order shows"
     assert task.class_names == ("cat", "dog") and {i.path.split("/")[0] for i in task.train} == {names[0]}
     assert len(task.val) == (4 if names[1] else 0)
     check_images_exist(task)
@@ -226,6 +230,28 @@ def test_what_may_be_meant_as_parts_is_never_taken_for_classes(folders, words, t
         fabricate_own(tmp_path / folder)
     message = error_of_build("folder", tmp_path, 1, 1)
     assert str(tmp_path) in message and all(word in message for word in words), message
+
+
+def test_parts_that_hold_images_themselves_are_no_classes_either(tmp_path):
+    fabricate_own(tmp_path, ("cat", "test", "train"))
+    assert "(test, train) and other folders beside them (cat)" in error_of_build("folder", tmp_path, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["eel", "Cat"])
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_that_train_does_not_know_is_refused(name, part, tmp_path):
+    for folder in ("train", "val", "test"):
+        fabricate_own(tmp_path / folder)
+    fabricate_own(tmp_path / part, (name,))
+    message = error_of_build("folder", tmp_path, 1, 1)
+    assert f"{tmp_path / part / name}: {tmp_path / 'train'} has no class of this name" in message
+
+
+def test_features_of_images_that_are_read_otherwise_are_not_taken_from_the_cache(tmp_path):
+    task = own(fabricate_own(tmp_path))
+    published = datasets.Task(*(getattr(task, field.name) for field in dataclasses.fields(task)))
+    assert published.fingerprint(task.test) != task.fingerprint(task.test)
+    assert own(Path(os.path.relpath(tmp_path))).fingerprint(task.test) == task.fingerprint(task.test)
 
 
 def test_hidden_and_foreign_files_are_left_out_and_the_latter_counted_once(tmp_path, capsys):
@@ -426,6 +452,7 @@ CAT_DOG = {"train": [("a.jpg", 0), ("b.jpg", 1)], "val": [], "test": [("c.jpg", 
         "path,class,part\n" + PARTS + "\n\n",
         "path,class_name,part\n" + PARTS + ",,\n",
         "part,path,label,class_name\ntrain,a.jpg,0,cat\nTRAINING,b.jpg, 1 ,dog\n Test ,./c.jpg,0,cat\n",
+        'class_name, path, part\ncat, "a.jpg", train\ndog, b.jpg, train\ncat,c.jpg,test\n',
         'path,class_name,part\n"a.jpg","cat","train"\nb.jpg,dog,train\n"c.jpg", cat ,test\n',
     ],
 )
@@ -438,9 +465,9 @@ def test_csv_dialects(text, tmp_path):
 
 
 def test_quoted_fields_hold_anything(tmp_path):
-    text = 'path,class_name,part\n"a,1.jpg","say ""cat""",train\n"new\nline.jpg",dog,train\n" b\u2028.jpg",dog,test\n'
+    text = 'path,class_name,part\n"a,1.jpg","say ""cat""",train\n"new\nline.jpg",dog,train\n" b.jpg",dog,test\nc\u2028.jpg,dog,test\n'
     split = read_manifest(manifest(tmp_path, text))
-    assert [item.path for item in (*split.train, *split.test)] == ["a,1.jpg", "new\nline.jpg", " b\u2028.jpg"]
+    assert [item.path for item in (*split.train, *split.test)] == ["a,1.jpg", "new\nline.jpg", " b.jpg", "c\u2028.jpg"]
     assert split.class_names == ("dog", 'say "cat"')
 
 
