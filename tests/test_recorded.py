@@ -339,7 +339,9 @@ def test_dassls_name_opens_no_other_door(recorded, tmp_path):
     for name, content in doors.items():
         path = tmp_path / f"{name}.pkl"
         path.write_bytes(content)
-        assert "none of CoOp's few-shot files" in error_of_build("dtd", root, 2, 3, split=path), name
+        message = error_of_build("dtd", root, 2, 3, split=path)
+        assert "none of CoOp's few-shot files" in message, name
+        assert ("it asks for dassl." in message) == (name in ("method", "other", "other package")), message
 
 
 @pytest.mark.parametrize(
