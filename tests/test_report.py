@@ -40,7 +40,7 @@ class Folder:
         self.path = path
         self.number = itertools.count(1)
 
-    def add(self, method="so", dataset="dtd", shots=4, seed=1, accuracy=50.0, curve=None, **changes):
+    def add(self, method="so", dataset="dtd", shots=4, seed=1, accuracy=50.0, curve=None, search=None, **changes):
         number = next(self.number)
         record = {
             **{"run_id": f"run{number}", "method": method, "dataset": dataset, "backbone": "ViT-B/16"},
@@ -64,6 +64,8 @@ class Folder:
         (folder / "result.json").write_text(json.dumps(record))
         if curve is not None:
             pd.DataFrame(curve).to_csv(folder / "curve.csv", index=False)
+        if search is not None:
+            pd.DataFrame(search | {"val_accuracy": 1.0, "chosen": True}).to_csv(folder / "search.csv", index=False)
         return record
 
     def read(self):
@@ -139,7 +141,13 @@ def test_runs_that_differ_in_a_setting_are_not_mixed(results, change, words):
 def test_what_runs_measure_does_not_part_them(results):
     results.add(seed=1, device="NVIDIA H100")
     measured = {"train_seconds": 5.0, "changed_weights": 3, "optimizer_bytes": 9, "iterations": 3, "final_loss": 0.3}
-    measured |= {"stopped_early": True, "peak_memory_mb": 3.0, "search_seconds": 1.0, "checkpoint_bytes": 55}
+    measured |= {
+        "data_sha256": "a" * 64,
+        "stopped_early": True,
+        "peak_memory_mb": 3.0,
+        "search_seconds": 1.0,
+        "checkpoint_bytes": 55,
+    }
     results.add(seed=2, git_commit="def", torch_version="2.9", device="NVIDIA A100", **measured)
     assert list(results.read().settings.index) == ["so"]
 
@@ -148,6 +156,21 @@ def test_prompts_of_the_data_set_and_iterations_by_epochs_vary_with_it(results):
     for dataset, template, iterations in (("dtd", "{} texture.", 80), ("eurosat", "satellite photo of {}.", 30)):
         results.add(dataset=dataset, prompts="specific", template=template, epochs=10, total_iters=iterations)
     assert list(results.read().settings.index) == ["so"]
+
+
+def test_values_that_were_searched_are_outcomes_and_their_list_is_the_setting(results):
+    for seed, (lr, iterations) in enumerate(((0.001, 100), (0.01, 900), (0.01, 100))):
+        lists = {"lr": [0.001, 0.001, 0.01, 0.01], "n_iters": [100, 900] * 2}
+        results.add(seed=seed, lr=lr, total_iters=4 * iterations, search=lists)
+        results.add(seed=seed, lr=0.001, search={"lr": [0.001, 0.1]})
+    results.add(lr=0.001)
+    read = results.read()
+    assert read.runs.groupby("configuration").size().tolist() == [1, 3, 3]
+    assert read.settings[["searched", "lr", "iterations"]].to_numpy().tolist() == [
+        ["-", "0.001", "total_iters 8000"],
+        ["lr of 0.001, 0.01; n_iters of 100, 900", "searched", "iterations searched"],
+        ["lr of 0.001, 0.1", "searched", "total_iters 8000"],
+    ]
 
 
 def test_iterations_per_shot_and_in_all_are_told_apart_over_shots(results):
@@ -249,7 +272,7 @@ def test_markdown_and_latex_have_the_same_table(results):
 
 def test_differences_are_paired_t_tests(results, make, no_figures):
     generator = np.random.default_rng(1)
-    names = ("imagenet", "dtd", "ucf101", "digits")
+    names = ("imagenet", "dtd", "ucf101", "digits", "birds")  # the last two have no mean
     a, b = generator.uniform(40, 60, (2, len(names), 4))
     for (d, seed), _ in np.ndenumerate(a):
         results.add("so", names[d], seed=seed, accuracy=a[d, seed])
@@ -258,13 +281,15 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
     results.add("so", "fgvc", accuracy=99)  # a data set that is missing
     results.add("so", "ucf101", seed=9, accuracy=99)
     results.add("lora", "ucf101", seed=9, accuracy=1, split_sha256="other images")
+    results.add("so", "ucf101", seed=10, accuracy=99)
+    results.add("lora", "ucf101", seed=10, accuracy=1, data_sha256="changed images")
     code, _, _, out = make()
     assert code == 0
     rows = pd.read_csv(out / "differences.csv").set_index("data_set")
-    assert list(rows.index) == ["ImageNet", "DTD", "UCF101", "mean of 3", "digits"]
-    assert rows.pairs.tolist() == [4, 3, 4, 11, 4] and set(rows.a) == {"so"} and set(rows.b) == {"lora"}
+    assert list(rows.index) == ["ImageNet", "DTD", "UCF101", "mean of 3", "birds", "digits"]
+    assert rows.pairs.tolist() == [4, 3, 4, 11, 4, 4] and set(rows.a) == {"so"} and set(rows.b) == {"lora"}
     differences = []
-    for d, name in enumerate(("ImageNet", "DTD", "UCF101", "digits")):
+    for d, name in enumerate(("ImageNet", "DTD", "UCF101", "digits", "birds")):
         first, second = (a[d], b[d]) if d != 1 else (a[d, 1:], b[d, 1:])
         test = stats.ttest_rel(first, second)
         wanted = [first.mean(), second.mean(), (first - second).mean(), *test.confidence_interval(0.95)]
@@ -274,7 +299,20 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
     mean = rows.loc["mean of 3"]
     assert (mean.difference, mean.low, mean.high) == pytest.approx((np.mean(differences[:3]), *wanted))
     page = (out / "index.html").read_text()
-    assert "15 pairs of runs" in page and "4 runs of the two have no partner" in page
+    assert "19 pairs of runs" in page and "6 runs of the two have no partner" in page
+
+
+@pytest.mark.parametrize(
+    "change, pairs",
+    [({"split_sha256": "test part"}, 1), ({"classes": "base"}, 0), ({"data_sha256": "test part"}, 1), ({"seed": 2}, 0)],
+    ids=str,
+)
+def test_zero_shot_runs_which_have_no_training_images_are_paired_with_others(results, change, pairs):
+    results.add("so", accuracy=60)
+    results.add("zero_shot", accuracy=50, **change)
+    rows = comparison.differences(results.read(), "so", "zero_shot")
+    assert rows.difference.tolist() == [10] * pairs
+    assert comparison.differences(results.read(), "zero_shot", "so").difference.tolist() == [-10] * pairs
 
 
 def test_one_pair_has_no_interval_and_the_order_decides_the_sign(results, make, no_figures):
@@ -432,13 +470,18 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.loads, self.links, self.full = [], [], set()
+        self.loads, self.links, self.full, self.ids, self.used = [], [], set(), [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         for name, value in attributes:
             if name == "data-v":
                 self.full.add(value)
+            if name == "id":
+                self.ids.append(value)
+        if tag == "use":
+            self.used.append(dict(attributes).get("href"))
+        for name, value in attributes:
             if tag == "a" and name == "href":
                 self.links.append(value)
             elif name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster") and not value.startswith(
@@ -472,11 +515,18 @@ def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, 
     pd.testing.assert_frame_equal(tidy[columns], original[columns], check_dtype=False)
     assert original.drop(columns=columns).isna().all(axis=None)
 
+    (difference,) = pd.read_csv("one/differences.csv").itertuples()
+    assert (difference.a, difference.b, difference.pairs) == ("so", "zero_shot", 2)
+
     text = (tmp_path / "one" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not page.loads and all(link.startswith(("#", "https://arxiv.org/")) for link in page.links)
+    assert set(re.findall(r"\w+://[^\s\"<]+", text)) == {link for link in page.links if not link.startswith("#")}
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", text)
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    clips = re.findall(r"url\(#([^)]*)\)", text)
+    assert page.used and clips and {*page.used, *(f"#{clip}" for clip in clips)} <= {f"#{name}" for name in page.ids}
+    assert len(set(page.ids)) == len(page.ids)
     assert text.count("<svg") == 4 * 2  # a legend and a panel each
     for name in tidy:
         for value in pd.read_csv("one/runs.csv", dtype=str)[name].dropna().unique():

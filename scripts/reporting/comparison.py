@@ -17,12 +17,12 @@ DIFFERENCES = "a b shots data_set pairs data_sets mean_a mean_b difference low h
 # Over data sets: in 1000 simulated samples of 11 the t interval of the mean covered the truth more often than the
 # percentile and the BCa bootstrap: normal values 96, 90, 90 %; exponential 89, 85, 88 %; with outliers 73, 71, 70 %.
 ASSUMPTIONS = (
-    "Runs are paired by data set, shots and seed, and only where both saw the same images. In a data set the interval "
-    "is Student's t of the paired differences over seeds: it takes them for independent and normal, and says what "
-    "other seeds would give. Over data sets it is Student's t of the data sets' mean differences: it takes the data "
-    "sets for a random sample of tasks, each counting the same, and their differences for normal; where a few data "
-    "sets stand out it is too narrow. Intervals are of 95 %, each for itself: of twenty comparisons without any "
-    "difference, one is expected to exclude zero."
+    "Runs are paired by data set, shots and seed, and only where both saw the same images; zero-shot runs, which see "
+    "no training images, are paired with any. In a data set the interval is Student's t of the paired differences over "
+    "seeds: it takes them for independent and normal, and says what other seeds would give. Over data sets it is "
+    "Student's t of the data sets' mean differences: it takes the data sets for a random sample of tasks, each "
+    "counting the same, and their differences for normal; where a few data sets stand out it is too narrow. Intervals "
+    "are of 95 %, each for itself: of twenty comparisons without any difference, one is expected to exclude zero."
 )
 
 
@@ -67,11 +67,15 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     high (empty where there are too few values for an interval).
     """
     runs = results.runs[~results.runs.evaluated]
-    place = ["shots", "tested_on", "seed"]
+    place = ["shots", "tested_on", "classes", "seed"]
     one, two = (runs[runs.configuration == label].set_index(place) for label in (a, b))
-    two = two[["test_accuracy", "split_sha256"]].set_axis(["mean_b", "other_split"], axis=1)
-    both = one.rename(columns={"test_accuracy": "mean_a"}).join(two, how="inner").reset_index()
-    both = both[both.split_sha256 == both.other_split]
+    one = one.assign(images=one.split_sha256 + one.data_sha256, mean_a=one.test_accuracy)
+    two = pd.DataFrame(
+        {"mean_b": two.test_accuracy, "others": two.split_sha256 + two.data_sha256, "other_method": two.method}
+    )
+    both = one.join(two, how="inner").reset_index()
+    untrained = both[["method", "other_method"]].eq("zero_shot").any(axis=1)  # its hashes are of the test part alone
+    both = both[untrained | (both.images == both.others)]
     both = both.assign(difference=both.mean_a - both.mean_b)
     rows = []
     for shots, pairs in both.groupby("shots"):

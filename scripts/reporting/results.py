@@ -77,7 +77,8 @@ def read_results(folder: Path) -> Results:
     names what is missing or damaged."""
     notes = []
     paths = sorted(folder.glob("*/result.json"))
-    records = [record for record in map(read_record, paths) if record is not None]
+    records = [(path, record) for path, record in zip(paths, map(read_record, paths)) if record is not None]
+    records = [record | _searched(path.parent) for path, record in records]
     if len(records) < len(paths):
         notes.append(f"{len(paths) - len(records)} of {len(paths)} records are damaged and left out.")
     if paths and not records:
@@ -93,6 +94,19 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"{source} is damaged ({' '.join(str(error).split())}); any run of main.py mends it") from None
     _check(runs, source)
     return arrange(runs.astype({"shots": int, "seed": int, "test_accuracy": float}), notes)
+
+
+def _searched(folder: Path) -> dict[str, str]:
+    """What a run chose on val images, and from which values, as the setting `searched`; empty without a search."""
+    path = folder / "search.csv"
+    if not path.exists():
+        return {}
+    try:
+        trials = pd.read_csv(path)
+    except ValueError:
+        raise UserError(f"{path} is damaged; remove that run or repeat it with --force") from None
+    names = [name for name in trials if name not in ("val_accuracy", "iterations", "chosen")]
+    return {"searched": "; ".join(f"{name} of {', '.join(map(text, trials[name].unique()))}" for name in names)}
 
 
 def _check(runs: pd.DataFrame, source: Path) -> None:
@@ -116,14 +130,15 @@ def _check(runs: pd.DataFrame, source: Path) -> None:
 def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
     """Runs by configuration and data set."""
     runs, recorded = runs.copy(), list(runs)
-    optional = ("test_dataset", "root_path", "split_sha256", "weights_sha256", "template", "device", *ALWAYS, *BUDGETS)
-    for name in optional:
+    hashes = ("split_sha256", "data_sha256", "weights_sha256")
+    for name in ("test_dataset", "root_path", "searched", "template", "device", *hashes, *ALWAYS, *BUDGETS):
         if name not in runs:
             runs[name] = None
     for name in ALWAYS:
         runs[name] = runs[name].astype(object).where(runs[name].notna(), getattr(Settings, name))
     runs["test_dataset"] = runs.test_dataset.astype(object).where(runs.test_dataset.notna(), runs.dataset)
-    runs["split_sha256"] = runs.split_sha256.fillna("")
+    for name in ("split_sha256", "data_sha256"):
+        runs[name] = runs[name].astype(object).where(runs[name].notna(), "")
     runs["evaluated"] = runs.eval_only.map(text) == "true"
     runs["tested_on"] = _columns(runs)
     runs["short_name"] = runs.tested_on.map(lambda column: SHORT.get(column, column))
@@ -185,7 +200,12 @@ def _settings(runs: pd.DataFrame) -> pd.DataFrame:
     several = runs.weights_sha256.astype(str).groupby(weights).transform("nunique") > 1
     settings["backbone"] = weights.where(~several, weights + " " + runs.weights_sha256.astype(str).str[:8])
     settings["trained_on"] = runs.dataset.where(runs.dataset != runs.test_dataset, "the same")
-    settings["iterations"] = _budgets(runs, settings)
+    # Values that a run chose from a list are outcomes; the list is the setting.
+    chosen = runs.searched.map(text).map(lambda searched: {part.split(" of ")[0] for part in searched.split("; ")})
+    for name in settings:
+        settings[name] = settings[name].mask(chosen.map(lambda names, name=name: name in names), "searched")
+    open_budget = chosen.map(lambda names: bool(names & {*BUDGETS}))
+    settings["iterations"] = _budgets(runs, settings).mask(open_budget, "iterations searched")
     return settings
 
 
