@@ -110,9 +110,11 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         evaluator.read_images()  # damaged ones are found now; what is right or wrong is not asked before the choice
         settings, trials, search_seconds = train.search(model, task, preprocess, settings, base_sha256)
     adaptation, loader = train.prepare(model, task, settings)
+    on = f"trained on {settings.dataset}, tested on {task.name}" if settings.eval_only else f"on {task.name}"
+    does = "evaluates" if settings.eval_only else "trains"
     print(
-        f"{settings.method} on {task.name} ({len(task.class_names)} classes), shots {settings.shots}, seed "
-        f"{settings.seed}, {settings.backbone} on {settings.device}: trains {len(adaptation.parameters)} tensors, "
+        f"{settings.method} {on} ({len(task.class_names)} classes), shots {settings.shots}, seed {settings.seed}, "
+        f"{settings.backbone} on {settings.device}: {does} {len(adaptation.parameters)} tensors, "
         f"{adaptation.trainable_weights:,} weights"
     )
     zero_shot = evaluator.zero_shot()

@@ -47,7 +47,13 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
     Below both lie the method's published values and, for the data set digits, the quick start's configs/digits.yaml.
     """
-    given = vars(_parser().parse_args(argv))
+    parser = _parser()
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        parser.error(f"unknown argument {' '.join(unknown)}" + (f", meant {close[0]}?" if close else ""))
+    given = vars(known)
     if "search" in given:
         given["search"] = _grid_of_words(given["search"])
     layers = [read_config(Path(given.pop("config"))), given] if "config" in given else [given]
@@ -165,7 +171,9 @@ def _grid_of_words(words: Sequence[str]) -> dict[str, list]:
     """The same from the command line, where it is NAME=VALUE,VALUE,... once or more."""
     truth, grid = {"true": True, "false": False}, {}
     for word in words:
-        name, _, values = word.partition("=")
+        name, sign, values = word.partition("=")
+        if not sign:
+            raise UserError(f"--search {word}: write --search NAME=VALUE,VALUE,...")
         grid.setdefault(name, []).extend(truth.get(value, value) for value in values.split(","))
     return _grid(grid, "--search")
 

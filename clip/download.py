@@ -64,9 +64,9 @@ def _download_verified(url: str, target: Path, checksum: str | None, error: type
     except (OSError, http.client.HTTPException) as reason:  # URLError is an OSError
         if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
             raise error(f"no space left for {part}; free space there and run again to go on with it") from reason
+        again = f"run again to go on with {part}" if part.exists() else "run again"
         raise error(
-            f"could not download {url} ({reason}); run again to go on with {part}, or get the file elsewhere "
-            f"and put it at {target}"
+            f"could not download {url} ({reason}); {again}, or get the file elsewhere and put it at {target}"
         ) from reason
     if not has_checksum(part, checksum):
         part.unlink()

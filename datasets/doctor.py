@@ -27,7 +27,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from datasets.fewshot import val_shots
-from datasets.folder import FolderTask, read_folder
+from datasets.folder import FolderTask, image_endings, read_folder
 from datasets.images import default_workers
 from datasets.sources import SOURCES
 from datasets.specs import SPECS, Found, departure, names_sha256, search
@@ -127,7 +127,11 @@ def _examine_published(name: str, root: Path, report: Report) -> None:
         _compare(name, found, split, report, command)
         _examine_shots(name, split, report)
     if found.images:
-        items = (*split.train, *split.val, *split.test) if split else _images_below(found.images, report)
+        if split:
+            items = (*split.train, *split.val, *split.test)
+        else:
+            items = _images_below(found.images, IMAGE_EXTENSIONS)
+            report.fact("note", f"without a split nothing tells which images belong there; {len(items)} are")
         remedy = f"move {found.images} away and {command}"
         _examine_images(Task(name, (), (), (), (), items, found.images), report, remedy)
 
@@ -230,13 +234,12 @@ def _most_pooled_shots(images: int) -> int:
     return next(shots for shots in range(images, -1, -1) if shots + val_shots(shots) <= images)
 
 
-def _images_below(root: Path, report: Report) -> tuple[Item, ...]:
+def _images_below(root: Path, endings: tuple[str, ...]) -> tuple[Item, ...]:
     """All images below `root`, to be examined for want of a split, with the number of their folder as label."""
     items: list[Item] = []
     for label, (folder, _, names) in enumerate(os.walk(root)):
-        images = sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS))
+        images = sorted(name for name in names if name.lower().endswith(endings))
         items += [Item((Path(folder).relative_to(root) / name).as_posix(), label) for name in images]
-    report.fact("note", f"without a split nothing tells which images belong there; {len(items)} are")
     return tuple(items)
 
 
@@ -257,7 +260,7 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
         report.fact("numbers", f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images")
         _examine_shots(name, split, report)
     if split or root.is_dir():
-        items = (*split.train, *split.val, *split.test) if split else _images_below(root, report)
+        items = (*split.train, *split.val, *split.test) if split else _images_below(root, image_endings())
         task = FolderTask(name, (), (), (), (), items, image_root)
         _examine_images(task, report, "put the right files there, or take them out of the folder or the manifest")
 

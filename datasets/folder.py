@@ -154,8 +154,12 @@ def _class_names(root: Path, folders: list[str]) -> tuple[str, ...]:
         names = dict(named)
         return check_names([names[folder] for folder in folders], str(file))
     remedy = "write one line for each, `folder name`"
+    starts = tuple(f"{folder}{sign}" for folder in folders for sign in ",;:=")
+    odd = [line for line in lines if line.startswith(starts)]
+    if odd:
+        raise DatasetError(f"{file}: the line {odd[0]!r} begins with a folder, but no blank follows; {remedy}")
     if named:  # some lines of this kind: as names alone the others would go to wrong folders
-        wrong = next((line for line in lines if not _folder_and_name(line, folders)), "a folder is named twice")
+        wrong = next((f"{line!r} names none" for line in lines if not _folder_and_name(line, folders)), "named twice")
         raise DatasetError(f"{file} names {len(dict(named))} of the {len(folders)} class folders ({wrong}); {remedy}")
     if len(lines) != len(folders):
         remedy += ", or the names alone in the order of the sorted folders"
@@ -184,7 +188,7 @@ def _as_people_sort(name: str) -> list[tuple[int, str]]:
 
 
 @lru_cache(maxsize=1)
-def _endings() -> tuple[str, ...]:
+def image_endings() -> tuple[str, ...]:
     """The file name endings of all formats that the installed Pillow reads; not PostScript, which is a program."""
     formats = Image.OPEN.keys() - {"EPS"}
     return tuple(ending for ending, format_ in Image.registered_extensions().items() if format_ in formats)
@@ -225,7 +229,7 @@ class _Listing:
     def class_folders(self, folders: list[str], part: str = "") -> dict[str, list[str]]:
         """The images in each class folder of the root or, with a slash at its end, of a part's folder."""
         names = [entry.name for entry in _scan(self.root / part)]
-        self.others += [f"{part}{n}" for n in names if n.lower().endswith(_endings()) and n not in folders]
+        self.others += [f"{part}{n}" for n in names if n.lower().endswith(image_endings()) and n not in folders]
         return {folder: self._images(f"{part}{folder}") for folder in folders}
 
     def _images(self, folder: str) -> list[str]:
@@ -243,7 +247,7 @@ class _Listing:
                 target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
                 if _is_folder(entry):
                     pending.append((path, target, above | {real}))
-                elif entry.name.lower().endswith(_endings()):
+                elif entry.name.lower().endswith(image_endings()):
                     images.append(path)
                     self._check_new(path, target)
                 else:

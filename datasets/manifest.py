@@ -88,7 +88,7 @@ def _csv_rows(path: Path) -> list[tuple[str, dict]]:
     if "path" not in names or not set(names) <= set(_COLUMNS) or len(set(names)) < len(names):
         raise DatasetError(
             f"manifest {path}: the first line must name the columns, out of {', '.join(_COLUMNS)}, and path must be "
-            f"there; it is {header.strip()[:80]!r}"
+            f"there once; it is {header.strip()[:80]!r}"
         )
     for number, row in lines:
         if len(row) != len(names):
@@ -252,11 +252,11 @@ def divide(images: Mapping[str, Sequence[str]], source: str) -> tuple[tuple[Item
 
 
 def divide_class(paths: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Divide the images of a class into 50 % train, 20 % val and 30 % test, at least one of train and test.
+    """Divide the images of a class, two or more, into 50 % train, 20 % val and 30 % test.
 
     The proportions are those of CoOp's splits. The division depends on the paths alone: not on the run's seed, on
     their order, on what the class is called, or on other classes, which may be added later.
     """
     shuffled = random.Random(0).sample(sorted(paths), len(paths))
-    test, val = max(1, round(0.3 * len(paths))), round(0.2 * len(paths))
+    test, val = round(0.3 * len(paths)), round(0.2 * len(paths))
     return shuffled[test + val :], shuffled[test : test + val], shuffled[:test]

@@ -56,7 +56,7 @@ class Task:
 
     # The parts that split.json lists. The test part of a published dataset needs no list: it is never drawn.
     parts_to_record = ("train", "val")
-    if_missing = "is the dataset unpacked completely?"
+    if_missing = "is the dataset unpacked completely? python -m datasets.doctor says what is missing"
 
     def read(self, item: Item) -> Image.Image:
         """Return the RGB picture of `item`; raise DatasetError if its file is missing or damaged."""

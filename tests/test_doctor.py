@@ -222,10 +222,9 @@ def test_variants_of_imagenet(name, layout, tmp_path, examine):
     assert code == 0 and verdict(out) == f"{name}: ready, 1 warning"
     assert "class names: as published\n" in out and "shots: none" in out
     assert f"numbers: {len(names)} classes, 0/0/{len(names)} train/val/test images\n" in out
-    # A class that is lost is seen, though the rest may be used.
     shutil.rmtree(image_root / folders[7])
     code, out = examine(name, tmp_path)
-    assert code == 0 and f"there are {len(names) - 1} classes" in out and "class names: as published" not in out
+    assert code == 2 and f"holds {len(names) - 1} class folders instead of {len(names)}" in out
     (image_root / "n0").mkdir()
     code, out = examine(name, tmp_path)
     assert code == 2 and verdict(out) == f"{name}: 1 problem" and "the folder n0 is none of ImageNet's classes" in out
@@ -236,8 +235,11 @@ def test_variants_of_imagenet(name, layout, tmp_path, examine):
 
 
 def rows(count: int, names: list[str]) -> str:
-    part = [[f"{name}/{number}.jpg", label, name] for label, name in enumerate(names) for number in range(count)]
-    return json.dumps({"train": part, "val": part, "test": part})
+    parts = {}
+    for first, part in enumerate(("train", "val", "test")):
+        numbers = range(count * first, count * (first + 1))
+        parts[part] = [[f"{name}/{number}.jpg", label, name] for label, name in enumerate(names) for number in numbers]
+    return json.dumps(parts)
 
 
 EUROSAT_NAMES = [
@@ -475,10 +477,13 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch, examine)
         datasets.check_images_exist(datasets.build("dtd", tmp_path, 1, 1))
 
 
-def test_images_listed_twice_are_a_warning(tmp_path, examine):
+def test_images_listed_twice_are_a_problem_or_a_warning(tmp_path, examine):
     fabricate("dtd", tmp_path)
     split = json.loads((tmp_path / DTD_SPLIT).read_text())
-    split["test"] += split["train"][:2]
+    write_split(tmp_path, json.dumps(split | {"test": split["test"] + split["train"][:2]}))
+    code, out = examine("dtd", tmp_path)
+    assert code == 2 and "in two parts (2 images in all)" in out
+    split["test"] += split["test"][:2]
     write_split(tmp_path, json.dumps(split))
     code, out = examine("dtd", tmp_path)
     assert (

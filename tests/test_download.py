@@ -270,9 +270,9 @@ def test_images_that_lie_there_are_used_and_only_the_split_is_fetched(world, dat
 def test_variants_left_where_they_were_unpacked_are_used(world, data_root, run_download, name):
     for image_root in VARIANTS[name]:
         shutil.rmtree(data_root, ignore_errors=True)
-        fabricate_variant(data_root, image_root, ["n01440764"])
+        fabricate_variant(data_root, image_root, ["n01440764", "n01443537"])
         code, out, _ = run_download(name)
-        assert code == 0 and f"1 images in {data_root / image_root}" in out
+        assert code == 0 and f"2 images in {data_root / image_root}" in out
     assert not world.requests
 
 

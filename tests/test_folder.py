@@ -179,7 +179,7 @@ def test_the_division_of_a_class():
         paths = [f"{i:02d}" for i in range(n)]
         train, val, test = divide_class(paths[::-1])
         assert sorted(train + val + test) == paths and train and test
-        assert (len(val), len(test)) == (round(n / 5), max(1, round(0.3 * n)))
+        assert (len(val), len(test)) == (round(n / 5), round(0.3 * n))
     # Written down once: another rule would silently make other parts of old data.
     assert divide_class(list("0123456789")) == (list("35187"), list("24"), list("690"))
 
@@ -396,10 +396,11 @@ NAMES = ("cat", "cat big", "dog")
         ("Größe\n猫\nx_y\n", ("Größe", "猫", "x_y")),
         ("tiger\nlion\n", "2 lines for 3 class folders"),
         ("", "0 lines for 3 class folders"),
-        ("cat tiger\ncat big lion\nhund wolf\n", "2 of the 3 class folders (hund wolf)"),
+        ("cat tiger\ncat big lion\nhund wolf\n", "2 of the 3 class folders ('hund wolf' names none)"),
         ("cat tiger\ncat big lion\n", "2 of the 3 class folders"),
         ("cat tiger\ncat lion\ndog wolf\n", "named twice"),
-        ("cat tiger\ncat big lion\ndog wolf\neel x\n", "(eel x)"),
+        ("cat tiger\ncat big lion\ndog wolf\neel x\n", "('eel x' names none)"),
+        ("cat,tiger\ncat big,lion\ndog,wolf\n", "'cat,tiger' begins with a folder, but no blank follows"),
         ("wolf\nlion\nwolf\n", "read the same"),
         ("a\x07\nb\nc\n", "cannot be read"),
         (b"\xff\xfec\x00a\x00", "not UTF-8 text; save it as UTF-8"),
@@ -478,6 +479,9 @@ def test_labels_decide_the_order_and_names_come_from_columns_or_beside(tmp_path)
     lines(tmp_path / "classnames.txt", "zebra", "ant")
     split = read_manifest(path)
     assert split.class_names == ("zebra", "ant") and split.train == (Item("z.jpg", 1), Item("y.jpg", 0))
+    lines(tmp_path / "classnames.txt", "zebra", "ant", "bee")
+    message = error_of_build("folder", path, 1, 1)
+    assert str(path) in message and f"{tmp_path / 'classnames.txt'} has 3 lines for the 2 labels" in message
     named = "path,label,class_name,part\nz.jpg,1,ant,train\ny.jpg,0,zebra,train\nx.jpg,1,ant,test\n"
     assert read_manifest(manifest(tmp_path, named)) == split
 

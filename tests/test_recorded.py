@@ -283,6 +283,13 @@ def test_coops_pickles_of_imagenet_have_no_val(tmp_path):
     assert import_coop(task, path, {item.path: item.label for item in items}) == drawn
 
 
+def test_the_longest_known_end_of_a_path_is_meant(tmp_path):
+    items = Item("a/x.jpg", 0), Item("x.jpg", 1)
+    task = datasets.Task("t", ("a", "b"), ("{}",), items, (), (Item("t.jpg", 0),), tmp_path)
+    path = coop_pickle(tmp_path / "x.pkl", task, "/d/b/")
+    assert import_coop(task, path, {item.path: item.label for item in items}).train == items
+
+
 class Runs:
     """Pickles to a call of any function."""
 
@@ -339,7 +346,9 @@ def test_dassls_name_opens_no_other_door(recorded, tmp_path):
     for name, content in doors.items():
         path = tmp_path / f"{name}.pkl"
         path.write_bytes(content)
-        assert "none of CoOp's few-shot files" in error_of_build("dtd", root, 2, 3, split=path), name
+        message = error_of_build("dtd", root, 2, 3, split=path)
+        assert "none of CoOp's few-shot files" in message, name
+        assert ("it asks for dassl." in message) == (name in ("method", "other", "other package")), message
 
 
 @pytest.mark.parametrize(
@@ -372,6 +381,7 @@ def test_pickles_of_other_images_or_labels(recorded, tmp_path):
     first, *rest = task.train
     assert "/x/images/nowhere.jpg" in message([Item("nowhere.jpg", 0), *rest])
     assert f"{first.path} with label 1" in message([Item(first.path, 1), *rest])
+    assert f"{first.path} with label False" in message([Item(first.path, False), *rest])
     assert task.test[0].path in message([task.test[0], *rest]), "a test image to train on"
     assert "give --shots 1" in message(task.train[::2])
     assert "no training images for some" in message([i for i in task.train if i.label != 3])

@@ -67,7 +67,7 @@ def test_candidates_are_all_combinations_in_order():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--search", "lr"], ["--search", "lr must be float"]),
+        (["--search", "lr"], ["--search lr", "NAME=VALUE,VALUE"]),
         (["--search", "lr=1e-4,fast"], ["--search", "lr must be float", "fast"]),
         (["--search", "lr=1e-4,-1"], ["--lr must be positive", "-1"]),
         (["--search", "flip=yes"], ["flip must be bool"]),

@@ -225,8 +225,17 @@ def test_training_on_base_and_evaluation_on_both(data, run_main):
     records = [data, base, again, new, zero_shot]
     assert [record["classes"] for record in records] == ["all", "base", "base", "new", "new"]
     assert len({record["run_id"] for record in records}) == 5
-    _, whole, _, _ = run_main(*DTD, "--eval_only")
+    _, whole, _, err = run_main(*DTD, "--eval_only", "--draw", "coop")
+    assert "another split" not in err, "the test part is the same for every draw"
     assert whole["test_accuracy"] == data["test_accuracy"], "the weights of all classes are still in their place"
+
+
+def test_new_classes_of_ones_own_are_no_other_split(run_main):
+    fabricate_own("pets", ("ant", "bee", "cat", "dog"))
+    flags = (*QUICK, "--dataset", "folder", "--root_path", "pets", "--save_path", "saved")
+    run_main(*flags, "--classes", "base")
+    code, new, _, err = run_main(*flags, "--classes", "new", "--eval_only")
+    assert code == 0 and new["classes"] == "new" and "another split" not in err
 
 
 def test_training_on_new_classes_is_refused(run_main):
