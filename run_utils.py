@@ -302,6 +302,7 @@ class Run:
             **settings.hyperparameters,
             **result,
             "draw": _draw(settings),
+            "epochs": settings.epochs,
             "prompts": "own" if settings.template else settings.prompts,
             "root_path": _as_text(Path(settings.root_path).expanduser().resolve()) if own else None,
             "run_id": settings.run_id,

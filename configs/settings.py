@@ -120,16 +120,16 @@ class Settings:
     @property
     def iterations(self) -> int:
         """Iterations in all. ValueError where `epochs` are asked for and `settled` has not seen the data."""
-        if self.epochs is not None:
+        if self.epochs is not None and self.total_iters is None:
             raise ValueError("epochs become iterations by `settled`")
         return self.total_iters or self.n_iters * self.shots
 
     def settled(self, training_images: int) -> "Settings":
-        """The same settings with `epochs`, if asked for, as `total_iters`."""
+        """The same settings with the `total_iters` that `epochs`, if asked for, are."""
         if self.epochs is None:
             return self
         per_epoch = datasets.batches_per_epoch(training_images, self.batch_size)
-        return replace(self, epochs=None, total_iters=self.epochs * per_epoch)
+        return replace(self, total_iters=self.epochs * per_epoch)
 
     @property
     def test_dataset(self) -> str:
@@ -181,7 +181,8 @@ class Settings:
         """The settings that a search compares: all combinations of its values, the last name's varying fastest.
         UserError if one of them cannot work."""
         total_iters = None if {"n_iters", "epochs"} & self.search.keys() else self.total_iters
-        found = replace(self, search={}, tuned_on="val", total_iters=total_iters)
+        epochs = None if {"n_iters", "total_iters"} & self.search.keys() else self.epochs
+        found = replace(self, search={}, tuned_on="val", total_iters=total_iters, epochs=epochs)
         points = itertools.product(*self.search.values())
         return [check(replace(found, **dict(zip(self.search, values)))) for values in points]
 

@@ -415,7 +415,7 @@ def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
     last = "encoder position precision draw classes prompts template test_dataset root_path eval_only tuned_on"
     last += " split_sha256 data_sha256 weights_sha256 git_commit torch_version device finished_at"
     between = {"batch_size", "early_stop_loss", "eval_every", "flip", "min_area", "prune_first", "sampled_gradients"}
-    between |= {"total_iters"}
+    between |= {"total_iters", "epochs"}
     last_result = {"template": "a photo of a {}.", "split_sha256": "s", "weights_sha256": "w", "final_loss": 0.5}
     for order in (("so", "zero_shot"), ("zero_shot", "so")):
         folder = tmp_path / order[0]

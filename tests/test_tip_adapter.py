@@ -130,7 +130,7 @@ def test_published_settings_and_epochs():
     with pytest.raises(ValueError, match="settled"):
         _ = trained.iterations
     settled = trained.settled(47 * 16)
-    assert settled.iterations == settled.total_iters == 20 * 3 and settled.epochs is None
+    assert settled.iterations == settled.total_iters == 20 * 3 and settled.epochs == 20
     assert parse([*data, "tip_adapter_f", "--n_iters", "5"]).settled(752).iterations == 80
     model, _ = clip.load("tiny")
     task = datasets.build("digits", None, 1, 1)

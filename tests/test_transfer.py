@@ -86,6 +86,7 @@ def test_every_method_is_evaluated_elsewhere_or_says_why_not(method, run_main):
     flags = (*flags, "--dataset", "dtd", "--save_path", "saved")
     code, trained, _, err = run_main(*flags)
     assert code == 0, err
+    assert trained["epochs"] == (3 if whole == "--epochs" else None)
     code, (same, elsewhere), _, err = run_main(*flags, "--eval_only", "--eval_datasets", "dtd,eurosat")
     assert code == 0, err
     assert same["test_accuracy"] == trained["test_accuracy"] and elsewhere["test_dataset"] == "eurosat"
