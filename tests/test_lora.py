@@ -333,7 +333,7 @@ def test_ten_steps_in_lockstep_with_plain_projections(options):
 
 
 def test_saved_matrices_evaluate_to_the_same_accuracy(run_main):
-    flags = (*QUICK, "--save_path", "saved", "--lora_on", "v, q", "--rank", 3)
+    flags = (*QUICK, "--save_path", "saved", "--lora_on", "v, q", "--rank", 3, "--lr", 0.03)
     _, trained, out, _ = run_main(*flags)
     assert "trains 24 tensors, 7,680 weights" in out and (trained["lora_on"], trained["rank"]) == ("q,v", 3)
     assert FILE.stat().st_size == trained["checkpoint_bytes"] < 50_000
@@ -346,7 +346,7 @@ def test_saved_matrices_evaluate_to_the_same_accuracy(run_main):
     for name in ("test_accuracy", "changed_weights", "trainable_weights", "rank", "lora_on", "alpha"):
         assert evaluated[name] == trained[name], name
     assert evaluated["iterations"] == 0
-    assert "already done" in run_main(*QUICK, "--save_path", "saved", "--lora_on", "q,v", "--rank", 3)[2]
+    assert "already done" in run_main(*QUICK, "--save_path", "saved", "--lora_on", "q,v", "--rank", 3, "--lr", 0.03)[2]
 
 
 def test_a_merged_file_is_a_plain_clip(run_main):
