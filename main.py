@@ -14,10 +14,12 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import errno
+import functools
 import json
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -27,6 +29,7 @@ import datasets
 import run_utils
 import train
 import utils
+from clip.delta import checkpoint_metadata
 from configs.settings import one_by_one
 from methods import MethodError
 
@@ -92,24 +95,29 @@ def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
         print(f"already done, not run again (--force does): {run.folder}")
         run_utils.rebuild_table(run.results)
     else:
-        with run:
-            record = experiment(run.settings, task, run)
+        with run, run.log() as log:
+            record = experiment(run.settings, task, run, log)
     report(record, run)
     return record
 
 
-def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils.Run) -> dict:
-    """From settings and data to the recorded result."""
+def experiment(
+    settings: run_utils.Settings, task: datasets.Task, run: run_utils.Run, log: Callable[[dict], None]
+) -> dict:
+    """From settings and data to the recorded result; `log` is given the curve's rows as they come, and the result."""
     run_utils.make_reproducible(settings.seed)
     run_utils.reset_peak_memory(settings.device)
     model, preprocess = clip.load(settings.backbone, settings.device)
     base_sha256 = clip.weights_sha256(model)
     evaluator = train.Evaluator(model, task, preprocess, settings, base_sha256)
+    belongs_to = {"split": task.split_sha256, "data": task.data_sha256, "weights": base_sha256, "format": 1}
+    states = functools.partial(run.states, belongs_to=belongs_to)
     trials, search_seconds = [], 0.0
     if settings.search:
         evaluator.read_images()  # damaged ones are found now; what is right or wrong is not asked before the choice
-        settings, trials, search_seconds = train.search(model, task, preprocess, settings, base_sha256)
-    adaptation, loader = train.prepare(model, task, settings)
+        settings, trials, search_seconds = train.search(model, task, preprocess, settings, base_sha256, states)
+    own_states = states("training")
+    adaptation, loader = train.prepare(model, task, settings, own_states.number)
     on = f"trained on {settings.dataset}, tested on {task.name}" if settings.eval_only else f"on {task.name}"
     does = "evaluates" if settings.eval_only else "trains"
     print(
@@ -126,12 +134,15 @@ def experiment(settings: run_utils.Settings, task: datasets.Task, run: run_utils
         checkpoint_bytes = settings.checkpoint.stat().st_size
         note_other_split(settings, task)
     else:
-        fit = train.fit(model, task, adaptation, loader, settings, evaluator)
+        if own_states.number:
+            print(f"goes on after iteration {own_states.number}, where this run was stopped")
+        fit = train.fit(model, task, adaptation, loader, settings, evaluator, own_states, log)
     if fit.stopped_early:
         print(f"stopped at iteration {fit.iterations}: the training loss fell below {settings.early_stop_loss}")
     start = time.perf_counter()
     accuracy = zero_shot if settings.method == "zero_shot" else evaluator.adapted(adaptation)
     eval_seconds = time.perf_counter() - start
+    log({"iteration": fit.iterations, "test_accuracy": accuracy})
     if settings.checkpoint and not settings.eval_only and adaptation.has_weights:
         metadata = {"run_id": run.settings.run_id, "method": settings.method, "test_sha256": task.test_sha256}
         metadata["settings"] = json.dumps(asdict(settings))
@@ -166,7 +177,7 @@ def note_other_split(settings: run_utils.Settings, task: datasets.Task) -> None:
     """Say on stderr that one's own images have another test part than when the weights were trained."""
     if "test" not in task.parts_to_record or settings.classes == "new":
         return
-    if run_utils.checkpoint_metadata(settings.checkpoint).get("test_sha256") != task.test_sha256:
+    if checkpoint_metadata(settings.checkpoint).get("test_sha256") != task.test_sha256:
         datasets.note(
             f"{settings.checkpoint} was trained on another split of {settings.root_path}: some of its training images "
             "may be tested on here. --split with the split.json of its run leaves them out"
@@ -189,5 +200,12 @@ def fail(message: str) -> int:
     return 2
 
 
+def stop(*_) -> None:
+    """On SIGTERM, as at a preemption: the way out goes through the run's folder and lock, as for Ctrl-C."""
+    print("terminated", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     main()

@@ -1,9 +1,12 @@
-"""Numerics that training, evaluation and methods share: prompts, classifiers, features and their cache, accuracy.
+"""What training, evaluation and methods share: prompts, classifiers, features and their cache, accuracy; and states of
+unfinished work.
 
 Shapes: B images, C classes, E embedding size, P prompts.
 """
 
 import hashlib
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,12 +30,25 @@ PROMPTS_AT_ONCE, IMAGES_AT_ONCE = 256, 4096  # without gradients, to bound memor
 
 
 def progress(
-    iterable: Iterable, label: str, total: int | None = None, leave: bool = False, unit: str = "batch"
+    iterable: Iterable,
+    label: str,
+    total: int | None = None,
+    leave: bool = False,
+    unit: str = "batch",
+    done: int = 0,
 ) -> tqdm:
-    """A progress bar; where it does not go to a terminal but to a log, a line every half minute at most."""
+    """A progress bar, of which a part may be `done`; where it does not go to a terminal but to a log, a line every half
+    minute at most."""
     interval = 0.1 if sys.stderr.isatty() else 30
     return tqdm(
-        iterable, desc=label, total=total, leave=leave, unit=unit, mininterval=interval, maxinterval=2 * interval
+        iterable,
+        desc=label,
+        total=total,
+        leave=leave,
+        unit=unit,
+        initial=done,
+        mininterval=interval,
+        maxinterval=2 * interval,
     )
 
 
@@ -89,6 +105,78 @@ def accuracy(logits: Callable[[Tensor], Tensor], features: Tensor, labels: Seque
     predictions = torch.cat([logits(part).argmax(dim=-1).cpu() for part in features.split(IMAGES_AT_ONCE)])
     correct = int((predictions == torch.tensor(labels)).sum())
     return 100 * correct / len(labels)
+
+
+class States:
+    """States of unfinished work, to go on from if it is stopped: the newest two, each a file in `folder`.
+
+    A file's name holds a number, which grows, and the SHA-256 of its content, so that a damaged one is noticed and the
+    one before it taken. A state that was saved with another `belongs_to`, a dict of plain values, is not taken. Without
+    a folder nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None = None, name: str = "", belongs_to: dict | None = None):
+        self.folder, self.name, self.belongs_to = folder, name, belongs_to
+        self.number, self.newest = 0, None  # of the state that `take` gives
+        for path in self._files():
+            content = self._read(path)
+            if content is not None:
+                self.number, self.newest = int(path.name.split("-")[-2]), content["state"]
+                break
+
+    def take(self) -> dict | None:
+        """The newest state, in main memory, and None the next time; None if there is none to go on from."""
+        state, self.newest = self.newest, None
+        return state
+
+    def save(self, number: int, state: dict) -> None:
+        """Keeps what `torch.load` reads with weights_only. Work goes on where the disk does not take it, with a note on
+        stderr."""
+        if self.folder is None:
+            return
+        content = io.BytesIO()
+        torch.save({"belongs_to": self.belongs_to, "state": state}, content)
+        path = self.folder / f"{self.name}-{number:09d}-{_digest(content.getbuffer())}.pt"
+        part = path.with_suffix(".part")
+        try:
+            with part.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            print(f"note: {path} could not be saved ({error.strerror}); the run goes on", file=sys.stderr)
+            part.unlink(missing_ok=True)
+            return
+        for old in self._files()[2:]:
+            old.unlink()
+
+    def clear(self) -> None:
+        """Removes what was saved."""
+        for path in self._files():
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        """The newest first."""
+        return sorted(self.folder.glob(f"{self.name}-*-*.pt"), reverse=True) if self.folder else []
+
+    def _read(self, path: Path) -> dict | None:
+        try:
+            content = path.read_bytes()
+            if path.stem.split("-")[-1] != _digest(content):
+                raise ValueError
+            content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (OSError, ValueError):
+            print(f"note: {path} is damaged and left out", file=sys.stderr)
+            return None
+        if content["belongs_to"] != self.belongs_to:
+            print(f"note: {path} belongs to other images or weights and is left out", file=sys.stderr)
+            return None
+        return content
+
+
+def _digest(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def cache_file(folder: str, *key: str) -> Path:

@@ -63,10 +63,16 @@ def apply_delta(model: CLIP, path: Path, base_sha256: str) -> dict[str, str]:
     for name in names:  # all of them, before the first weight changes
         if not _fits(tensors.get(f"{name}.indices"), tensors.get(f"{name}.values"), weights.get(name)):
             raise WeightsError(f"{path} is damaged: its entry for {name!r} fits no weight; save it again")
-    for name in names:
-        indices = tensors[f"{name}.indices"].long().to(model.device)
-        weights[name].view(-1)[indices] = tensors[f"{name}.values"].to(model.device)
+    apply_changes(model, {name: (tensors[f"{name}.indices"], tensors[f"{name}.values"]) for name in names})
     return metadata
+
+
+@torch.no_grad()
+def apply_changes(model: CLIP, changes: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Sets the weights that `difference` found, in place."""
+    weights = model.state_dict()
+    for name, (indices, values) in changes.items():
+        weights[name].view(-1)[indices.long().to(model.device)] = values.to(model.device)
 
 
 def read_adapted(path: Path, expected_format: str, base_sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -91,6 +97,15 @@ def read_adapted(path: Path, expected_format: str, base_sha256: str) -> tuple[di
             "backbone it was made from"
         )
     return tensors, metadata
+
+
+def checkpoint_metadata(checkpoint: Path) -> dict[str, str]:
+    """What a run wrote beside its weights: run_id, method and settings; empty for other files and for none."""
+    try:
+        with safetensors.safe_open(checkpoint, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError):
+        return {}
 
 
 def _fits(indices: Tensor | None, values: Tensor | None, weight: Tensor | None) -> bool:

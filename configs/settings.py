@@ -1,9 +1,10 @@
 """The settings of a run: what they are called, what they mean, and which of them go together.
 
-`run_utils.parse` reads them from the command line and config files like those beside this file.
+arguments.py reads them from the command line and config files like those beside this file.
 """
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -115,6 +116,8 @@ class Settings:
         None, "with --eval_only: data sets to evaluate them on, with commas between, instead of --dataset", kind=str
     )
     eval_every: int = option(0, "diagnostic: test accuracy every N iterations in curve.csv; it decides nothing")
+    save_every: int = option(1000, "iterations between two states that a stopped run goes on from; 0 saves none")
+    tensorboard: bool = option(False, "write the curves to the run's folder for TensorBoard")
     force: bool = option(False, "run even if the same run is recorded already")
 
     @property
@@ -214,7 +217,7 @@ def check(settings: Settings) -> Settings:
     """The same settings, with device and workers decided. UserError for values out of range or at odds."""
     at_least = dict.fromkeys("shots n_iters total_iters epochs batch_size t rank merge_every".split(), 1)
     at_least |= dict.fromkeys("probe_iters cache_passes".split(), 1)
-    at_least |= dict.fromkeys("seed eval_every early_stop_loss workers image_cache_mb".split(), 0)
+    at_least |= dict.fromkeys("seed eval_every save_every early_stop_loss workers image_cache_mb".split(), 0)
     at_least |= dict.fromkeys("tip_alpha tip_beta prolip_lambda".split(), 0)
     for name, minimum in at_least.items():
         value = getattr(settings, name)
@@ -247,6 +250,8 @@ def check(settings: Settings) -> Settings:
         raise UserError(f"--eval_only: there is no {settings.checkpoint}; check --save_path and the run's settings")
     if settings.filename and Path(settings.filename).name != settings.filename:
         raise UserError(f"--filename {settings.filename} must be a plain name; folders go into --save_path")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard; pip install -r requirements-tensorboard.txt")
     _check_search(settings)
     workers = datasets.default_workers() if settings.workers is None else settings.workers
     lora_on = ",".join(part for part in "qkvo" if part in lora_on)  # one order, one run

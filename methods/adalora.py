@@ -27,6 +27,7 @@ INITIAL_RANK = 1.5  # times the final one
 WHOLE_BUDGET, FINAL_BUDGET = 600 / 3900, 1800 / 3900  # parts of the run
 PENALTY = 0.3
 BETAS = 0.85, 0.85  # of the moving averages of importance
+IMPORTANCE = "ipt", "exp_avg_ipt", "exp_avg_unc"  # where peft keeps it: by name of a parameter
 
 
 class AdaLoRA(PeftAdapters):
@@ -64,6 +65,18 @@ class AdaLoRA(PeftAdapters):
     def after_step(self, iteration: int) -> None:
         """Moves the budget on. It needs the gradients of the step that was done."""
         self.tuner.update_and_allocate(iteration)
+
+    def state_dict(self) -> dict:
+        allocator = self.tuner.rankallocator
+        importance = {name: getattr(allocator, name) for name in IMPORTANCE}
+        return super().state_dict() | {"importance": importance, "ranks": self.tuner.peft_config[ADAPTER].rank_pattern}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        for name, tensors in state["importance"].items():
+            tensors = {of: tensor.to(self.model.device) for of, tensor in tensors.items()}
+            setattr(self.tuner.rankallocator, name, tensors)
+        self.tuner.peft_config[ADAPTER].rank_pattern = state["ranks"]
 
 
 def prepare(model: CLIP, task: Task, settings) -> Adaptation:

@@ -1,5 +1,6 @@
 """What a method hands to the training loop, and the choice of weights that methods share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ class Adaptation:
 
     # One update per epoch, from the mean loss of all its images: batch_size is then how many are read at a time.
     full_batch = False
+    # What the method draws from while it trains.
+    generators: Sequence[torch.Generator] = ()
 
     def __init__(
         self,
@@ -65,6 +68,11 @@ class Adaptation:
         return any(not name.startswith("visual.") for name in self.parameters)
 
     @property
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What training changes and is no weight of CLIP's, by name."""
+        return {}
+
+    @property
     def has_weights(self) -> bool:
         """Whether there is anything to save."""
         return bool(self.parameters)
@@ -84,6 +92,28 @@ class Adaptation:
 
     def after_step(self, iteration: int) -> None:
         """Called after the update of `iteration` (from 1), for what a method does now and then."""
+
+    def state_dict(self) -> dict:
+        """All that training has changed so far, for `load_state_dict`; between two epochs, where no gradient waits.
+        A method that keeps more than weights, optimizer, scheduler and generators adds it."""
+        return {
+            "changes": delta.difference(self.before, self.model),
+            "own_tensors": {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.own_tensors.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generators": [generator.get_state() for generator in self.generators],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Makes this adaptation, fresh from the method's `prepare` and built, go on from there, bit for bit."""
+        delta.apply_changes(self.model, state["changes"])
+        for name, tensor in self.own_tensors.items():
+            tensor.copy_(state["own_tensors"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for generator, drawn in zip(self.generators, state["generators"]):
+            generator.set_state(drawn)
 
     def changed_weights(self) -> int:
         """Number of weights that differ from those at the start, bit for bit."""

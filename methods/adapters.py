@@ -48,12 +48,17 @@ class Adapters(Adaptation):
 
     def __init__(self, model: CLIP, settings, parameters: dict[str, nn.Parameter]):
         super().__init__(model, parameters)
+        self.before = {}  # the weights stay what they are
         self.dropout = settings.dropout
 
     @property
     def shares_prefix(self) -> bool:
         """With dropout each prompt draws for itself, as published."""
         return self.dropout == 0
+
+    @property
+    def own_tensors(self) -> dict[str, Tensor]:
+        return self.parameters
 
     def merged_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The frozen weights that have matrices beside them, each with the weight that replaces both."""

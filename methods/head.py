@@ -34,6 +34,10 @@ class Head(Adaptation):
         super().__init__(model, {name: tensor for name, tensor in tensors.items() if tensor.requires_grad})
         self.class_names, self.tensors = list(class_names), tensors
 
+    @property
+    def own_tensors(self) -> dict[str, Tensor]:
+        return self.parameters
+
     def changed_weights(self) -> int:
         """Number of weights that the head adds to CLIP."""
         return sum(tensor.numel() for tensor in self.tensors.values() if tensor.is_floating_point())

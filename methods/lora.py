@@ -77,6 +77,7 @@ class LoRA(Adapters):
     def __init__(self, model: CLIP, settings):
         self.generator = torch.Generator().manual_seed(settings.seed)
         dropout = SeededDropout(settings.dropout, torch.Generator(model.device).manual_seed(settings.seed))
+        self.generators = (self.generator, dropout.generator)
         scaling = settings.alpha / math.sqrt(settings.rank)
         chosen = settings.lora_on.split(",")
         self.branches, parameters = [], {}

@@ -46,6 +46,7 @@ class PeftAdapters(Adapters):
             self.tuner = tuner(model, config, ADAPTER)
         self.layers = {name: model.get_submodule(name) for name in names}
         generator = torch.Generator(model.device).manual_seed(settings.seed)
+        self.generators = (generator,)
         for layer in self.layers.values():
             if settings.dropout > 0:
                 layer.lora_dropout[ADAPTER] = SeededDropout(settings.dropout, generator)
