@@ -97,7 +97,11 @@ class Run:
             self.lock = FileLock(self.folder / ".lock", timeout=0)
             self.lock.acquire()
         except Timeout:
-            raise UserError(f"another process is doing this run in {self.folder}; wait for it") from None
+            if not self.settings.wait:
+                remedy = "wait for it, as --wait does"
+                raise UserError(f"another process is doing this run in {self.folder}; {remedy}") from None
+            print(f"another process is doing this run in {self.folder}; waiting for it", flush=True)
+            self.lock.acquire(timeout=-1)
         except OSError:
             self._remove_empty()
             raise
@@ -245,7 +249,7 @@ def read_record(path: Path) -> dict | None:
 
 def _config(settings: Settings) -> dict:
     """Settings as a config file that repeats the run; of two alternatives only the one in force."""
-    left_out = {"n_iters" if settings.total_iters else "total_iters", "epochs", "force"}
+    left_out = {"n_iters" if settings.total_iters else "total_iters", "epochs", "force", "wait"}
     return {name: value for name, value in asdict(settings).items() if name not in left_out}
 
 
