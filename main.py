@@ -96,7 +96,11 @@ def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
         run_utils.rebuild_table(run.results)
     else:
         with run, run.log() as log:
-            record = experiment(run.settings, task, run, log)
+            try:
+                record = experiment(run.settings, task, run, log)
+            except train.TrainingDiverged:
+                run.forget_states()  # it would diverge again
+                raise
     report(record, run)
     return record
 
