@@ -222,7 +222,7 @@ def test_a_state_of_other_images_or_weights_is_not_taken(run_main, stopped, monk
     with monkeypatch.context() as patch:
         killed_at(patch, 8)
         call_killed(run_main, *flags, *in_folder("parts"))
-    code, _, out, err = run_main(*flags, *in_folder("parts"))
+    code, _, out, _ = run_main(*flags, *in_folder("parts"))
     assert code == 0 and "goes on after iteration 6," in out  # of the second attempt, which left the other state alone
 
 
@@ -316,7 +316,7 @@ def test_tensorboard_shows_the_curve(run_main, monkeypatch):
         call_killed(run_main, *flags)
     _, record, _, _ = run_main(*flags)
     folder = Path("results", record["run_id"])
-    (events,) = folder.glob("events.out.tfevents.*")
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     shown = EventAccumulator(str(folder)).Reload()
     curve = pd.read_csv(folder / "curve.csv")
     assert shown.Tags()["scalars"] == ["loss", "train_accuracy", "lr", "test_accuracy"]
