@@ -97,10 +97,8 @@ def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
     record = recorded(run, task)
     if record is None:
         with run:
-            record = recorded(run, task)  # by another process, until this one had the run for itself
-            if record is None:
-                with run.log() as log:
-                    record = experiment(run.settings, task, run, log)
+            # Another process may have done it, until this one had the run for itself.
+            record = recorded(run, task) or newly_done(run, task)
     report(record, run)
     return record
 
@@ -112,6 +110,16 @@ def recorded(run: run_utils.Run, task: datasets.Task) -> dict | None:
         print(f"already done, not run again (--force does): {run.folder}")
         run_utils.rebuild_table(run.results)
     return record
+
+
+def newly_done(run: run_utils.Run, task: datasets.Task) -> dict:
+    """The record of a run that is done here and now."""
+    with run.log() as log:
+        try:
+            return experiment(run.settings, task, run, log)
+        except train.TrainingDiverged:
+            run.forget_states()  # it would diverge again
+            raise
 
 
 def experiment(

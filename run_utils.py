@@ -106,7 +106,7 @@ class Run:
             self._remove_empty()
             raise
         if self.settings.force:
-            self._forget_states()
+            self.forget_states()
         try:
             if self.csv.is_dir():
                 raise UserError(f"{self.csv} is a folder, but the table of results must go there; remove it")
@@ -143,7 +143,8 @@ class Run:
         self._remove_empty()
         self.lock.release()
 
-    def _forget_states(self) -> None:
+    def forget_states(self) -> None:
+        """Takes care that this run begins anew the next time."""
         for path in self.folder.glob(STATES):
             path.unlink()
 
@@ -194,7 +195,7 @@ class Run:
             table = pd.DataFrame(search).astype({"iterations": "Int64"})  # whole, or missing
             write_atomically(self.folder / "search.csv", table.to_csv(index=False))
         write_atomically(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
-        self._forget_states()
+        self.forget_states()
         rebuild_table(self.results)
         return record
 

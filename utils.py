@@ -7,6 +7,7 @@ Shapes: B images, C classes, E embedding size, P prompts.
 import hashlib
 import io
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -161,18 +162,19 @@ class States:
         return sorted(self.folder.glob(f"{self.name}-*-*.pt"), reverse=True) if self.folder else []
 
     def _read(self, path: Path) -> dict | None:
-        try:
-            content = path.read_bytes()
-            if path.stem.split("-")[-1] != _digest(content):
-                raise ValueError
-            content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (OSError, ValueError):
-            print(f"note: {path} is damaged and left out", file=sys.stderr)
-            return None
-        if content["belongs_to"] != self.belongs_to:
-            print(f"note: {path} belongs to other images or weights and is left out", file=sys.stderr)
-            return None
-        return content
+        """What `save` wrote; None, the file removed, if it is of no use."""
+        content, problem = path.read_bytes(), "is damaged"
+        if path.stem.split("-")[-1] == _digest(content):
+            try:
+                content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                if content["belongs_to"] == self.belongs_to:
+                    return content
+                problem = "belongs to other images or weights"
+            except (RuntimeError, pickle.UnpicklingError):  # nothing that `save` wrote
+                pass
+        print(f"note: {path} {problem} and is removed", file=sys.stderr)
+        path.unlink()
+        return None
 
 
 def _digest(content: bytes | memoryview) -> str:

@@ -52,7 +52,7 @@ def run_all(calls, run_main):
 
 def test_every_command_and_every_piece_of_code_runs(run_main, data):
     calls = commands(README, "python main.py")
-    assert len(calls) == 9
+    assert len(calls) == 10
     run_all(calls, run_main)
     assert len(pd.read_csv("results/results.csv")) == len(calls)
     for program, module in (("python -m datasets.download", download), ("python -m datasets.doctor", doctor)):

@@ -233,7 +233,7 @@ def made_up(monkeypatch):
     accuracy is that number. So the same settings may give other weights, as on two machines."""
     trained = 0
 
-    def experiment(settings, task, run):
+    def experiment(settings, task, run, log):
         nonlocal trained
         if settings.eval_only:
             with safetensors.safe_open(settings.checkpoint, "pt") as file:

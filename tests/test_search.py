@@ -266,8 +266,8 @@ def test_a_record_says_on_what_its_settings_were_chosen(run_main, tmp_path):
 def test_experiment_leaves_the_runs_settings_as_they_are(run_main, monkeypatch):
     seen, experiment = [], entry.experiment
 
-    def watched(settings, task, run):
-        record = experiment(settings, task, run)
+    def watched(settings, task, run, log):
+        record = experiment(settings, task, run, log)
         seen.append(run.settings == settings and settings.search == {"lr": [1e-5, 1e-3]})
         return record
 
