@@ -101,7 +101,10 @@ class Run:
                 remedy = "wait for it, as --wait does"
                 raise UserError(f"another process is doing this run in {self.folder}; {remedy}") from None
             print(f"another process is doing this run in {self.folder}; waiting for it", flush=True)
-            self.lock.acquire(timeout=-1)
+            while not self.lock.is_locked:
+                with contextlib.suppress(Timeout, FileNotFoundError):  # the other may remove the folder, as it failed
+                    self._make(self.folder)
+                    self.lock.acquire(timeout=60)
         except OSError:
             self._remove_empty()
             raise

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,6 @@ import pytest
 import torch
 import yaml
 
-import run_utils
 from run_utils import Run, UserError, parse
 from scripts import sweep
 from scripts.sweeping import clusters, estimates
@@ -164,7 +164,9 @@ def test_the_shell_loop_goes_on_after_failures_and_lists_them(shell_sweep):
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_the_shell_loop_and_its_run(shell_sweep, tmp_path, sent, code):
-    body = f"trap 'touch {tmp_path}/terminated; exit 143' TERM\ntouch {tmp_path}/running\nwhile true; do sleep 0.05; done"
+    body = (
+        f"trap 'touch {tmp_path}/terminated; exit 143' TERM\ntouch {tmp_path}/running\nwhile true; do sleep 0.05; done"
+    )
     process = shell_sweep(body, SEEDS="1 2")
     while not (tmp_path / "running").exists():
         time.sleep(0.01)
@@ -184,7 +186,7 @@ def test_the_shell_loop_names_a_missing_python():
 
 
 def write_grid(**content):
-    Path("grid.yaml").write_text(yaml.safe_dump(content))
+    Path("grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return "--grid", "grid.yaml"
 
 
@@ -193,7 +195,12 @@ def test_a_grid_is_all_combinations_with_the_first_seed_first():
         methods=["lora"],
         rows={
             "static": {"config": str(PROJECT / "configs" / "ablations" / "static_support.yaml")},
-            "searched": {"method": "so", "search": {"lr": ["1e-4", "2e-4"]}, "flip": True, "template": ["a {}", "b {}"]},
+            "searched": {
+                "method": "so",
+                "search": {"lr": ["1e-4", "2e-4"]},
+                "flip": True,
+                "template": ["a {}", "b {}"],
+            },
         },
         settings={"total_iters": 7, "sampled_gradients": False},
         shots=[1, 4],
@@ -212,7 +219,7 @@ def test_a_grid_is_all_combinations_with_the_first_seed_first():
     assert searched.search == {"lr": [1e-4, 2e-4]} and searched.flip and searched.template == ("a {}", "b {}")
     for cell in found:
         assert parse(shlex.split(cell.command)[2:]) == cell.settings
-    own_epochs = cells({"methods": ["prolip"], "rows": {"x": {"method": "prolip", "total_iters": 300}}}, QUICK[:2])
+    own_epochs = cells({"methods": ["prolip"], "rows": {"x": {"method": "prolip", "total_iters": 300}}}, [])
     assert len({cell.key for cell in own_epochs}) == len(own_epochs)  # 300 epochs are not 300 iterations
 
 
@@ -296,7 +303,6 @@ def test_a_job_that_dies_has_failed_unless_its_run_is_recorded(run_sweep, run_ma
     Path("results").rename("made")
     stub(f"""
 if of("seed") == "1":
-    os.makedirs("results")
     os.rename("{tmp_path}/made/{record["run_id"]}", "results/{record["run_id"]}")
 os.kill(os.getppid(), signal.SIGKILL)
 """)
@@ -328,9 +334,9 @@ note(gpu=os.environ["CUDA_VISIBLE_DEVICES"], began=began, ended=time.time())
 
         return {gpu: most([n for n in notes if n["gpu"] == gpu]) for gpu in {n["gpu"] for n in notes}}, most(notes)
 
-    assert at_once("--seeds", 1, 2, 3, 4) == ({"4": 1, "6": 1}, 2)
+    assert at_once("--seeds", 1, 2, 3) == ({"4": 1, "6": 1}, 2)
     assert at_once("--seeds", 1, 2, 3, "--workers", 3) == ({"4": 2, "6": 1}, 3)
-    assert at_once("--seeds", 1, 2, "--device", "cpu") == ({"": 1}, 1)
+    assert at_once("--seeds", 1, "--device", "cpu") == ({"": 1}, 1)
     code, _, err = run_sweep(*QUICK, "--device", "cuda:1")
     assert code == 2 and "dealt out" in err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3f2a")
@@ -368,7 +374,7 @@ time.sleep(60)
             os.kill(parent_of(job), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=press)
+    thread = threading.Thread(target=press, daemon=True)
     thread.start()
     code, _, err = run_sweep(*QUICK, "--seeds", 1, 2, 3, "--workers", 2)
     thread.join()
@@ -380,3 +386,205 @@ time.sleep(60)
     stub("note(event='again')")
     code, out, _ = run_sweep(*QUICK, "--seeds", 1, 2, 3, "--workers", 2)
     assert code == 0 and "3 done" in out
+
+
+# --- slurm, played by scripts: a file in the folder `queue` is a job
+
+
+SLURM = """
+import os, re, subprocess, sys
+from pathlib import Path
+queue, name, words = Path("QUEUE"), Path(sys.argv[0]).name, sys.argv[1:]
+if name == "sbatch":
+    script = Path(words[0])
+    number = len(list(queue.parent.glob("submitted_*"))) + 1
+    (queue.parent / f"submitted_{number}").write_text(script.read_text())
+    array = re.search("--array=0-([0-9]+)", script.read_text())
+    for index in range(int(array[1]) + 1) if array else [None]:
+        job = f"{number}" if index is None else f"{number}_{index}"
+        environment = os.environ | {"SLURM_JOB_ID": f"{number}"}
+        if index is not None:
+            environment |= {"SLURM_ARRAY_JOB_ID": f"{number}", "SLURM_ARRAY_TASK_ID": f"{index}"}
+        loop = f"while bash {script.resolve()}; test -e {queue}/.{job}; do rm {queue}/.{job}; done; rm {queue}/{job}"
+        quiet = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        process = subprocess.Popen(["bash", "-c", loop], env=environment, start_new_session=True, **quiet)
+        (queue / job).write_text(f"{process.pid}")
+    print(f"Submitted batch job {number}")
+elif name == "srun":
+    log = words[words.index("--output") + 1].replace("%t", "0").replace("%j", os.environ["SLURM_JOB_ID"])
+    for letter, variable in (("A", "JOB"), ("a", "TASK")):
+        log = log.replace(f"%{letter}", os.environ.get(f"SLURM_ARRAY_{variable}_ID", ""))
+    command = words[words.index(sys.executable) :]
+    with open(log, "a") as file:
+        sys.exit(subprocess.run(command, stdout=file, stderr=file).returncode)
+elif name == "squeue":
+    for path in queue.glob("[0-9]*"):
+        print(path.name, "RUNNING")
+elif name == "scontrol":
+    assert words[0] == "requeue" and (queue / words[1]).exists()
+    (queue / f".{words[1]}").touch()
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The folder that is the queue. The job numbers count from 1, with what was submitted beside it."""
+    (tmp_path / "slurm" / "queue").mkdir(parents=True)
+    for name in ("sbatch", "srun", "squeue", "scontrol"):
+        path = tmp_path / "slurm" / name
+        path.write_text(f"#!{sys.executable}{SLURM.replace('QUEUE', str(tmp_path / 'slurm' / 'queue'))}")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/slurm:{os.environ['PATH']}")
+    monkeypatch.setattr(clusters.Slurm, "poll_seconds", 0.1)
+    monkeypatch.setattr(clusters.Slurm, "LATE_SECONDS", 0.5)
+    return tmp_path / "slurm" / "queue"
+
+
+STOPPABLE = """
+def stop(*_):
+    note(event="stopped")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+note(event="began", pid=os.getpid(), device=of("device"))
+"""
+ON_SLURM = ("--cluster", "slurm", "--gpus_per_task", "0")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc for parents")
+def test_jobs_go_back_into_the_queue_before_the_time_limit_and_cancelled_ones_have_failed(run_sweep, stub, slurm):
+    stub(
+        STOPPABLE
+        + """
+if of("seed") == "3" or of("seed") == "2" and open("notes").read().count('"seed": "2"') == 1:
+    time.sleep(60)
+"""
+    )
+
+    def happen():
+        began = {}
+        while not {"2", "3"} <= began.keys():
+            time.sleep(0.05)
+            began = {n["seed"]: n["pid"] for n in (stub.notes() if Path("notes").exists() else [])}
+        for process in (began["2"], parent_of(began["2"])):  # slurm signals all processes of a job
+            os.kill(process, signal.SIGUSR2)
+        os.killpg(int((slurm / "1_2").read_text()), signal.SIGKILL)
+        os.kill(began["3"], signal.SIGKILL)
+        (slurm / "1_2").unlink()
+
+    thread = threading.Thread(target=happen, daemon=True)
+    thread.start()
+    parameters = ["--partition", "p", "--time", 7, "--mem_gb", 3, "--cpus_per_task", 2, "--workers", 5]
+    code, out, err = run_sweep(*QUICK, "--seeds", 1, 2, 3, *ON_SLURM, *parameters, "--slurm", "account=me")
+    thread.join()
+    assert code == 1 and "3 runs: 2 done, 0 were done before, 1 failed" in out
+    assert [(n["event"], n.get("device", "cpu")) for n in stub.notes() if n["seed"] == "2"] == [
+        (event, "cpu") for event in ("began", "stopped", "began")
+    ]
+    failed = err.splitlines()[-1]
+    assert failed.startswith("failed: python main.py")
+    assert "--seed 3" in failed and "(its job was ended; log: " in failed
+    assert "stub.py --method so" in Path(failed.partition("log: ")[2].rstrip(")")).read_text()
+    submitted = Path("slurm/submitted_1").read_text()
+    for line in ("partition=p", "time=7", "mem=3GB", "cpus-per-task=2", "array=0-2%3", "account=me", "requeue"):
+        assert f"#SBATCH --{line}\n" in submitted
+    assert "--gpus" not in submitted and "srun --unbuffered" in submitted and " --cpus-per-task=2 " in submitted
+    assert all(path.suffix == ".out" for path in Path("results/sweeps").glob("*/*"))
+
+
+def test_jobs_outlive_the_sweep_and_the_next_one_knows_them(run_sweep, stub, slurm):
+    stub(
+        STOPPABLE
+        + """
+while not os.path.exists("go on"):
+    time.sleep(0.05)
+"""
+    )
+
+    def press():
+        while not (Path("notes").exists() and len(stub.notes()) == 2):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    code, _, err = run_sweep(*QUICK, "--seeds", 1, 2, *ON_SLURM)
+    thread.join()
+    assert code == 130 and "2 jobs stay in slurm's queue" in err and err.rstrip().endswith(": 1")
+    timer = threading.Timer(1, Path("go on").touch)
+    timer.start()
+    code, out, _ = run_sweep(*QUICK, "--seeds", 1, 2, 3, "--workers", 9, *ON_SLURM)
+    assert code == 0 and "3 runs: 3 done" in out
+    assert sorted(n["seed"] for n in stub.notes()) == ["1", "2", "3"]
+    assert "--array" not in Path("slurm/submitted_2").read_text() and not Path("slurm/submitted_3").exists()
+    assert all(path.suffix == ".out" for path in Path("results/sweeps").glob("*/*"))
+
+
+def test_what_slurm_does_not_take_is_one_line(run_sweep, slurm):
+    (slurm.parent / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: p' >&2\nexit 1\n"
+    )
+    code, _, err = run_sweep(*QUICK, *ON_SLURM, "--partition", "p")
+    assert code == 2 and "invalid partition specified: p" in err.splitlines()[-1] and "Traceback" not in err
+    code, _, err = run_sweep(*QUICK, *ON_SLURM, "--slurm", "acount=me")
+    assert code == 2 and "acount" in err.splitlines()[-1]
+    code, _, err = run_sweep(*QUICK, *ON_SLURM, "--slurm", "me")
+    assert code == 2 and "NAME=VALUE" in err
+    assert not list(Path("results").glob("sweeps/*"))
+
+
+def test_runs_of_a_cluster_are_known_without_its_gpus():
+    (cell,) = cells({"seeds": [1], "shots": [1]}, [], "cuda")
+    assert cell.words[-2:] == ("--device", "cuda") and cell.settings.device == "cuda"
+    (here,) = cells({"seeds": [1], "shots": [1]}, ["--device", "cpu"])
+    assert replace(here.settings, device="cuda").run_id == cell.settings.run_id != here.settings.run_id
+
+
+# --- what it will cost
+
+
+def test_estimates_are_from_records_of_the_same_kind(run_sweep, run_main):
+    run_main("--method", "zero_shot", "--shots", 1, "--seed", 1)
+    base = dict(
+        method="so", dataset="digits", test_dataset="digits", classes="all", backbone="tiny", precision="fp32",
+        eval_only=False, batch_size=32, encoder="both", position="all", sampled_gradients=True, shots=16, epochs=None,
+        device="cpu", iterations=100, train_seconds=50.0, eval_seconds=2.0, stopped_early=False,
+    )  # fmt: skip
+    classifier = dict.fromkeys(("batch_size", "encoder", "position", "sampled_gradients")) | {"iterations": 0}
+    other = dict(
+        method="adam", dataset="dtd", test_dataset="dtd", classes="base", backbone="ViT-B/16", precision="bf16",
+        eval_only=True, batch_size=8, encoder="text", position="up", sampled_gradients=False, device="a GPU",
+    )  # fmt: skip
+    records = pd.DataFrame(
+        [
+            base,
+            base | {"iterations": 200, "train_seconds": 300.0, "eval_seconds": 4.0, "stopped_early": True},
+            base | classifier | {"method": "zero_shot", "train_seconds": 0.0, "eval_seconds": 1.0, "shots": 2},
+            base | classifier | {"method": "linear_probe", "train_seconds": 10.0, "eval_seconds": 1.0, "shots": 1},
+            base | {"method": "prolip", "epochs": 300, "shots": 4, "train_seconds": 30.0, "eval_seconds": 5.0},
+            *(base | {name: value, "train_seconds": 1e6, "eval_seconds": 1e6} for name, value in other.items()),
+        ]
+    )
+    records.to_csv("results/results.csv", index=False)
+    argv = ["--methods", "so", "zero_shot", "linear_probe", "tip_adapter", "--shots", 1, 4, "--seeds", 1, "--dry_run"]
+    code, out, _ = run_sweep(*argv, "--total_iters", 50)
+    lines = out.splitlines()
+    assert code == 0 and not Path("results/sweeps").exists()
+    assert [line.partition("  python")[0].strip() for line in lines[:8]] == [
+        "to do, 0.015 h", "finished", "to do, 0.003 h", "to do",
+        "to do, 0.015 h", "to do, 0.000 h", "to do", "to do",
+    ]  # fmt: skip
+    assert lines[8] == "8 runs: 1 finished, 7 to do"
+    assert "training and evaluation of 4: 0.033 CPU hours" in lines[9]  # 2 x (50 x 1 + 3) + 1 + 11 seconds
+    assert lines[10].startswith("no estimate for 3:")
+
+    def seconds(*argv, device="cpu"):
+        return estimates.seconds(parse([*map(str, argv)]), records, device)
+
+    assert seconds("--method", "prolip", "--shots", 4) == 35 and seconds("--method", "prolip", "--shots", 1) is None
+    assert seconds("--shots", 1, "--device", "cpu", device="a GPU") == 600 * 1e4 + 1e6
+    assert seconds("--shots", 1, device=None) == 600 * 1e4 + 1e6 and seconds("--shots", 1, device="another") is None
+    assert seconds("--search", "lr=1e-4,1e-3") is None
+    assert estimates.seconds(parse([]), pd.DataFrame(), "cpu") is None
+    with pytest.raises(UserError, match=r"results\.csv"):
+        Path("results/results.csv").write_text("")
+        estimates.read_results(Path("results"))

@@ -69,7 +69,7 @@ def read_grid(path: Path) -> dict:
     rows = grid.get("rows", {})
     if not isinstance(rows, dict):
         raise UserError(f"{where}: rows must be `name: {{setting: value}}`, not {rows!r}")
-    for name, own in {"settings": settings} | {f"rows: {name}": own for name, own in rows.items()}.items():
+    for name, own in (("settings", settings), *((f"rows: {name}", own) for name, own in rows.items())):
         if not isinstance(own, dict):
             raise UserError(f"{where}: {name} must be `setting: value`, not {own!r}")
     return grid
