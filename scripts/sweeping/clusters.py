@@ -196,13 +196,14 @@ class Slurm(Cluster):
             self.executor.update_parameters(**parameters)
         except RuntimeError:
             raise UserError("--cluster slurm: there is no srun; start the sweep on a machine of the cluster") from None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--slurm: {' '.join(str(error).split())}") from None
+        except ValueError as error:
+            raise UserError(f"--slurm: {str(error).splitlines()[0]}; see submitit's SlurmExecutor") from None
 
     def find(self, cells: Iterable[Cell]) -> None:
         """Takes over the jobs of earlier sweeps that slurm still has."""
         of_key = {cell.key: cell for cell in cells}
-        self._look()
+        if not self._look():
+            raise UserError("slurm does not answer squeue; start the sweep again when it does")
         for number in self.queue:
             for folder in self.folder.parent.glob("*/"):
                 path = JobPaths(folder, number).submitted_pickle
@@ -222,18 +223,19 @@ class Slurm(Cluster):
             del waiting[: self.MOST]
 
     def _over(self) -> list[submitit.Job]:
-        self._look()
         now = time.monotonic()
-        self.gone_since = {job: self.gone_since.get(job, now) for job in self.jobs if job.job_id not in self.queue}
+        if self._look():
+            self.gone_since = {job: self.gone_since.get(job, now) for job in self.jobs if job.job_id not in self.queue}
         late = {job for job, since in self.gone_since.items() if now - since > self.LATE_SECONDS}
         return [job for job in self.jobs if job in late or job.paths.result_pickle.exists()]
 
-    def _look(self) -> None:
-        """What slurm has of this user: a state for each job's number. If slurm does not answer, it stays as it was."""
+    def _look(self) -> bool:
+        """Whether slurm says what it has of this user: a state for each job's number."""
         command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i %T"]
         answer = subprocess.run(command, capture_output=True, text=True)
         if answer.returncode == 0:
             self.queue = dict(line.split() for line in answer.stdout.splitlines())
+        return answer.returncode == 0
 
     def stop(self) -> None:
         print(
