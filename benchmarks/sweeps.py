@@ -6,8 +6,8 @@
 The grid: 2 methods, 3 shots, 4 seeds. The runs are done by main.main in this process; by scripts/sweep.sh; by
 scripts/sweep.py with 2 workers; and again by both, killed at random moments and started again. A kill is one of SIGINT
 (Ctrl-C), SIGTERM and SIGKILL to the sweep alone, or SIGKILL to its process group; what a killed sweep leaves running is
-not looked after. All tables must be equal in every column but times and memory, all curves to the byte, and the folders
-must hold the same files. Exit code 1 if something differs.
+not looked after. All tables must be equal in every column but times, memory and the code's commit, all curves to the
+byte, and the folders must hold the same files. Exit code 1 if something differs.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from run_utils import PROJECT
 
 METHODS, SHOTS, SEEDS = ("so", "lora"), (1, 2, 4), (1, 2, 3, 4)
-MEASURED = ["train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "finished_at"]
+MEASURED = ["train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "finished_at", "git_commit"]
 KILLS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL, "all SIGKILL": signal.SIGKILL}
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, "all SIGKILL": -9}
 
@@ -42,8 +42,13 @@ def outcome(results: Path) -> tuple[pd.DataFrame, dict[str, bytes], set[str]]:
     return table, curves, {str(path.relative_to(results)) for path in results.glob("*_*/*")}
 
 
-def equal(a: tuple, b: tuple) -> bool:
-    return a[0].equals(b[0]) and a[1:] == b[1:]
+def difference(ours: tuple, reference: tuple) -> str:
+    """Where two outcomes differ, in a few words; empty if they are the same."""
+    if list(ours[0].run_id) != list(reference[0].run_id):
+        return f"{len(ours[0])} runs instead of {len(reference[0])}"
+    columns = [name for name in reference[0] if not ours[0][name].equals(reference[0][name])]
+    curves = [name for name, curve in reference[1].items() if ours[1].get(name) != curve]
+    return ", ".join([*columns, *(f"curve of {name}" for name in curves), *sorted(ours[2] ^ reference[2])])
 
 
 def killed(command: list[str], environment: dict[str, str], kills: int, span: float, rng: random.Random) -> list[str]:
@@ -102,9 +107,11 @@ def main(argv=None) -> None:
                 env = environment | {"RESULTS_DIR": str(results)}
                 where = [] if name == "sweep.sh" else ["--results_dir", str(results)]
                 report = killed([*command, *where], env, kills, span, rng)
-                same = equal(outcome(results), reference)
-                wrong += not same or any("NOT" in line for line in report)
-                print(f"{label}: {'the same' if same else 'DIFFERENT'}", *report, sep="\n    ", flush=True)
+                differs = difference(outcome(results), reference)
+                wrong += bool(differs) or any("NOT" in line for line in report)
+                print(
+                    f"{label}: {f'DIFFERENT: {differs}' if differs else 'the same'}", *report, sep="\n    ", flush=True
+                )
     sys.exit(1 if wrong else 0)
 
 

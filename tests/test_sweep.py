@@ -467,8 +467,10 @@ if of("seed") == "3" or of("seed") == "2" and open("notes").read().count('"seed"
             began = {n["seed"]: n["pid"] for n in (stub.notes() if Path("notes").exists() else [])}
         for process in (began["2"], parent_of(began["2"])):  # slurm signals all processes of a job
             os.kill(process, signal.SIGUSR2)
+        for process in (began["3"], parent_of(began["3"])):
+            os.kill(process, signal.SIGTERM)
+        time.sleep(1)  # it is no failure yet: slurm may put the job back into the queue
         os.killpg(int((slurm / "1_2").read_text()), signal.SIGKILL)
-        os.kill(began["3"], signal.SIGKILL)
         (slurm / "1_2").unlink()
 
     thread = threading.Thread(target=happen, daemon=True)
