@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+import main as entry
 from run_utils import Run, UserError, parse
 from scripts import sweep
 from scripts.sweeping import clusters, estimates
@@ -202,7 +203,7 @@ def test_a_grid_is_all_combinations_with_the_first_seed_first():
                 "template": ["a {}", "b {}"],
             },
         },
-        settings={"total_iters": 7, "sampled_gradients": False},
+        settings={"total_iters": 7, "lr": 5, "sampled_gradients": False},
         shots=[1, 4],
         seeds=[2, 1],
     )
@@ -273,6 +274,20 @@ def test_without_submitit_the_remedy_is_named(run_sweep, monkeypatch):
     code, _, err = run_sweep(*QUICK)
     assert code == 2 and err.splitlines()[-1].startswith("error: ") and "pip install -r requirements-sweep.txt" in err
     assert run_sweep(*QUICK, "--dry_run")[0] == 0
+
+
+def test_what_is_recorded_is_known_as_main_knows_it(run_sweep):
+    for method in ("so", "tip_adapter_f"):  # iterations and epochs
+        ((run, task),) = entry.single_runs(parse(["--method", method, "--shots", "1", "--seed", "1"]))
+        with run:
+            made_up = {"test_accuracy": 50.0, "zero_shot_accuracy": 40.0, "trainable_weights": 1}
+            run.record(made_up | {"split_sha256": task.split_sha256}, [], [])
+    argv = ["--methods", "so", "tip_adapter_f", "lora", "--shots", 1, "--seeds", 1, "--dry_run"]
+    assert "3 runs: 2 finished, 1 to do" in run_sweep(*argv)[1]
+    assert "3 runs: 0 finished, 3 to do" in run_sweep(*argv, "--force")[1]
+    for path in Path("results").glob("*/result.json"):
+        path.write_text(path.read_text().replace(task.split_sha256, "0" * 64))
+    assert "3 runs: 0 finished, 3 to do" in run_sweep(*argv)[1]
 
 
 # --- runs of this machine
