@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -238,8 +238,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         try:
-            self._make(self.results)
-            self.lock = acquire(self.lock_file, seconds=0)
+            self.lock = self._make(self.results, lambda: acquire(self.lock_file, seconds=0))
         except Timeout:
             raise UserError(f"another process is doing this run in {self.folder}; wait for it") from None
         except (OSError, UserError):
@@ -259,19 +258,20 @@ class Run:
             raise
         return self
 
-    def _make(self, folder: Path, name: str = "") -> None:
-        """Makes a folder and makes sure, before hours of work, that files of such names can be written there."""
+    def _make(self, folder: Path, write: Callable):
+        """Makes a folder and returns what `write` does in it; anew if another run removed the folder meanwhile, as
+        empty."""
         self.made += [f for f in (folder, *folder.parents) if not f.exists()]
-        for last in (False, False, True):
+        for tries_left in reversed(range(20)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                return _try_to_write(folder, name)
-            except (FileNotFoundError, FileExistsError):  # another run may have removed it in this moment, as empty
-                if last:
+                return write()
+            except (FileNotFoundError, FileExistsError):
+                if not tries_left:
                     raise
 
     def _reserve(self, checkpoint: Path) -> None:
-        self._make(checkpoint.parent, checkpoint.name)
+        self._make(checkpoint.parent, lambda: _try_to_write(checkpoint.parent, checkpoint.name))
         if checkpoint.exists() and not self.settings.force:
             owner = checkpoint_metadata(checkpoint).get("run_id", "none of this program")
             if owner != self.settings.run_id:
@@ -493,6 +493,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _try_to_write(folder: Path, name: str = "") -> None:
+    """Makes sure, before hours of work, that files of such names can be written."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", suffix=".part"):
         pass
 

@@ -113,7 +113,7 @@ def record_at_once(results: Path, processes: int, rounds: int) -> dict:
             start = time.perf_counter()
             victim = FORK.Process(target=finish, args=(results, seed))
             victim.start()
-            time.sleep(moments.uniform(0, took))
+            time.sleep(took * moments.random() ** 3)  # more often early, before it waits for the table
             victim.kill()
             victim.join()
             while barrier.n_waiting < processes and not barrier.broken:
@@ -149,6 +149,7 @@ def _turns(results: Path, turns: int) -> None:
             done += 1
         except UserError as error:
             assert "another process is doing this run" in str(error), error
+            time.sleep(0.001)
 
 
 def take_turns(results: Path, processes: int, turns: int) -> list[str]:
