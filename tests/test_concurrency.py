@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import stat
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -75,23 +77,48 @@ def test_a_folder_is_removed_before_others_can_have_it(tmp_path, monkeypatch):
     assert refused == [run.folder] and not (tmp_path / "results").exists()
 
 
-def test_the_next_process_keeps_its_folder_while_the_last_one_leaves(tmp_path, monkeypatch):
-    settings, unlink, entered = settings_of(tmp_path / "results", seed=1), Path.unlink, []
+@pytest.mark.parametrize("place, name", [(Path, "unlink"), (run_utils.FileLock, "release")], ids=["file", "lock"])
+def test_the_next_process_may_begin_while_the_last_one_leaves(tmp_path, monkeypatch, place, name):
+    settings, step, entered = settings_of(tmp_path / "results", seed=1), getattr(place, name), []
 
-    def then_the_next_begins(path, **options):
-        unlink(path, **options)
-        if path.suffix == ".lock" and not entered:
+    def then_the_next_begins(self, *args, **options):
+        step(self, *args, **options)
+        if not entered and (name == "release" or self.suffix == ".lock"):
             entered.append(Run(settings))
             entered[0].__enter__()
 
-    monkeypatch.setattr(Path, "unlink", then_the_next_begins)
-    with Run(settings):
-        pass
+    with monkeypatch.context() as patch, Run(settings):
+        patch.setattr(place, name, then_the_next_begins)
     assert entered[0].folder.is_dir()
     with pytest.raises(UserError, match="another process is doing this run"), Run(settings):
         pass
     entered[0].__exit__()
-    assert not list((tmp_path / "results").iterdir())
+    assert not list(tmp_path.glob("results/*"))
+
+
+def test_folders_that_other_runs_remove_or_use(tmp_path, monkeypatch):
+    weights, make, rmdir = tmp_path / "saved" / "weights", tempfile.NamedTemporaryFile, Path.rmdir
+    settings = replace(settings_of(tmp_path / "results", seed=1), save_path=str(weights))
+    folder = settings.checkpoint.parent
+
+    def removed_in_this_moment(**options):
+        if options["dir"] == folder and not entries:
+            entries.append(folder.rmdir())
+        return make(**options)
+
+    def used_in_this_moment(path):
+        if path == folder:
+            (folder / "of another run").touch()
+        rmdir(path)
+
+    entries = []
+    with Run(settings) as run:
+        pass
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", removed_in_this_moment)
+    with run:
+        assert entries and folder.is_dir()
+        monkeypatch.setattr(Path, "rmdir", used_in_this_moment)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["of another run"]
 
 
 def test_a_run_that_may_not_begin_removes_nothing(tmp_path):
@@ -195,13 +222,13 @@ def test_a_file_system_without_locks_is_found_out_before_the_work(run_main, monk
 
 def test_processes_of_the_same_number_on_two_hosts(tmp_path, monkeypatch):
     """Both write the same file: the second begins and ends while the first is about to rename its own."""
-    path, replace, others = tmp_path / "file", Path.replace, []
+    path, rename, others = tmp_path / "file", Path.replace, []
 
     def meanwhile(part, target):
         if not others:
             others.append(part)
             write(target)
-        return replace(part, target)
+        return rename(part, target)
 
     monkeypatch.setattr(Path, "replace", meanwhile)
     for write in (lambda path: write_atomically(path, "text"), lambda path: save_tensors({"x": torch.ones(2)}, path)):
@@ -211,7 +238,7 @@ def test_processes_of_the_same_number_on_two_hosts(tmp_path, monkeypatch):
 
 
 def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    events, sync, replace = [], os.fsync, Path.replace
+    events, sync, rename = [], os.fsync, Path.replace
 
     def synced(descriptor):
         status = os.fstat(descriptor)
@@ -220,7 +247,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
 
     def replaced(part, target):
         events.append("renamed")
-        return replace(part, target)
+        return rename(part, target)
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", replaced)
@@ -228,10 +255,17 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     assert events == [3, "renamed", "folder"]
 
 
-def test_other_things_in_the_folder_of_results(tmp_path):
+def test_other_things_in_the_folder_of_results(tmp_path, monkeypatch):
+    def listed(path):
+        if Path(path).name == "failed":
+            Path(path).rmdir()
+        return list_folder(path)
+
     finish(tmp_path, 1)
+    list_folder = os.listdir
+    monkeypatch.setattr(os, "listdir", listed)
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "failed").mkdir()  # of a run that ends without a result in this moment
     (tmp_path / "lost+found").mkdir(mode=0)
     rebuild_table(tmp_path)
-    assert list(read_table(tmp_path).seed) == [1] and (tmp_path / "notes.txt").exists()
+    assert list(read_table(tmp_path).seed) == [1] and not (tmp_path / "failed").exists()
