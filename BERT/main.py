@@ -316,7 +316,9 @@ def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, training: rte.Encoded, settings: Settings
 ) -> tuple[int, float]:
     """Until a mini-batch loss is at or below `loss_stop`, or for `max_steps`; returns steps and last loss."""
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, SCHEDULE_STEPS, eta_min=min(MINIMUM_LR, settings.lr))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, SCHEDULE_STEPS, eta_min=min(MINIMUM_LR, settings.lr)
+    )
     model.train()
     interval = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(total=settings.max_steps, desc="training", unit="step", mininterval=interval, maxinterval=2 * interval)

@@ -206,9 +206,7 @@ def test_the_learning_rate_ends_at_its_minimum(place, monkeypatch, method, lr):
     seen = []
     kind = torch.optim.Adam if method == "rank" else SO
     step = kind.step
-    monkeypatch.setattr(
-        kind, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), step(self, *a))[1]
-    )
+    monkeypatch.setattr(kind, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), step(self, *a))[1])
     trained(settings_of(place, **{method: 1}, max_steps=6, lr=lr))
     lowest = min(1e-6, lr)
     assert seen == pytest.approx([lowest + (lr - lowest) * (1 + math.cos(math.pi * t / 6)) / 2 for t in range(6)])
