@@ -46,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
     """
     try:
         settings = run_utils.parse(argv)
-        # Data first, all of them: they are checked faster than weights are loaded, or downloaded.
-        tasks = [(single, read_data(single)) for single in one_by_one(settings)]
-        runs = [(run_utils.Run(single.settled(len(task.train))), task) for single, task in tasks]
-        records = [run_once(run, task) for run, task in runs]
+        records = [run_once(run, task) for run, task in single_runs(settings)]
         return records[0] if settings.eval_datasets is None else records
     except MISTAKES as error:
         sys.exit(fail(str(error)))
@@ -63,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
             raise
         remedy = "free space there" if error.errno in FULL else "choose another folder"
         sys.exit(fail(f"{error.filename or 'disk'}: {error.strerror}; {remedy}"))
+
+
+def single_runs(settings: run_utils.Settings) -> list[tuple[run_utils.Run, datasets.Task]]:
+    """One run or, with --eval_datasets, one for each of them, with its data."""
+    # Data first, all of them: they are checked faster than weights are loaded, or downloaded.
+    tasks = [(single, read_data(single)) for single in one_by_one(settings)]
+    return [(run_utils.Run(single.settled(len(task.train))), task) for single, task in tasks]
 
 
 def read_data(settings: run_utils.Settings) -> datasets.Task:
@@ -90,19 +94,32 @@ def read_data(settings: run_utils.Settings) -> datasets.Task:
 
 def run_once(run: run_utils.Run, task: datasets.Task) -> dict:
     """The record of a run, which is done unless it was before."""
+    record = recorded(run, task)
+    if record is None:
+        with run:
+            # Another process may have done it, until this one had the run for itself.
+            record = recorded(run, task) or newly_done(run, task)
+    report(record, run)
+    return record
+
+
+def recorded(run: run_utils.Run, task: datasets.Task) -> dict | None:
+    """The record of a run that was done before, unless it is to be done anew."""
     record = None if run.settings.force else run.finished(task.split_sha256, task.data_sha256)
     if record is not None:
         print(f"already done, not run again (--force does): {run.folder}")
         run_utils.rebuild_table(run.results)
-    else:
-        with run, run.log() as log:
-            try:
-                record = experiment(run.settings, task, run, log)
-            except train.TrainingDiverged:
-                run.forget_states()  # it would diverge again
-                raise
-    report(record, run)
     return record
+
+
+def newly_done(run: run_utils.Run, task: datasets.Task) -> dict:
+    """The record of a run that is done here and now."""
+    with run.log() as log:
+        try:
+            return experiment(run.settings, task, run, log)
+        except train.TrainingDiverged:
+            run.forget_states()  # it would diverge again
+            raise
 
 
 def experiment(

@@ -95,9 +95,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         try:
-            self.lock = self._make(self.results, lambda: acquire(self.lock_file, seconds=0))
-        except Timeout:
-            raise UserError(f"another process is doing this run in {self.folder}; wait for it") from None
+            self.lock = self._acquire_lock()
         except (OSError, UserError):
             self._remove_empty()
             raise
@@ -116,6 +114,17 @@ class Run:
             self._leave()
             raise
         return self
+
+    def _acquire_lock(self) -> FileLock:
+        """What keeps other processes from the same run. UserError if one is doing it, unless this one is to wait."""
+        try:
+            return self._make(self.results, lambda: acquire(self.lock_file, seconds=0))
+        except Timeout:
+            if not self.settings.wait:
+                remedy = "wait for it, as --wait does"
+                raise UserError(f"another process is doing this run in {self.folder}; {remedy}") from None
+        print(f"another process is doing this run in {self.folder}; waiting for it", flush=True)
+        return self._make(self.results, lambda: acquire(self.lock_file, seconds=-1))
 
     def _make(self, folder: Path, write: Callable):
         """Makes a folder and returns what `write` does in it; anew if another run removed the folder meanwhile, as
@@ -262,7 +271,7 @@ def read_record(path: Path) -> dict | None:
 
 def _config(settings: Settings) -> dict:
     """Settings as a config file that repeats the run; of two alternatives only the one in force."""
-    left_out = {"n_iters" if settings.total_iters else "total_iters", "epochs", "force"}
+    left_out = {"n_iters" if settings.total_iters else "total_iters", "epochs", "force", "wait"}
     return {name: value for name, value in asdict(settings).items() if name not in left_out}
 
 
@@ -310,7 +319,7 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 def acquire(path: Path, seconds: float) -> FileLock:
     """A lock that one process at a time holds on `path`, and that ends with the process, however that ends.
 
-    Timeout if it is not to be had in `seconds`, UserError on a file system without locks.
+    Timeout if it is not to be had in `seconds`, below 0 never; UserError on a file system without locks.
     """
     # No soft lock, which is a file that exists: it would outlive a process that is killed.
     lock = FileLock(path, timeout=seconds, fallback_to_soft=False)

@@ -119,6 +119,7 @@ class Settings:
     save_every: int = option(1000, "iterations between two states that a stopped run goes on from; 0 saves none")
     tensorboard: bool = option(False, "write the curves to the run's folder for TensorBoard")
     force: bool = option(False, "run even if the same run is recorded already")
+    wait: bool = option(False, "while another process is doing the same run, wait for it; without, that is a mistake")
 
     @property
     def iterations(self) -> int:

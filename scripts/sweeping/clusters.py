@@ -1,0 +1,248 @@
+"""Where the runs of a sweep are done, as jobs of submitit: on this machine or on a slurm cluster."""
+
+import getpass
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cloudpickle
+import submitit
+import torch
+from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
+
+from run_utils import PROJECT, UserError
+
+from .grid import Cell
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs do not find this module: they start elsewhere
+MAIN = PROJECT / "main.py"
+TERMINATED = 128 + signal.SIGTERM  # main.py's exit code once it has left its run in order
+
+
+class RunJob:
+    """The job of a run: `python main.py` as a process of its own, whose exit code is the job's result.
+
+    A process of its own, because it and submitit want other things of the same signals. Slurm announces the time limit
+    and preemptions with SIGUSR2; submitit then calls `checkpoint` and puts the job back into the queue. main.py must
+    not hear that signal, which would end it on the spot, but a SIGTERM, which submitit for its part ignores. And a
+    process group of its own, where a terminal's Ctrl-C is not heard.
+    """
+
+    def __init__(self, key: str, words: Sequence[str]):
+        self.key, self.words = key, tuple(words)
+        self.process: int | None = None
+
+    def __call__(self) -> int:
+        command = [sys.executable, str(MAIN), *self.words]
+        print(shlex.join(command), flush=True)
+        on_slurm = os.environ["SUBMITIT_EXECUTOR"] == "slurm"  # where SIGTERM goes to all processes of a job
+        if not on_slurm:
+            signal.signal(signal.SIGTERM, self._stop)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        self.process = os.posix_spawn(command[0], command, os.environ, setpgroup=0, setsigmask=[signal.SIGUSR2])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        self.process = None
+        if on_slurm and code in (TERMINATED, -signal.SIGTERM):
+            # Cancelled, preempted or requeued: this is no result, and slurm is about to end this process as well.
+            time.sleep(600)
+        return code
+
+    def _stop(self, *_) -> None:
+        """On this machine a sweep is stopped by SIGTERM to its jobs: main.py gets it once."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.process is None:
+            sys.exit(TERMINATED)
+        os.kill(self.process, signal.SIGTERM)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What goes back into the queue, once main.py has ended: the same run, which goes on from its last state."""
+        if self.process is not None:
+            os.kill(self.process, signal.SIGTERM)
+            os.waitpid(self.process, 0)
+            self.process = None
+        return DelayedSubmission(self)
+
+
+class Cluster:
+    """Jobs of submitit, with their logs and other files in a folder."""
+
+    poll_seconds: float
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.jobs: dict[submitit.Job, Cell] = {}
+
+    def start(self, waiting: list[Cell]) -> None:
+        """Makes jobs of the first cells, as many as there is room for, and takes them off the list."""
+        raise NotImplementedError
+
+    def _over(self) -> list[submitit.Job]:
+        """Those of the jobs that have ended."""
+        raise NotImplementedError
+
+    def running(self) -> int:
+        """How many of the jobs have begun."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Leaves the jobs in such a way that the same sweep can be started again."""
+        raise NotImplementedError
+
+    def ended(self) -> list[tuple[Cell, int | None, Path]]:
+        """What has ended since the last call: the run, main.py's exit code (None if the job ended without one) and the
+        log, which alone is kept."""
+        ended = []
+        for job in self._over():
+            ended.append((self.jobs.pop(job), self._exit_code(job), job.paths.stdout))
+            self._tidy(job.paths)
+        return ended
+
+    @staticmethod
+    def _exit_code(job: submitit.Job) -> int | None:
+        if not job.paths.result_pickle.exists():
+            return None
+        try:
+            return job.result()
+        except FailedJobError:  # of RunJob itself
+            return None
+
+    @staticmethod
+    def _tidy(paths: JobPaths) -> None:
+        paths.submitted_pickle.unlink(missing_ok=True)
+        paths.result_pickle.unlink(missing_ok=True)
+        if not any(paths.folder.glob("*_submitted.pkl")):  # of a job that is still to come
+            for path in (*paths.folder.glob("*_submission.sh"), *paths.folder.glob(".submission_file_*")):
+                path.unlink(missing_ok=True)
+
+
+class Local(Cluster):
+    """A number of runs at a time on this machine. GPUs are dealt out in turn: each run sees one of them."""
+
+    poll_seconds = 0.2
+
+    def __init__(self, folder: Path, workers: int | None, cells: Sequence[Cell]):
+        super().__init__(folder)
+        devices = {cell.settings.device for cell in cells}
+        if any(":" in device for device in devices):
+            raise UserError("GPUs are dealt out; leave the number of --device out, and see CUDA_VISIBLE_DEVICES")
+        gpus = _gpus() if "cuda" in devices else []
+        workers = workers or max(len(gpus), 1)
+        self.gpus = [gpus[place % len(gpus)] for place in range(workers)] if gpus else [None] * workers
+        self.places: dict[submitit.Job, int] = {}
+
+    def start(self, waiting: list[Cell]) -> None:
+        taken = {self.places[job] for job in self.jobs}
+        for place in [place for place in range(len(self.gpus)) if place not in taken][: len(waiting)]:
+            cell = waiting[0]
+            executor = submitit.LocalExecutor(self.folder)
+            executor.update_parameters(timeout_min=10**7, stderr_to_stdout=True)  # never
+            if cell.settings.device == "cuda":
+                executor.update_parameters(gpus_per_node=1, visible_gpus=[self.gpus[place]])
+            # The job inherits that Ctrl-C is not heard: the sweep hears it, and then stops its jobs in order.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                job = executor.submit(RunJob(cell.key, cell.words))
+                self.jobs[job], self.places[job] = cell, place
+                del waiting[0]
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def _over(self) -> list[submitit.Job]:
+        return [job for job in self.jobs if job.done()]
+
+    def running(self) -> int:
+        return len(self.jobs)
+
+    def stop(self) -> None:
+        print(f"stopping {len(self.jobs)} runs; the same command goes on", file=sys.stderr)
+        while self.jobs:
+            for job in self.jobs:
+                os.kill(int(job.job_id), signal.SIGTERM)  # again and again: it may just be starting
+            time.sleep(self.poll_seconds)
+            self.ended()
+
+
+def _gpus() -> list[int]:
+    """The numbers of this machine's GPUs, as far as CUDA_VISIBLE_DEVICES allows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(range(torch.cuda.device_count()))
+    try:
+        return [int(number) for number in visible.split(",")][: torch.cuda.device_count()]
+    except ValueError:
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible} must have numbers, to be dealt out among the runs") from None
+
+
+class Slurm(Cluster):
+    """Job arrays. Jobs go on without the sweep; a later one finds those that slurm still has."""
+
+    poll_seconds = 5.0
+    MOST = 1000  # in an array, slurm's default
+    LATE_SECONDS = 60.0  # a shared file system may show a result later than slurm says that its job is gone
+
+    def __init__(self, folder: Path, parameters: dict, timeouts: int):
+        super().__init__(folder)
+        self.queue: dict[str, str] = {}
+        self.gone_since: dict[submitit.Job, float] = {}
+        try:
+            self.executor = submitit.SlurmExecutor(folder, max_num_timeout=timeouts)
+            self.executor.update_parameters(**parameters)
+        except RuntimeError:
+            raise UserError("--cluster slurm: there is no srun; start the sweep on a machine of the cluster") from None
+        except ValueError as error:
+            raise UserError(f"--slurm: {str(error).splitlines()[0]}; see submitit's SlurmExecutor") from None
+
+    def find(self, cells: Iterable[Cell]) -> None:
+        """Takes over the jobs of earlier sweeps that slurm still has."""
+        of_key = {cell.key: cell for cell in cells}
+        if not self._look():
+            raise UserError("slurm does not answer squeue; start the sweep again when it does")
+        for number in self.queue:
+            for folder in self.folder.parent.glob("*/"):
+                path = JobPaths(folder, number).submitted_pickle
+                if path.exists() and (cell := of_key.get(DelayedSubmission.load(path).function.key)):
+                    self.jobs[submitit.SlurmJob(folder, number)] = cell
+
+    def start(self, waiting: list[Cell]) -> None:
+        while waiting:
+            part = waiting[: self.MOST]
+            try:
+                jobs = self.executor.submit_array([RunJob(cell.key, cell.words) for cell in part])
+            except FailedJobError as error:
+                if not self.jobs:
+                    shutil.rmtree(self.folder)
+                raise UserError(f"slurm takes no jobs: {' '.join(str(error).split())}") from None
+            self.jobs |= dict(zip(jobs, part))
+            del waiting[: self.MOST]
+
+    def _over(self) -> list[submitit.Job]:
+        now = time.monotonic()
+        if self._look():
+            self.gone_since = {job: self.gone_since.get(job, now) for job in self.jobs if job.job_id not in self.queue}
+        late = {job for job, since in self.gone_since.items() if now - since > self.LATE_SECONDS}
+        return [job for job in self.jobs if job in late or job.paths.result_pickle.exists()]
+
+    def _look(self) -> bool:
+        """Whether slurm says what it has of this user: a state for each job's number."""
+        command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i %T"]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode == 0:
+            self.queue = dict(line.split() for line in answer.stdout.splitlines())
+        return answer.returncode == 0
+
+    def stop(self) -> None:
+        print(
+            f"{len(self.jobs)} jobs stay in slurm's queue: the same command watches them again, and scancel ends them: "
+            f"{' '.join(sorted({job.job_id.partition('_')[0] for job in self.jobs}))}",
+            file=sys.stderr,
+        )
+
+    def running(self) -> int:
+        return sum(self.queue.get(job.job_id) == "RUNNING" for job in self.jobs)
