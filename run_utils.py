@@ -99,8 +99,6 @@ class Run:
         except (OSError, UserError):
             self._remove_empty()
             raise
-        if self.settings.force:
-            self.forget_states()
         try:
             self.folder.mkdir(exist_ok=True)
             _try_to_write(self.folder)
@@ -110,6 +108,8 @@ class Run:
                 raise UserError(f"{self.csv} is a folder, but the table of results must go there; remove it")
             if self.settings.checkpoint and not self.settings.eval_only:
                 self._reserve(self.settings.checkpoint)
+            if self.settings.force:
+                self.forget_states()
         except BaseException:
             self._leave()
             raise

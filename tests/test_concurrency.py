@@ -122,13 +122,13 @@ def test_folders_that_other_runs_remove_or_use(tmp_path, monkeypatch):
 
 
 def test_a_run_that_may_not_begin_removes_nothing(tmp_path):
-    run = Run(settings_of(tmp_path, seed=1))
+    run = Run(replace(settings_of(tmp_path, seed=1), force=True))
     run.folder.mkdir()
-    (run.folder / "state").write_text("hours of work")
+    (run.folder / "state.pt").write_text("hours of work")
     run.csv.mkdir()
     with pytest.raises(UserError, match="is a folder"), run:
         pass
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["results.csv", run.folder.name, "state"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["results.csv", run.folder.name, "state.pt"])
 
 
 # --- killed and hung
