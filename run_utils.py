@@ -5,6 +5,7 @@ rebuilt from all of these files.
 """
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from clip.delta import checkpoint_metadata
 from configs.arguments import parse
 from configs.settings import IDENTITY, Settings, UserError
-from utils import States
+from utils import States, write_atomically
 
 __all__ = ["Run", "Settings", "UserError", "parse"]  # parse and what it returns are this module's for its users
 
@@ -54,6 +55,7 @@ class Run:
         self.results = Path(settings.results_dir)
         self.folder = self.results / settings.run_id
         self.csv = self.results / "results.csv"
+        self.lock_file = self.results / f".{settings.run_id}.lock"  # not in the folder, which may be removed
         self.made: list[Path] = []
 
     def states(self, name: str, belongs_to: dict) -> States:
@@ -93,42 +95,51 @@ class Run:
 
     def __enter__(self) -> "Run":
         try:
-            self._make(self.folder)
-            self.lock = FileLock(self.folder / ".lock", timeout=0)
-            self.lock.acquire()
-        except Timeout:
-            if not self.settings.wait:
-                remedy = "wait for it, as --wait does"
-                raise UserError(f"another process is doing this run in {self.folder}; {remedy}") from None
-            print(f"another process is doing this run in {self.folder}; waiting for it", flush=True)
-            while not self.lock.is_locked:
-                with contextlib.suppress(Timeout, FileNotFoundError):  # the other may remove the folder, as it failed
-                    self._make(self.folder)
-                    self.lock.acquire(timeout=60)
-        except OSError:
+            self.lock = self._acquire_lock()
+        except (OSError, UserError):
             self._remove_empty()
             raise
-        if self.settings.force:
-            self.forget_states()
         try:
+            self.folder.mkdir(exist_ok=True)
+            _try_to_write(self.folder)
+            for part in self.folder.glob("*.part"):  # of a process that was killed
+                part.unlink()
             if self.csv.is_dir():
                 raise UserError(f"{self.csv} is a folder, but the table of results must go there; remove it")
             if self.settings.checkpoint and not self.settings.eval_only:
                 self._reserve(self.settings.checkpoint)
+            if self.settings.force:
+                self.forget_states()
         except BaseException:
-            self.__exit__()
+            self._leave()
             raise
         return self
 
-    def _make(self, folder: Path, name: str = "") -> None:
-        """Makes a folder and makes sure, before hours of work, that files of such names can be written there."""
+    def _acquire_lock(self) -> FileLock:
+        """What keeps other processes from the same run. UserError if one is doing it, unless this one is to wait."""
+        try:
+            return self._make(self.results, lambda: acquire(self.lock_file, seconds=0))
+        except Timeout:
+            if not self.settings.wait:
+                remedy = "wait for it, as --wait does"
+                raise UserError(f"another process is doing this run in {self.folder}; {remedy}") from None
+        print(f"another process is doing this run in {self.folder}; waiting for it", flush=True)
+        return self._make(self.results, lambda: acquire(self.lock_file, seconds=-1))
+
+    def _make(self, folder: Path, write: Callable):
+        """Makes a folder and returns what `write` does in it; anew if another run removed the folder meanwhile, as
+        empty."""
         self.made += [f for f in (folder, *folder.parents) if not f.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", suffix=".part"):
-            pass
+        for tries_left in reversed(range(20)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                return write()
+            except (FileNotFoundError, FileExistsError):
+                if not tries_left:
+                    raise
 
     def _reserve(self, checkpoint: Path) -> None:
-        self._make(checkpoint.parent, checkpoint.name)
+        self._make(checkpoint.parent, lambda: _try_to_write(checkpoint.parent, checkpoint.name))
         if checkpoint.exists() and not self.settings.force:
             owner = checkpoint_metadata(checkpoint).get("run_id", "none of this program")
             if owner != self.settings.run_id:
@@ -138,11 +149,18 @@ class Run:
                 )
 
     def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
-        (self.folder / ".lock").unlink(missing_ok=True)
         if kind is not None and any(self.folder.glob(STATES)):
             print(f"note: the same command goes on where this run was stopped; its state is in {self.folder}")
         elif not (self.folder / "result.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # if it is empty
+        # The run's folder is left alone from here on. The lock is still held: a process that opened this file before
+        # it was removed will find out, and make another.
+        self.lock_file.unlink(missing_ok=True)
         self._remove_empty()
         self.lock.release()
 
@@ -153,8 +171,8 @@ class Run:
 
     def _remove_empty(self) -> None:
         for folder in sorted(self.made, key=lambda f: len(f.parts), reverse=True):
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is empty
 
     def record(
         self,
@@ -258,24 +276,70 @@ def _config(settings: Settings) -> dict:
 
 
 def rebuild_table(results: Path) -> None:
-    """results.csv from every result.json below `results`, one row a run, oldest first."""
-    with FileLock(results / ".results.lock"):
-        records = [read_record(path) for path in results.glob("*/result.json")]
+    """results.csv from every result.json below `results`, one row a run, oldest first.
+
+    Who reads the records is the next to write the table, because both are done under a lock: no row is lost. When the
+    lock is not to be had in TABLE_SECONDS, a note on stderr says what to do, and the table stays as it is.
+    """
+    table = results / "results.csv"
+    try:
+        lock = acquire(results / ".results.lock", TABLE_SECONDS)
+    except Timeout:
+        print(
+            f"note: {table} may lack the latest runs, because another process keeps it locked and may hang; their "
+            "records are safe. The next run that ends here writes it anew, and so does the same command again",
+            file=sys.stderr,
+        )
+        return
+    try:
+        for part in results.glob("results.csv.*.part"):  # of a process that was killed
+            part.unlink()
+        records = [read_record(folder / "result.json") for folder in results.iterdir() if _has_record(folder)]
         records = [record for record in records if record is not None]
         records.sort(key=lambda record: (record["finished_at"], record["run_id"]))
         names = dict.fromkeys((*FIRST, *(name for record in records for name in record), *LAST))
-        table = pd.DataFrame(records, columns=_in_order(names))
-        write_atomically(results / "results.csv", table.to_csv(index=False))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the new one, never half of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_atomically(table, pd.DataFrame(records, columns=_in_order(names)).to_csv(index=False))
     finally:
-        part.unlink(missing_ok=True)
+        lock.release()
+
+
+def _has_record(folder: Path) -> bool:
+    """Whether the folder lists a result.json. Only a folder that is opened is up to date on NFS, which may remember
+    for a minute that there was no file of that name."""
+    try:
+        return "result.json" in os.listdir(folder)
+    except (NotADirectoryError, FileNotFoundError, PermissionError):  # a file, a run that just failed, lost+found
+        return False
+
+
+TABLE_SECONDS = 60.0  # a rebuild takes one or two, with thousands of runs
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def acquire(path: Path, seconds: float) -> FileLock:
+    """A lock that one process at a time holds on `path`, and that ends with the process, however that ends.
+
+    Timeout if it is not to be had in `seconds`, below 0 never; UserError on a file system without locks.
+    """
+    # No soft lock, which is a file that exists: it would outlive a process that is killed.
+    lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path.parent} is on a file system without file locks ({error.strerror}); choose another --results_dir, "
+            "or have it mounted with locks (Lustre's option is flock)"
+        ) from None
+    return lock
+
+
+def _try_to_write(folder: Path, name: str = "") -> None:
+    """Makes sure, before hours of work, that files of such names can be written."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", suffix=".part"):
+        pass
 
 
 def git_commit() -> str:

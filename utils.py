@@ -1,14 +1,16 @@
-"""What training, evaluation and methods share: prompts, classifiers, features and their cache, accuracy; and states of
-unfinished work.
+"""What training, evaluation and methods share: prompts, classifiers, features and their cache, accuracy; files that are
+written whole, and states of unfinished work.
 
 Shapes: B images, C classes, E embedding size, P prompts.
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import pickle
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -138,16 +140,10 @@ class States:
         content = io.BytesIO()
         torch.save({"belongs_to": self.belongs_to, "state": state}, content)
         path = self.folder / f"{self.name}-{number:09d}-{_digest(content.getbuffer())}.pt"
-        part = path.with_suffix(".part")
         try:
-            with part.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            write_atomically(path, content.getbuffer())
         except OSError as error:
             print(f"note: {path} could not be saved ({error.strerror}); the run goes on", file=sys.stderr)
-            part.unlink(missing_ok=True)
             return
         for old in self._files()[2:]:
             old.unlink()
@@ -179,6 +175,30 @@ class States:
 
 def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """Writes beside `path`, then renames: a reader sees the old file or the new one, never half of it."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # processes of two hosts may have the same number
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may keep the new name and lose what is in the file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes new names in a folder survive a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def cache_file(folder: str, *key: str) -> Path:

@@ -22,7 +22,7 @@ from BERT import rte
 from BERT.main import Parser, Settings, TrainingDiverged, add_common_flags, choose_device, display_name, load_model, run
 
 OUTCOME = ("steps", "val_acc", "reached", "loss", "seconds", "error")
-CONFIGURATION = "method model weights_sha256 data_sha256 protocol shots dense loss_stop max_steps device".split()
+CONFIGURATION = "method model weights_sha256 data_sha256 protocol shots dense lr loss_stop max_steps device".split()
 
 
 def parser(description: str, out: str) -> Parser:

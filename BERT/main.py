@@ -60,6 +60,7 @@ class Settings:
     protocol: str = "balanced"
     shots: int = 16
     seed: int = 42
+    lr: float = LR
     loss_stop: float = 1e-3
     max_steps: int = SCHEDULE_STEPS
     device: str = "auto"
@@ -80,6 +81,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not minimum <= value < math.inf:
                 raise UserError(f"--{name} must be at least {minimum}, not {value}")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"--lr must be positive, not {self.lr}")
         if self.max_steps > SCHEDULE_STEPS:
             raise UserError(f"--max_steps must be at most {SCHEDULE_STEPS}, where the learning rate's schedule ends")
         if self.seed >= 2**63:
@@ -172,6 +175,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "[balanced]",
     )
     parser.add_argument("--shots", type=int, help="training pairs per label, half of all with --protocol released [16]")
+    parser.add_argument("--lr", type=float, help="initial learning rate; cosine over 10,000 steps to 1e-6 [2e-5]")
     parser.add_argument("--loss_stop", type=float, help="stop when a mini-batch loss is at or below this [1e-3]")
     parser.add_argument("--max_steps", type=int, help=f"end in any case [{SCHEDULE_STEPS}, the schedule's length]")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one [auto]")
@@ -302,17 +306,19 @@ def prepare(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     for p in (*trained, *dense):
         p.requires_grad_(True)
     if settings.method == "LoRA":
-        return torch.optim.Adam([*lora, *dense], lr=LR, betas=BETAS)
+        return torch.optim.Adam([*lora, *dense], lr=settings.lr, betas=BETAS)
     groups = [{"params": sparse, "density_ratio": settings.kappa}] if sparse else []
     groups += [{"params": dense, "dense": True}] if dense else []
-    return SO(groups, lr=LR, betas=BETAS, T=settings.T_sparse, seed=settings.seed)
+    return SO(groups, lr=settings.lr, betas=BETAS, T=settings.T_sparse, seed=settings.seed)
 
 
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, training: rte.Encoded, settings: Settings
 ) -> tuple[int, float]:
     """Until a mini-batch loss is at or below `loss_stop`, or for `max_steps`; returns steps and last loss."""
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, SCHEDULE_STEPS, eta_min=MINIMUM_LR)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, SCHEDULE_STEPS, eta_min=min(MINIMUM_LR, settings.lr)
+    )
     model.train()
     interval = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(total=settings.max_steps, desc="training", unit="step", mininterval=interval, maxinterval=2 * interval)

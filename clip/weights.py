@@ -6,8 +6,8 @@ tensors are picked out of the archive by an unpickler that knows tensors and not
 
 import hashlib
 import math
-import os
 import pickle
+import uuid
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -202,7 +202,7 @@ def save_weights(model: CLIP, path: str | Path, half: bool = False) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file that is never half a file: written beside `path`, then renamed. Unlike
     `safetensors.torch.save_file`, which makes private files, it heeds the umask."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(f"{path}.{uuid.uuid4().hex}.part")  # processes of two hosts may have the same number
     try:
         part.write_bytes(save(tensors, metadata))
         part.replace(path)

@@ -28,7 +28,15 @@ from datasets.digits import split_digits
 
 GRIDS = {  # a line a method: what --search takes
     "so": ["total_iters=200,600", "density_ratio=0.001,0.01,0.05", "lr=3e-4,1e-3,3e-3"],
-    "adam": ["total_iters=200,600", "lr=1e-5,3e-5,1e-4,3e-4,1e-3"],
+    "adam": ["total_iters=600", "lr=3e-6,1e-5,3e-5,1e-4"],
+    "lora": ["total_iters=600", "lr=1e-3,3e-3", "alpha=1,4"],
+    "relora": ["total_iters=600", "lr=1e-3,3e-3", "alpha=4"],
+    "dora": ["total_iters=600", "lr=3e-4,1e-3,3e-3", "alpha=4"],
+    "adalora": ["total_iters=600", "lr=1.3e-4,4e-4,1.2e-3,4e-3,1.2e-2"],
+    "prolip": ["lr=1e-3,3e-3", "prolip_lambda=1,0.1,0.01"],
+    "linear_probe": ["probe_c=1e-6,1e-5,1e-4,1e-3,0.01,0.1,1"],
+    "tip_adapter": ["tip_alpha=1,5,10,20,50,100,200", "tip_beta=5.5,10,20,50,100"],
+    "tip_adapter_f": ["lr=1e-4,1e-3", "tip_alpha=20,50,100", "tip_beta=20,50,100"],
 }
 
 

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, RobertaModel
 
 from BERT import main as bert
 from BERT import rte
-from optimizers import attach
+from optimizers import SO, attach
 
 
 @pytest.fixture
@@ -200,15 +200,16 @@ def test_with_all_entries_so_is_adam_on_the_published_schedule(tmp_path):
             torch.testing.assert_close(after[name], p, rtol=0, atol=2e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
-def test_the_learning_rate_ends_at_its_minimum(place, monkeypatch):
+@pytest.mark.parametrize("method, lr", [("rank", 2e-5), ("rank", 2e-4), ("kappa", 2e-4), ("rank", 1e-7)])
+def test_the_learning_rate_ends_at_its_minimum(place, monkeypatch, method, lr):
     monkeypatch.setattr(bert, "SCHEDULE_STEPS", 6)
     seen = []
-    step = torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), step(self, *a))[1]
-    )
-    trained(settings_of(place, rank=1, max_steps=6))
-    assert seen == pytest.approx([1e-6 + (2e-5 - 1e-6) * (1 + math.cos(math.pi * t / 6)) / 2 for t in range(6)])
+    kind = torch.optim.Adam if method == "rank" else SO
+    step = kind.step
+    monkeypatch.setattr(kind, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), step(self, *a))[1])
+    trained(settings_of(place, **{method: 1}, max_steps=6, lr=lr))
+    lowest = min(1e-6, lr)
+    assert seen == pytest.approx([lowest + (lr - lowest) * (1 + math.cos(math.pi * t / 6)) / 2 for t in range(6)])
     assert len(seen) == 6
 
 
@@ -246,6 +247,7 @@ def test_accuracy_counts_every_pair_once():
         (["--rank", 2, "--T_sparse", 5], "--T_sparse belongs to SO"),
         (["--kappa", 0.1, "--T_sparse", 0], "--T_sparse must be at least 1"),
         (["--rank", 2, "--loss_stop", -1], "--loss_stop must be at least 0"),
+        (["--rank", 2, "--lr", 0], "--lr must be positive, not 0.0"),
         (["--rank", 2, "--max_steps", 10_001], "--max_steps must be at most 10000"),
         (["--rank", 2, "--seed", -1], "--seed must be at least 0"),
         (["--rank", 2, "--shots", 0], "--shots must be at least 1"),

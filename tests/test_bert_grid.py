@@ -249,6 +249,7 @@ def test_half_a_row_is_left_out_and_done_again(call, fake_run):
         (["--protocol", "released"], "protocol balanced, and this is released"),
         (["--dense", "none"], "dense all, and this is none"),
         (["--max_steps", 9], "max_steps 2, and this is 9"),
+        (["--lr", 1e-4], "lr 2e-05, and this is 0.0001"),
         (["--loss_stop", 0.5], "loss_stop 0.001, and this is 0.5"),
         (["--model", "other"], "model tiny, and this is other"),
         ("weights", "weights_sha256"),

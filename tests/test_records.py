@@ -324,7 +324,7 @@ def test_a_second_process_with_the_same_run_is_refused(tmp_path):
     assert process.exitcode == 0 and Run(settings).finished(SPLIT)
     with Run(settings):  # free again
         pass
-    assert not list(tmp_path.rglob(".lock"))
+    assert [path.name for path in tmp_path.rglob("*.lock")] == [".results.lock"]
 
 
 @needs_fork
@@ -362,18 +362,20 @@ def test_eight_processes_record_at_once(tmp_path, monkeypatch):
 
 
 def test_a_table_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
-    record(settings_of(tmp_path))
-    before, write = (tmp_path / "results.csv").read_text(), Path.write_text
+    first = record(settings_of(tmp_path))["run_id"]
+    before, sync = (tmp_path / "results.csv").read_text(), os.fsync
 
-    def disk_full(path, text, **options):
-        write(path, text[: len(text) // 2] if "results.csv" in path.name else text, **options)
-        if "results.csv" in path.name:
+    def disk_full(descriptor):
+        if any(part.stat().st_ino == os.fstat(descriptor).st_ino for part in tmp_path.glob("results.csv.*.part")):
+            os.truncate(descriptor, len(before) // 2)
             raise OSError(28, "No space left on device")
+        sync(descriptor)
 
-    monkeypatch.setattr(Path, "write_text", disk_full)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space"):
         record(settings_of(tmp_path, seed=9))
     assert (tmp_path / "results.csv").read_text() == before and not list(tmp_path.rglob("*.part"))
+    assert len(list(tmp_path.glob("*/result.json"))) == 2 and first in before
 
 
 # --- the table

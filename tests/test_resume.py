@@ -42,7 +42,7 @@ def outcome(folder: str, record: dict) -> dict:
     run = Path(folder, record["run_id"])
     (weights,) = Path(folder, "weights").rglob("*.safetensors")
     vary = [name for name in record if name.endswith("_seconds")]
-    vary += ["finished_at", "peak_memory_mb", "run_id", "git_commit"]
+    vary += ["finished_at", "peak_memory_mb", "checkpoint_bytes", "run_id", "git_commit"]
     return {
         "record": {name: value for name, value in record.items() if name not in vary},
         "curve": (run / "curve.csv").read_text(),

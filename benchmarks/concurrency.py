@@ -1,0 +1,210 @@
+"""Many processes at once in one folder of results: is every record kept, and the table valid whenever one looks?
+
+    python -m benchmarks.concurrency
+    python -m benchmarks.concurrency --folder /scratch/me     # on the file system that is to be tried
+
+Records: in each round all processes finish a run at the same time, and find it in results.csv when they are done. One
+more is killed somewhere in the middle of it, while another process reads the table again and again. Turns: all
+processes want to do the same run, which fails in the end, so that its folder and its lock come and go. Then the time
+that it takes to write the table anew. Ends with exit code 1 if anything was wrong; tracebacks on stderr say what.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from run_utils import Run, Settings, UserError, rebuild_table
+
+FORK = multiprocessing.get_context("fork")  # importing torch takes seconds
+PATIENCE = 300  # seconds that processes wait for each other before they give up
+RESULT = {
+    "zero_shot_accuracy": 40.0,
+    "train_accuracy": 99.0,
+    "final_loss": 0.0123456789,
+    "iterations": 1600,
+    "stopped_early": False,
+    "train_seconds": 123.456789,
+    "eval_seconds": 1.23456789,
+    "search_seconds": 0.0,
+    "peak_memory_mb": 1234.5678,
+    "trainable_weights": 122_683_392,
+    "changed_weights": 6134,
+    "optimizer_bytes": 98_144,
+    "checkpoint_bytes": None,
+    "template": "a photo of a {}.",
+    "tuned_on": None,
+    "split_sha256": "5" * 64,
+    "data_sha256": None,
+    "weights_sha256": "3" * 64,
+}
+
+
+def settings_of(results: Path, seed: int) -> Settings:
+    return Settings(backbone="tiny", device="cpu", results_dir=str(results), seed=seed)
+
+
+def finish(results: Path, seed: int) -> dict:
+    """Does the run with this seed, whose accuracy is an eighth of it, and returns its record."""
+    with Run(settings_of(results, seed)) as run:
+        curve = [{"iteration": 100 * i, "loss": 1 / i, "train_accuracy": 99.0, "lr": 1e-3} for i in range(1, 17)]
+        return run.record(RESULT | {"test_accuracy": seed / 8}, curve, [], split="{}")
+
+
+def read_table(results: Path) -> pd.DataFrame:
+    """The table as a user reads it, which must be whole and right."""
+    table = pd.read_csv(results / "results.csv")
+    assert len(table) and table.run_id.is_unique, "the table is empty or has a run twice"
+    assert list(table.test_accuracy) == [seed / 8 for seed in table.seed], "wrong values"
+    assert table.columns[0] == "run_id" and table.columns[-1] == "finished_at" and table.finished_at.notna().all()
+    return table
+
+
+def _recorder(results: Path, seeds: range, barrier) -> None:
+    try:
+        for seed in seeds:
+            barrier.wait(PATIENCE)
+            run_id = finish(results, seed)["run_id"]
+            assert run_id in set(read_table(results).run_id), f"{run_id} was recorded, and the table lacks it"
+        barrier.wait(PATIENCE)
+    except BaseException:
+        barrier.abort()
+        raise
+
+
+def _reader(results: Path, stop, looks) -> None:
+    known = set()
+    while not stop.is_set():
+        if (results / "results.csv").exists():
+            now = set(read_table(results).run_id)
+            assert known <= now, f"rows disappeared: {sorted(known - now)}"
+            known = now
+            looks.value += 1
+
+
+def record_at_once(results: Path, processes: int, rounds: int) -> dict:
+    """Tries the records. Returns how long it took, how often the reader looked, how many of the processes that were
+    killed had their record written already, and what went wrong."""
+    barrier, stop, looks = FORK.Barrier(processes + 1), FORK.Event(), FORK.Value("q", 0)
+    count = processes * rounds
+    recorders = [
+        FORK.Process(target=_recorder, args=(results, range(first, count, processes), barrier))
+        for first in range(processes)
+    ]
+    reader = FORK.Process(target=_reader, args=(results, stop, looks))
+    for process in (reader, *recorders):
+        process.start()
+    moments, begin, took = random.Random(0), time.perf_counter(), 0.1
+    with contextlib.suppress(threading.BrokenBarrierError):  # somebody's traceback says why
+        for seed in tqdm(range(count, count + rounds), desc="rounds", disable=None):
+            barrier.wait(PATIENCE)
+            start = time.perf_counter()
+            victim = FORK.Process(target=finish, args=(results, seed))
+            victim.start()
+            time.sleep(took * moments.random() ** 3)  # more often early, before it waits for the table
+            victim.kill()
+            victim.join()
+            while barrier.n_waiting < processes and not barrier.broken:
+                time.sleep(0.002)
+            took = time.perf_counter() - start  # as long as the next round will take, about
+        barrier.wait(PATIENCE)
+    for process in recorders:
+        process.join()
+    seconds = time.perf_counter() - begin
+    stop.set()
+    reader.join()
+
+    wrong = [f"{process.name} failed" for process in (reader, *recorders) if process.exitcode]
+    recorded = set(read_table(results).seed)
+    wrong += [f"seed {seed} is not in the table" for seed in sorted(set(range(count)) - recorded)]
+    rebuild_table(results)
+    recorded, files = set(read_table(results).seed), [json.loads(f.read_text()) for f in results.glob("*/result.json")]
+    wrong += [f"seed {seed}: table and files differ" for seed in recorded ^ {record["seed"] for record in files}]
+    wrong += [f"left behind: {part}" for part in results.glob("*.part")]
+    return {"seconds": seconds, "looks": looks.value, "killed_late": len(recorded) - count, "wrong": wrong}
+
+
+def _turns(results: Path, turns: int) -> None:
+    done = 0
+    while done < turns:
+        try:
+            with Run(settings_of(results, seed=0)) as run:
+                mine = run.folder / "mine"
+                with mine.open("x") as file:  # fails if somebody else's is there
+                    file.write(str(os.getpid()))
+                time.sleep(0.001)
+                assert mine.read_text() == str(os.getpid()), "two processes do the same run"
+            done += 1
+        except UserError as error:
+            assert "another process is doing this run" in str(error), error
+            time.sleep(0.001)
+
+
+def take_turns(results: Path, processes: int, turns: int) -> list[str]:
+    """Tries the turns, and returns what went wrong."""
+    all_of_them = [FORK.Process(target=_turns, args=(results, turns)) for _ in range(processes)]
+    for process in all_of_them:
+        process.start()
+    for process in all_of_them:
+        process.join()
+    wrong = [f"{process.name} failed" for process in all_of_them if process.exitcode]
+    return wrong + [f"left behind: {path}" for path in results.rglob("*")]
+
+
+def rebuild_seconds(results: Path, count: int) -> float:
+    """Median of the time to write the table anew with `count` records."""
+    record = finish(results, 0)
+    for number in range(1, count):
+        folder = results / f"run{number}"
+        folder.mkdir(exist_ok=True)
+        (folder / "result.json").write_text(json.dumps(record | {"run_id": folder.name, "seed": number}, indent=2))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        rebuild_table(results)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--turns", type=int, default=50, help="of each process with the run that all want")
+    parser.add_argument("--folder", type=Path, help="where a folder is made for this and removed again [/tmp]")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder, count = Path(name), args.processes * args.rounds
+        found = record_at_once(folder / "records", args.processes, args.rounds)
+        print(
+            f"{args.processes} processes, {args.rounds} rounds: {count} records in {found['seconds']:.1f} s, "
+            f"{found['looks']} looks at the table, {args.rounds} more processes killed "
+            f"({found['killed_late']} of them after their record was written)"
+        )
+        wrong = found["wrong"] + take_turns(folder / "turns", args.processes, args.turns)
+        print(f"{args.processes} processes wanted the same run, {args.turns} times each")
+        for number in (800, 5000):
+            print(f"results.csv from {number} records: {rebuild_seconds(folder / 'many', number):.2f} s")
+    print(
+        "\n".join(wrong)
+        if wrong
+        else "every record is there, every look found a valid table, every run had one process"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
