@@ -1,8 +1,13 @@
+import signal
+
 import pytest
 import torch
 from download_server import data_root, run_download, world  # noqa: F401, fixtures of test_download*.py
 
 import main as entry
+
+# Ctrl-C is tested. A shell that starts pytest in the background has it ignored, here and in all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests' models are tiny: a second thread gains nothing on them, and costs much when cores are shared.
 torch.set_num_threads(1)

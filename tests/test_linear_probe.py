@@ -44,10 +44,10 @@ def digits():
 @pytest.mark.parametrize(
     "flags, c, iterations, from_text",
     [
-        ((), 0.316, 1000, False),
+        (("--probe_c", 0.316), 0.316, 1000, False),
         (("--probe_c", "0.001", "--probe_iters", 9), 0.001, 9, False),
-        (("--text_init",), 0.316, 1000, True),
-        (("--text_init", "--probe_iters", 6), 0.316, 6, True),
+        (("--text_init", "--probe_c", 0.316), 0.316, 1000, True),
+        (("--text_init", "--probe_c", 0.316, "--probe_iters", 6), 0.316, 6, True),
     ],
 )
 def test_a_run_is_scikit_learn_on_the_features(run_main, digits, flags, c, iterations, from_text):

@@ -89,7 +89,7 @@ def test_settings_are_tuned_on_the_val_part(monkeypatch, capsys):
     split, seen = split_digits(), []
     accuracies = iter([80.0, 90.0, 60.0, 50.0, 70.0, None, 70.0, 71.0])  # 1 shot: two seeds, two shots: two seeds
 
-    def trial(evaluator):
+    def trial(evaluator, states):
         seen.append((evaluator.settings, evaluator.task))
         accuracy = next(accuracies)
         if accuracy is None:

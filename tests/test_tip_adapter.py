@@ -149,7 +149,7 @@ def test_both_begin_with_the_same_cache_and_training_moves_it(run_main):
     flags = (*QUICK, "--method", "tip_adapter_f", "--save_path", "s", "--force")
     run_main(*flags, "--lr", "1e-12")
     torch.testing.assert_close(saved_keys("tip_adapter_f"), saved_keys("tip_adapter"), rtol=0, atol=1e-6)
-    _, record, _, _ = run_main(*flags)
+    _, record, _, _ = run_main(*flags, "--lr", 1e-3)
     assert (saved_keys("tip_adapter_f") - saved_keys("tip_adapter")).abs().max() > 1e-3
     assert record["iterations"] == 20 and record["lr"] == 1e-3  # an epoch of 20 images is one iteration
 
