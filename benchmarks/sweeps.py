@@ -52,10 +52,11 @@ def difference(ours: tuple, reference: tuple) -> str:
 
 
 def killed(command: list[str], environment: dict[str, str], kills: int, span: float, rng: random.Random) -> list[str]:
-    """Does a sweep that is killed within `span` seconds of each of its first `kills` starts. Says how it went."""
+    """Does a sweep that takes `span` seconds and is killed at a random moment of each of its first `kills` starts, most
+    of them before it would end. Says how it went."""
     report = []
     for _ in range(kills):
-        how, moment = rng.choice(list(KILLS)), rng.uniform(0, span)
+        how, moment = rng.choice(list(KILLS)), rng.uniform(0, 2 * span / (kills + 1))
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
