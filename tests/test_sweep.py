@@ -334,24 +334,26 @@ def test_gpus_are_dealt_out(run_sweep, stub, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     stub("""
 began = time.time()
-time.sleep(0.5)
+note(gpu=os.environ["CUDA_VISIBLE_DEVICES"])
+while open("notes").read().count("gpu") < int(os.environ["TOGETHER"]):
+    time.sleep(0.02)
 note(gpu=os.environ["CUDA_VISIBLE_DEVICES"], began=began, ended=time.time())
 """)
 
-    def at_once(*argv):
-        """The most runs that were there at once: by GPU, and in all."""
+    def at_once(together, *argv):
+        """The most runs that were there at once, by GPU, where each waits until `together` have begun."""
+        monkeypatch.setenv("TOGETHER", str(together))
         Path("notes").write_text("")
         assert run_sweep(*QUICK, *argv)[0] == 0
-        notes = stub.notes()
+        runs = [run for run in stub.notes() if "began" in run]
+        return {
+            gpu: max(sum(a["began"] <= b["began"] < a["ended"] and a["gpu"] == gpu for a in runs) for b in runs)
+            for gpu in {run["gpu"] for run in runs}
+        }
 
-        def most(runs):
-            return max(sum(a["began"] <= b["began"] < a["ended"] for a in runs) for b in runs)
-
-        return {gpu: most([n for n in notes if n["gpu"] == gpu]) for gpu in {n["gpu"] for n in notes}}, most(notes)
-
-    assert at_once("--seeds", 1, 2, 3) == ({"4": 1, "6": 1}, 2)
-    assert at_once("--seeds", 1, 2, 3, "--workers", 3) == ({"4": 2, "6": 1}, 3)
-    assert at_once("--seeds", 1, "--device", "cpu") == ({"": 1}, 1)
+    assert at_once(2, "--seeds", 1, 2, 3) == {"4": 1, "6": 1}
+    assert at_once(3, "--seeds", 1, 2, 3, "--workers", 3) == {"4": 2, "6": 1}
+    assert at_once(1, "--seeds", 1, 2, "--device", "cpu") == {"": 1}
     code, _, err = run_sweep(*QUICK, "--device", "cuda:1")
     assert code == 2 and "dealt out" in err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3f2a")
