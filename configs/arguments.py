@@ -105,20 +105,24 @@ def _parser() -> Parser:
 def read_config(path: Path) -> dict:
     """The settings in a YAML file, each in its proper type, and under `methods` those for single methods, by name.
     UserError names the file, the key and the remedy."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     where = f"--config {path}"
-    settings = _settings(content, where, ("methods",))
+    settings = _settings(read_yaml(path, where), where, ("methods",))
     if "methods" in settings:
         methods = settings["methods"]
         if not isinstance(methods, dict) or not methods.keys() <= METHODS.keys():
             raise UserError(f"{where}: methods must hold settings under the names {', '.join(METHODS)}")
         settings["methods"] = {name: _settings(own, f"{where}: methods: {name}") for name, own in methods.items()}
     return settings
+
+
+def read_yaml(path: Path, where: str):
+    """What a YAML file holds. UserError, which begins with `where`, if it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _settings(content, where: str, untyped: Sequence[str] = ()) -> dict:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
 import main as entry
+from configs.arguments import read_yaml
 from configs.settings import one_by_one
 from run_utils import Run, Settings, UserError, parse
 
@@ -51,12 +50,7 @@ def read_grid(path: Path) -> dict:
     """The grid in a YAML file: under `methods`, `datasets`, `shots`, `seeds` lists; under `rows` settings by the name
     of a row, instead of methods or beside them; under `settings` those of all runs. UserError names file and key."""
     where = f"--grid {path}"
-    try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    grid = read_yaml(path, where)
     if not isinstance(grid, dict):
         raise UserError(f"{where} must have some of the keys {', '.join(KEYS)}")
     for name, value in grid.items():
