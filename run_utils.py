@@ -57,6 +57,8 @@ class Run:
         self.csv = self.results / "results.csv"
         self.lock_file = self.results / f".{settings.run_id}.lock"  # not in the folder, which may be removed
         self.made: list[Path] = []
+        self.checkpoint_lock: FileLock | None = None
+        self.is_recorded = False
 
     def states(self, name: str, belongs_to: dict) -> States:
         """Where an unfinished run keeps what it goes on from, until its result is recorded."""
@@ -140,6 +142,11 @@ class Run:
 
     def _reserve(self, checkpoint: Path) -> None:
         self._make(checkpoint.parent, lambda: _try_to_write(checkpoint.parent, checkpoint.name))
+        try:  # another run may be on its way to the same file
+            lock = checkpoint.with_name(f".{checkpoint.name}.lock")
+            self.checkpoint_lock = self._make(checkpoint.parent, lambda: acquire(lock, seconds=0))
+        except Timeout:
+            raise UserError(f"another run is about to write {checkpoint}; choose another --filename") from None
         if checkpoint.exists() and not self.settings.force:
             owner = checkpoint_metadata(checkpoint).get("run_id", "none of this program")
             if owner != self.settings.run_id:
@@ -149,9 +156,13 @@ class Run:
                 )
 
     def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
-        if kind is not None and any(self.folder.glob(STATES)):
-            print(f"note: the same command goes on where this run was stopped; its state is in {self.folder}")
-        elif not (self.folder / "result.json").exists():
+        has_result = (self.folder / "result.json").exists()
+        if has_result and (self.is_recorded or self.settings.force):
+            self.forget_states()  # nobody goes on from them: what is recorded is not run again, and --force begins anew
+        elif kind is not None and any(self.folder.glob(STATES)):
+            command = "without --force the same command" if self.settings.force else "the same command"
+            print(f"note: {command} goes on where this run was stopped; its state is in {self.folder}")
+        elif not has_result:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._leave()
 
@@ -160,9 +171,12 @@ class Run:
             self.folder.rmdir()  # if it is empty
         # The run's folder is left alone from here on. The lock is still held: a process that opened this file before
         # it was removed will find out, and make another.
-        self.lock_file.unlink(missing_ok=True)
+        locks = [self.lock] if self.checkpoint_lock is None else [self.checkpoint_lock, self.lock]
+        for lock in locks:
+            Path(lock.lock_file).unlink(missing_ok=True)
         self._remove_empty()
-        self.lock.release()
+        for lock in locks:
+            lock.release()
 
     def forget_states(self) -> None:
         """Takes care that this run begins anew the next time."""
@@ -216,6 +230,7 @@ class Run:
             table = pd.DataFrame(search).astype({"iterations": "Int64"})  # whole, or missing
             write_atomically(self.folder / "search.csv", table.to_csv(index=False))
         write_atomically(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
+        self.is_recorded = True
         self.forget_states()
         rebuild_table(self.results)
         return record

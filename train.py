@@ -178,8 +178,8 @@ def search(
         except TrainingDiverged as error:
             print(f"note: {error}", file=sys.stderr)
         rows.append(row)
-        done.save(number, {"rows": rows, "seconds": watch.seconds})
-        own.clear()
+        if done.save(number, {"rows": rows, "seconds": watch.seconds}):
+            own.clear()
     accuracies = [-1.0 if row["val_accuracy"] is None else row["val_accuracy"] for row in rows]
     if max(accuracies) < 0:
         raise TrainingDiverged("the training loss diverges with all settings of --search; search lower values of lr")

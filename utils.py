@@ -114,13 +114,14 @@ class States:
     """States of unfinished work, to go on from if it is stopped: the newest two, each a file in `folder`.
 
     A file's name holds a number, which grows, and the SHA-256 of its content, so that a damaged one is noticed and the
-    one before it taken. A state that was saved with another `belongs_to`, a dict of plain values, is not taken. Without
-    a folder nothing is kept.
+    one before it taken. A state that was saved with another `belongs_to`, a dict of plain values, is not taken, and
+    makes room for the first that is saved here. Without a folder nothing is kept.
     """
 
     def __init__(self, folder: Path | None = None, name: str = "", belongs_to: dict | None = None):
         self.folder, self.name, self.belongs_to = folder, name, belongs_to
         self.number, self.newest = 0, None  # of the state that `take` gives
+        self.others: list[Path] = []
         for path in self._files():
             content = self._read(path)
             if content is not None:
@@ -132,11 +133,11 @@ class States:
         state, self.newest = self.newest, None
         return state
 
-    def save(self, number: int, state: dict) -> None:
+    def save(self, number: int, state: dict) -> bool:
         """Keeps what `torch.load` reads with weights_only. Work goes on where the disk does not take it, with a note on
-        stderr."""
+        stderr; False then."""
         if self.folder is None:
-            return
+            return False
         content = io.BytesIO()
         torch.save({"belongs_to": self.belongs_to, "state": state}, content)
         path = self.folder / f"{self.name}-{number:09d}-{_digest(content.getbuffer())}.pt"
@@ -144,9 +145,12 @@ class States:
             write_atomically(path, content.getbuffer())
         except OSError as error:
             print(f"note: {path} could not be saved ({error.strerror}); the run goes on", file=sys.stderr)
-            return
+            return False
+        while self.others:
+            self.others.pop().unlink()
         for old in self._files()[2:]:
             old.unlink()
+        return True
 
     def clear(self) -> None:
         """Removes what was saved."""
@@ -158,17 +162,19 @@ class States:
         return sorted(self.folder.glob(f"{self.name}-*-*.pt"), reverse=True) if self.folder else []
 
     def _read(self, path: Path) -> dict | None:
-        """What `save` wrote; None, the file removed, if it is of no use."""
-        content, problem = path.read_bytes(), "is damaged"
+        """What `save` wrote; None if it is damaged, and then removed, or belongs to something else."""
+        content = path.read_bytes()
         if path.stem.split("-")[-1] == _digest(content):
             try:
                 content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
                 if content["belongs_to"] == self.belongs_to:
                     return content
-                problem = "belongs to other images or weights"
+                print(f"note: {path} belongs to other images or weights and is not taken", file=sys.stderr)
+                self.others.append(path)
+                return None
             except (RuntimeError, pickle.UnpicklingError):  # nothing that `save` wrote
                 pass
-        print(f"note: {path} {problem} and is removed", file=sys.stderr)
+        print(f"note: {path} is damaged and is removed", file=sys.stderr)
         path.unlink()
         return None
 

@@ -116,7 +116,7 @@ class Settings:
         None, "with --eval_only: data sets to evaluate them on, with commas between, instead of --dataset", kind=str
     )
     eval_every: int = option(0, "diagnostic: test accuracy every N iterations in curve.csv; it decides nothing")
-    save_every: int = option(1000, "iterations between two states that a stopped run goes on from; 0 saves none")
+    save_every: int = option(1000, "iterations between two states of training that a stopped run goes on from; 0: none")
     tensorboard: bool = option(False, "write the curves to the run's folder for TensorBoard")
     force: bool = option(False, "run even if the same run is recorded already")
     wait: bool = option(False, "while another process is doing the same run, wait for it; without, that is a mistake")

@@ -223,7 +223,18 @@ def test_a_state_of_other_images_or_weights_is_not_taken(run_main, stopped, monk
         killed_at(patch, 8)
         call_killed(run_main, *flags, *in_folder("parts"))
     code, _, out, _ = run_main(*flags, *in_folder("parts"))
-    assert code == 0 and "goes on after iteration 6," in out  # of the second attempt, which left the other state alone
+    assert code == 0 and "goes on after iteration 6," in out  # of the second attempt, which the other state left alone
+
+
+def test_a_look_at_other_images_costs_a_stopped_run_nothing(run_main, stopped):
+    flags, (newest, older) = stopped
+    content = torch.load(newest, weights_only=True)
+    elsewhere = States(newest.parent, "training", content["belongs_to"] | {"split": "0" * 64})
+    assert elsewhere.number == 0 and elsewhere.take() is None and newest.exists() and older.exists()
+    _, _, out, _ = run_main(*flags, *in_folder("parts"))
+    assert "goes on after iteration 9," in out
+    elsewhere = States(newest.parent, "training", {})
+    assert elsewhere.number == 0
 
 
 def test_other_settings_are_another_run(run_main, stopped):
@@ -240,6 +251,54 @@ def test_force_begins_anew(run_main, stopped, monkeypatch):
     assert not any(map(Path.exists, states))
     code, _, out, _ = run_main(*flags, *in_folder("parts"))
     assert code == 0 and "goes on after iteration 3," in out
+
+
+def test_a_stopped_force_says_how_to_go_on(run_main, stopped, monkeypatch, capsys):
+    flags, _ = stopped
+    with monkeypatch.context() as patch:
+        killed_at(patch, 5)
+        call_killed(run_main, *flags, *in_folder("parts"), "--force")
+    assert "note: without --force the same command goes on" in capsys.readouterr().out
+    _, record, out, _ = run_main(*flags, *in_folder("parts"))
+    assert "goes on after iteration 3," in out
+    with monkeypatch.context() as patch:
+        killed_at(patch, 5)
+        call_killed(run_main, *flags, *in_folder("parts"), "--force")
+    assert "goes on" not in capsys.readouterr().out  # for without --force it is done already
+    assert not list(Path("parts").rglob("*.pt")) and Path("parts", record["run_id"], "result.json").exists()
+
+
+def test_a_stop_after_the_record_leaves_no_states(run_main, monkeypatch):
+    def killed(results):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_utils, "rebuild_table", killed)
+        patch.setattr(run_utils.Run, "forget_states", lambda self: None)
+        call_killed(run_main, *SHORT, "--total_iters", 9, "--save_every", 3)
+        patch.undo()
+    assert len(list(Path("results").rglob("*.pt"))) == 2  # as SIGKILL would leave them
+    (folder,) = {path.parent for path in Path("results").rglob("*.pt")}
+    with monkeypatch.context() as patch:
+        patch.setattr(run_utils, "rebuild_table", killed)
+        call_killed(run_main, *SHORT, "--total_iters", 9, "--save_every", 3, "--force")
+    assert not list(folder.glob("*.pt")) and (folder / "result.json").exists()
+
+
+def test_a_search_whose_rows_do_not_fit_on_the_disk_keeps_its_candidates(run_main, monkeypatch):
+    replace = Path.replace
+
+    def full(path, target):
+        if Path(target).name.startswith("search-"):
+            raise OSError(28, "No space left on device", str(target))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    flags = (*SHORT, "--eval_every", 0, "--total_iters", 9, "--save_every", 3, "--search", "lr=1e-3,3e-3")
+    with monkeypatch.context() as patch:
+        killed_at(patch, 12)
+        call_killed(run_main, *flags)
+    assert list(Path("results").rglob("candidate1-*.pt"))
 
 
 def test_save_every_may_change_on_the_way(run_main, stopped):
@@ -296,6 +355,16 @@ def test_a_signal_stops_a_run_that_then_goes_on(tmp_path, sent):
     whole = entry.main([*command(tmp_path / "whole", "--save_every", 0)[2:]])
     curves = [(tmp_path / name / whole["run_id"] / "curve.csv").read_text() for name in ("parts", "whole")]
     assert curves[0] == curves[1] and resumed["test_accuracy"] == whole["test_accuracy"]
+
+
+def test_two_runs_at_once_do_not_write_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--shots", "1", "--save_path", "weights"]
+    with run_utils.Run(run_utils.parse(words)), pytest.raises(run_utils.UserError, match="about to write"):
+        run_utils.Run(run_utils.parse([*words, "--lr", "0.5"])).__enter__()
+    assert not list(tmp_path.iterdir())
+    with run_utils.Run(run_utils.parse([*words, "--lr", "0.5"])):
+        pass
 
 
 def test_a_stop_before_the_first_state_leaves_nothing(run_main, monkeypatch):

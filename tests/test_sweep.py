@@ -247,6 +247,10 @@ GRIDS = {
     "no settings": ({"settings": 3}, ["settings", "3"]),
     "a row's": ({"rows": {"x": {"rankk": 3}}}, ["--rankk", "meant --rank?"]),
     "folders": ({"rows": {"x": {"results_dir": "a"}, "y": {"method": "adam"}}}, ["--results_dir"]),
+    "weights": (
+        {"rows": {"x": {"lr": 1}, "y": {"lr": 2}}, "settings": {"save_path": "w"}},
+        ["so.safetensors", "filename"],
+    ),
 }
 
 

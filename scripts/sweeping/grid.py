@@ -73,7 +73,7 @@ def cells(grid: dict, flags: Sequence[str], device: str | None = None) -> list[C
     """All runs of the grid, the first seed's first, so that there is a whole table early. `flags` are main.py's, for
     all of them. With a `device` that this machine need not have, they run there.
 
-    UserError if a run is a mistake or the same as another.
+    UserError if a run is a mistake, the same as another, or saves its weights where another does.
     """
     rows = {str(name): _flags(own) for name, own in grid.get("rows", {}).items()}
     methods = grid.get("methods", [] if rows else ["so"])
@@ -97,6 +97,11 @@ def cells(grid: dict, flags: Sequence[str], device: str | None = None) -> list[C
             made[cell.key] = cell
     if len({cell.settings.results_dir for cell in made.values()}) > 1:
         raise UserError("a sweep has one --results_dir; the rows of this one name several")
+    files: dict[Path, Cell] = {}
+    for cell in made.values():
+        path = cell.settings.checkpoint
+        if path is not None and not cell.settings.eval_only and files.setdefault(path, cell) is not cell:
+            raise UserError(f"two runs save their weights as {path}; give each row a filename of its own")
     return list(made.values())
 
 
