@@ -190,8 +190,9 @@ def _as_people_sort(name: str) -> list[tuple[int, str]]:
 @lru_cache(maxsize=1)
 def image_endings() -> tuple[str, ...]:
     """The file name endings of all formats that the installed Pillow reads; not PostScript, which is a program."""
+    endings = Image.registered_extensions()  # first: it loads the formats
     formats = Image.OPEN.keys() - {"EPS"}
-    return tuple(ending for ending, format_ in Image.registered_extensions().items() if format_ in formats)
+    return tuple(ending for ending, format_ in endings.items() if format_ in formats)
 
 
 def _is_hidden(name: str) -> bool:

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from configs.settings import own_data_name
 from datasets.manifest import check_names, divide_class, read_manifest
 from datasets.task import DatasetError, Item, check_images_exist
 
+PROJECT = Path(datasets.__file__).resolve().parents[1]
 OWN = ("--dataset", "folder", "--backbone", "tiny", "--shots", 1, "--total_iters", 2, "--workers", 0)
 
 
@@ -42,6 +45,21 @@ def lines(name: str, *rows: str) -> Path:
 
 
 # --- from the disk to a row of results.csv
+
+
+def test_images_of_all_formats_are_found_in_a_fresh_process(tmp_path):
+    """Pillow knows no format at its start, and one that a test wrote a picture in from then on."""
+    for number, ending in enumerate("png jpg jpeg webp bmp JPG".split() * 2):
+        for label, name in enumerate(("cat", "dog")):
+            path = tmp_path / "photos" / name / f"{number}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(label, number).save(path)
+    (tmp_path / "photos" / "cat" / "notes.txt").touch()
+    command = [sys.executable, "-m", "datasets.doctor", "folder", "--root_path", tmp_path / "photos"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 classes, 12/4/8 train/val/test images" in done.stdout
+    assert "1 files" in done.stdout and "notes.txt" in done.stdout
 
 
 def test_every_form_goes_through_training_to_a_row(run_main):
