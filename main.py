@@ -30,6 +30,7 @@ import run_utils
 import train
 import utils
 from clip.delta import checkpoint_metadata
+from configs.arguments import ignored
 from configs.settings import one_by_one
 from methods import MethodError
 
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
     """
     try:
         settings = run_utils.parse(argv)
+        if unused := ignored(argv, settings.method):
+            datasets.note(f"the method {settings.method} has no use for {', '.join(unused)}")
         records = [run_once(run, task) for run, task in single_runs(settings)]
         return records[0] if settings.eval_datasets is None else records
     except MISTAKES as error:

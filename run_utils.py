@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from types import NoneType
 
 import pandas as pd
 import torch
@@ -164,6 +165,8 @@ class Run:
             print(f"note: {command} goes on where this run was stopped; its state is in {self.folder}")
         elif not has_result:
             shutil.rmtree(self.folder, ignore_errors=True)
+            if kind in (KeyboardInterrupt, SystemExit):
+                print("note: no state was written yet (--save_every); the same command begins anew")
         self._leave()
 
     def _leave(self) -> None:
@@ -313,7 +316,10 @@ def rebuild_table(results: Path) -> None:
         records = [record for record in records if record is not None]
         records.sort(key=lambda record: (record["finished_at"], record["run_id"]))
         names = dict.fromkeys((*FIRST, *(name for record in records for name in record), *LAST))
-        write_atomically(table, pd.DataFrame(records, columns=_in_order(names)).to_csv(index=False))
+        frame = pd.DataFrame(records, columns=_in_order(names))
+        whole = [name for name in frame if all(type(record.get(name)) in (int, NoneType) for record in records)]
+        frame = frame.astype(dict.fromkeys(whole, "Int64"))  # where rows lack a number, others stay without a point
+        write_atomically(table, frame.to_csv(index=False))
     finally:
         lock.release()
 

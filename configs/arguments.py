@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.7)
         parser.error(f"unknown argument {' '.join(unknown)}" + (f", meant {close[0]}?" if close else ""))
     given = vars(known)
     if "search" in given:
@@ -70,6 +70,15 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{settings.checkpoint} does not say how it was trained; save it again") from None
     return settings
+
+
+def ignored(argv: Sequence[str] | None, method: str) -> list[str]:
+    """The flags of a command line that set what other methods have and this one has not."""
+    spelled = {"s": "density_ratio", "n_iters": "total_iters", "epochs": "total_iters"}
+    others = {name for module in METHODS.values() for name in module.HYPERPARAMETERS}
+    others -= {*METHODS[method].HYPERPARAMETERS}
+    given = vars(_parser().parse_known_args(argv)[0])
+    return [f"--{name}" for name in given if spelled.get(name, name) in others]
 
 
 def _general_and_own(layer: dict, method: str) -> tuple[dict, dict]:

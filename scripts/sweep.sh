@@ -39,10 +39,11 @@ for seed in $SEEDS; do
             for method in $METHODS; do
                 command=("$PYTHON" "$main" --method "$method" --dataset "$dataset" --shots "$shots" --seed "$seed")
                 command+=(--root_path "$ROOT_PATH" --results_dir "$RESULTS_DIR" --wait "$@")
-                echo "== ${command[*]}"
+                printf -v words "%q " "${command[@]}"
+                echo "== $words"
                 "${command[@]}" & # not in the foreground, where bash would hear a signal only after the run
                 run=$!
-                wait "$run" || failures+="(exit code $?) $(printf "%q " "${command[@]}")"$'\n'
+                wait "$run" || failures+="(exit code $?) $words"$'\n'
             done
         done
     done

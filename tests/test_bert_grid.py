@@ -204,7 +204,8 @@ def test_the_measuring_script_runs_all_grids_and_goes_on_after_failed_runs(place
     python = place / "python"
     python.write_text('#!/bin/sh\necho "$@" >> calls\ncase "$*" in *script_LoRA*) exit 1;; *none*) exit $CODE;; esac\n')
     python.chmod(0o755)
-    command = ["bash", rte.ROOT / "benchmarks" / "bert_rte.sh", "tiny", "RTE", "out", "--shots", "2"]
+    script = rte.ROOT / "benchmarks" / "bert_rte.sh"
+    command = ["bash", script, "tiny", "RTE", "out", "--shots", "2", "--max_steps", "2000"]
     for code, expected, calls in (("0", 1, 13), ("2", 2, 11)):
         done = subprocess.run(command, env=os.environ | {"PYTHON": python, "CODE": code})
         assert done.returncode == expected
@@ -214,6 +215,7 @@ def test_the_measuring_script_runs_all_grids_and_goes_on_after_failed_runs(place
     for line in lines:
         settings = understood(Path(line[0]).name, *line[1:])
         assert (settings.model, settings.data_dir, settings.shots) == ("tiny", "RTE", 2)
+        assert (settings.dense, settings.max_steps) == (("none", 1000) if "none" in line else ("all", 2000))
     assert subprocess.run(command[:3], capture_output=True).returncode == 2
 
 

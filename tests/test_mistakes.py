@@ -49,6 +49,7 @@ def refused(call, before=()):
         (["--batch_size", "0"], ["--batch_size"]),
         (["--n_iter", "5"], ["--n_iter 5", "meant --n_iters?"]),
         (["--totl_iters=5"], ["meant --total_iters?"]),
+        (["--learning_rate", "1"], ["unknown argument --learning_rate 1; see"]),
         (["digits"], ["digits", "--help"]),
         (["--config", "missing.yaml"], ["missing.yaml", "No such file"]),
         (["--eval_only"], ["--eval_only", "--save_path"]),
@@ -204,3 +205,19 @@ def test_unforeseen_errors_keep_their_traceback_and_leave_nothing(run_main, monk
     with pytest.raises(ZeroDivisionError):
         run_main(*QUICK)
     assert not list(Path(".").iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv, unused",
+    [
+        (["--method", "zero_shot", "--lr", "1", "--s", "0.9", "--shots", "1"], "--lr, --s"),
+        (["--method", "linear_probe", "--epochs", "1", "--probe_iters", "1", "--shots", "1"], "--epochs"),
+        (["--rank", "4", "--total_iters", "1", "--shots", "1"], "--rank"),
+        (["--t", "4", "--total_iters", "1", "--shots", "1"], None),
+    ],
+)
+def test_a_flag_that_the_method_has_no_use_for_is_named(run_main, argv, unused):
+    code, record, _, err = run_main(*argv)
+    assert code == 0
+    notes = [line for line in err.splitlines() if "has no use for" in line]
+    assert notes == ([] if unused is None else [f"note: the method {record['method']} has no use for {unused}"])

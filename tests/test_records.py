@@ -410,6 +410,14 @@ def test_what_is_json_but_no_record_is_left_out_too(tmp_path, capsys, text):
     assert Run(settings).finished(SPLIT) is None
 
 
+def test_whole_numbers_stay_whole_where_other_rows_have_none(run_main):
+    for argv in (QUICK, ("--method", "zero_shot")):
+        assert run_main(*argv)[0] == 0
+    rows = pd.read_csv("results/results.csv", dtype=str, keep_default_na=False)
+    assert rows["total_iters"].tolist() == ["2", ""] and rows["t"].tolist() == ["5", ""]
+    assert rows["lr"].tolist() == ["0.001", ""] and rows["search_seconds"].tolist() == ["0.0", "0.0"]
+
+
 def test_columns_stand_in_one_order_whichever_methods_ran(tmp_path):
     first = "run_id method dataset backbone shots seed test_accuracy zero_shot_accuracy train_accuracy final_loss"
     first += " iterations stopped_early train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights"

@@ -367,10 +367,18 @@ def test_two_runs_at_once_do_not_write_the_same_weights(tmp_path, monkeypatch):
         pass
 
 
-def test_a_stop_before_the_first_state_leaves_nothing(run_main, monkeypatch):
+def test_a_stop_before_the_first_state_leaves_nothing_and_says_so(run_main, monkeypatch):
     killed_at(monkeypatch, 2)
     call_killed(run_main, *SHORT, "--total_iters", 9)
     assert not Path("results").exists()
+    monkeypatch.setattr(train.Stopwatch, "__init__", interrupted)
+    code, _, out, err = run_main(*SHORT, "--total_iters", 9)
+    assert code == 130 and "no state was written yet (--save_every)" in out and err.endswith("interrupted\n")
+    assert not Path("results").exists()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 # --- TensorBoard
