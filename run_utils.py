@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from types import NoneType
 
 import pandas as pd
 import torch
@@ -165,7 +164,7 @@ class Run:
             print(f"note: {command} goes on where this run was stopped; its state is in {self.folder}")
         elif not has_result:
             shutil.rmtree(self.folder, ignore_errors=True)
-            if kind in (KeyboardInterrupt, SystemExit):
+            if kind in (KeyboardInterrupt, SystemExit) and "total_iters" in self.settings.hyperparameters:
                 print("note: no state was written yet (--save_every); the same command begins anew")
         self._leave()
 
@@ -316,9 +315,8 @@ def rebuild_table(results: Path) -> None:
         records = [record for record in records if record is not None]
         records.sort(key=lambda record: (record["finished_at"], record["run_id"]))
         names = dict.fromkeys((*FIRST, *(name for record in records for name in record), *LAST))
-        frame = pd.DataFrame(records, columns=_in_order(names))
-        whole = [name for name in frame if all(type(record.get(name)) in (int, NoneType) for record in records)]
-        frame = frame.astype(dict.fromkeys(whole, "Int64"))  # where rows lack a number, others stay without a point
+        # As objects: beside rows that have none, whole numbers would become fractions.
+        frame = pd.DataFrame(records, columns=_in_order(names), dtype=object)
         write_atomically(table, frame.to_csv(index=False))
     finally:
         lock.release()

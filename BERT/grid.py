@@ -19,7 +19,17 @@ from statistics import mean, stdev
 from filelock import FileLock
 
 from BERT import rte
-from BERT.main import Parser, Settings, TrainingDiverged, add_common_flags, choose_device, display_name, load_model, run
+from BERT.main import (
+    Parser,
+    Settings,
+    TrainingDiverged,
+    add_common_flags,
+    choose_device,
+    display_name,
+    load_model,
+    make_reproducible,
+    run,
+)
 
 OUTCOME = ("steps", "val_acc", "reached", "loss", "seconds", "error")
 CONFIGURATION = "method model weights_sha256 data_sha256 protocol shots dense lr loss_stop max_steps device".split()
@@ -79,17 +89,21 @@ def run_all(key: dict[str, str], cells: Sequence[dict], arguments: dict) -> None
 
 
 def configuration(settings: Settings) -> dict:
-    """What all runs of one table share. Weights and pairs of sentences count by their content."""
-    data = json.dumps(rte.load(settings.data_dir)).encode()
-    model, _ = load_model(settings.model)
-    digest = hashlib.sha256()
-    for part in (model.bert.embeddings, model.bert.encoder):  # the others may be new, and random
-        for name, tensor in part.state_dict().items():
-            digest.update(name.encode() + tensor.numpy().tobytes())
+    """What all runs of one table share. The model, its tokenizer and the pairs of sentences count by their content."""
+    make_reproducible(0)  # for weights that are new: here they are the same each time
+    model, tokenizer = load_model(settings.model)
+    config = model.config.to_diff_dict()
+    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    weights = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode() + tensor.numpy().tobytes())
+    data = rte.load(settings.data_dir)
+    tokens = [tokenizer([p.premise for p in part], [p.hypothesis for p in part])["input_ids"] for part in data]
+    labels = [[pair.label for pair in part] for part in data]
     values = {
         "model": display_name(settings.model),
-        "weights_sha256": digest.hexdigest()[:16],
-        "data_sha256": hashlib.sha256(data).hexdigest()[:16],
+        "weights_sha256": weights.hexdigest()[:16],
+        "data_sha256": hashlib.sha256(json.dumps([tokens, labels]).encode()).hexdigest()[:16],
         "device": choose_device(settings.device).type,
     }
     return {name: values[name] if name in values else getattr(settings, name) for name in CONFIGURATION}
@@ -99,6 +113,8 @@ class Tables:
     """The two files of one grid. Values are compared as they are written, as text."""
 
     def __init__(self, results: Path, key: dict[str, str], configuration: dict):
+        if not results.name:
+            raise rte.UserError(f"--out {str(results)!r} is no file's name")
         self.results, self.key = results, key
         self.runs = results.with_name(f"{results.stem.removesuffix('_results')}_runs.csv")
         self.columns = [*key, "seed", *OUTCOME, *CONFIGURATION]
@@ -108,7 +124,7 @@ class Tables:
                 f"{results} is there without its {self.runs.name}; move it away or choose another --out"
             )
         results.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(results.with_name(f".{results.name}.lock"))
+        self.lock = FileLock(self.runs.with_name(f".{self.runs.name}.lock"))
         with self.lock:  # where nothing can be written this fails now, not after hours
             if self.runs.exists():
                 self._write(self.read())
@@ -151,11 +167,14 @@ class Tables:
         return True
 
     def record(self, row: dict) -> None:
-        """Adds a run, in place of an earlier one of the same key, and rebuilds the results."""
+        """Adds a run, in place of an earlier one of the same key, and rebuilds the results. A failure is in place of
+        failures alone: another process may have finished the run."""
         row = {name: str(value) for name, value in (row | self.configuration).items()}
         with self.lock:
-            rows = [other for other in self.read() if any(other[name] != row[name] for name in (*self.key, "seed"))]
-            self._write([*rows, row])
+            rows = self.read()
+            same = [other for other in rows if all(other[name] == row[name] for name in (*self.key, "seed"))]
+            if not row["error"] or all(other["error"] for other in same):
+                self._write([*(other for other in rows if other not in same), row])
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         rows = sorted(rows, key=lambda row: [float(row[name]) for name in (*self.key, "seed")])

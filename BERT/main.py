@@ -195,9 +195,10 @@ def run(settings: Settings) -> Result:
     rows = rte.draw(data.train, settings.shots, settings.seed, settings.protocol)
     make_reproducible(settings.seed)
     model, tokenizer = load_model(settings.model)
-    with_segments = settings.protocol == "balanced"
-    training = rte.Encoded([data.train[row] for row in rows], tokenizer, with_segments, device)
-    validation = rte.Encoded(data.validation, tokenizer, with_segments, device)
+    max_tokens = min(rte.MAX_TOKENS, model.config.max_position_embeddings)
+    encoding = (tokenizer, settings.protocol == "balanced", device, max_tokens)
+    training = rte.Encoded([data.train[row] for row in rows], *encoding)
+    validation = rte.Encoded(data.validation, *encoding)
     model.to(device)
     optimizer = prepare(model, settings)
     if settings.method == "SO":

@@ -4,7 +4,7 @@ Sizes: 2,490 training and 277 validation pairs. Labels: 0 entailment, 1 not_enta
 """
 
 import csv
-import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INSTALL = f"pip install -r {ROOT / 'requirements-nlp.txt'}"
 LABELS = ("entailment", "not_entailment")
 HUB_NAME, HUB_CONFIG = "nyu-mll/glue", "rte"
-MAX_TOKENS = 128
+MAX_TOKENS = 128  # as published
 PROTOCOLS = ("balanced", "released")
 
 
@@ -116,26 +116,36 @@ _hugging_face_modules: dict = {}  # while they are not in sys.modules
 def hugging_face_datasets() -> Iterator:
     """Hugging Face's package `datasets`. This project's own package of that name, which `import datasets` finds
     wherever the project's folder comes first on the path (in the tests), steps aside for the time."""
-    loaded = sys.modules.get("datasets")
-    if loaded is not None and not _is_local(loaded):
-        yield loaded
+    if not _finds_local():
+        yield _hub_package()
         return
     local, path = _take_modules(), list(sys.path)
     sys.modules.update(_hugging_face_modules)
     sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != ROOT]
     try:
-        package = extra("datasets")
-        if not hasattr(package, "load_dataset"):
-            raise UserError(f"`import datasets` finds {package.__path__[0]}, not Hugging Face's; {INSTALL}")
-        yield package
+        yield _hub_package()
     finally:
         sys.path[:] = path
         _hugging_face_modules.update(_take_modules())
         sys.modules.update(local)
 
 
-def _is_local(package) -> bool:
-    return package.__file__ is not None and Path(package.__file__).resolve().parent.parent == ROOT
+def _hub_package():
+    package = extra("datasets")
+    if not hasattr(package, "load_dataset"):
+        place = next(iter(getattr(package, "__path__", [])), package)
+        raise UserError(f"`import datasets` finds {place}, not Hugging Face's; {INSTALL}")
+    return package
+
+
+def _finds_local() -> bool:
+    """Whether `import datasets` gives this project's package."""
+    if "datasets" in sys.modules:
+        file = getattr(sys.modules["datasets"], "__file__", None)
+    else:
+        spec = importlib.util.find_spec("datasets")
+        file = spec and spec.origin
+    return file is not None and Path(file).resolve().parent.parent == ROOT
 
 
 def _take_modules() -> dict:
@@ -168,15 +178,17 @@ def draw(pairs: list[Pair], shots: int, seed: int, protocol: str) -> list[int]:
 
 
 class Encoded:
-    """Token ids, attention masks, segment ids and labels of pairs, padded to 128 tokens as published."""
+    """Token ids, attention masks, segment ids and labels of pairs, padded and cut to `max_tokens`."""
 
-    def __init__(self, pairs: list[Pair], tokenizer, segments: bool, device: torch.device):
+    def __init__(
+        self, pairs: list[Pair], tokenizer, segments: bool, device: torch.device, max_tokens: int = MAX_TOKENS
+    ):
         encoding = tokenizer(
             [pair.premise for pair in pairs],
             [pair.hypothesis for pair in pairs],
             truncation=True,
             padding="max_length",
-            max_length=MAX_TOKENS,
+            max_length=max_tokens,
             padding_side="right",
             return_token_type_ids=True,
             return_tensors="pt",

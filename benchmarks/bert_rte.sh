@@ -24,6 +24,6 @@ for seed in 1 2 3 4 5; do
     grid script_LoRA.py lora_grid --rank 2 8 16 --seed $seed "$@"
 done
 for seed in 1 2 3; do
-    grid script.py dense_none --kappa 1e-3 1e-4 1e-5 --T_sparse 10 --seed $seed "$@" --dense none --max_steps 1000
+    grid script.py dense_none --dense none --max_steps 1000 --kappa 1e-5 1e-4 1e-3 --T_sparse 10 --seed $seed "$@"
 done
 exit $failed

@@ -37,7 +37,11 @@ class Side:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(1000, config.vocab_size, (bert.BATCH, args.tokens), generator=generator)
         self.inputs = {"input_ids": ids.to(args.device), "attention_mask": torch.ones_like(ids).to(args.device)}
+        self.before = self.weights()
         self.labels = (torch.arange(bert.BATCH) % 2).to(args.device)
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([p.detach().flatten().double() for p in self.model.parameters()])
 
     def step(self) -> tuple[float, float]:
         """Seconds and loss of one training step."""
@@ -71,6 +75,9 @@ def main(argv=None) -> None:
     medians = {name: median(seconds for seconds, _ in steps[1:]) for name, steps in measured.items()}
     for name, steps in measured.items():
         print(f"{name:8} median {medians[name]:.3f} s   last loss {steps[-1][1]:.6f}")
+    trained = sides["dense"].weights() - sides["dense"].before
+    difference = sides["sampled"].weights() - sides["dense"].weights()
+    print(f"weights differ by {difference.norm() / trained.norm():.1e} of what was trained")
     print(f"ratio of medians {medians['dense'] / medians['sampled']:.2f} x")
 
 

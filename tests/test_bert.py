@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fabricate_bert import LAYERS, rte_files, tiny_bert
-from transformers import BertForSequenceClassification, RobertaModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, RobertaModel
 
 from BERT import main as bert
 from BERT import rte
@@ -33,7 +33,7 @@ def call(place, capsys):
 
     def call(*argv):
         result, code = None, 0
-        common = "--model tiny --data_dir RTE --shots 4 --max_steps 3".split()
+        common = "--model tiny --data_dir RTE --shots 4 --max_steps 3 --device cpu".split()
         try:
             result = bert.main([*common, *(str(word) for word in argv)])
         except SystemExit as stop:
@@ -45,7 +45,7 @@ def call(place, capsys):
 
 
 def settings_of(place, **changes):
-    base = dict(model=str(place / "tiny"), data_dir=str(place / "RTE"), shots=4, max_steps=3, seed=1)
+    base = dict(model=str(place / "tiny"), data_dir=str(place / "RTE"), shots=4, max_steps=3, seed=1, device="cpu")
     return bert.Settings(**base | changes)
 
 
@@ -74,6 +74,15 @@ def test_a_run_ends_with_its_accuracy(call, argv, method, protocol):
     assert lines[-1] == f"{method} - tiny RTE-8shot: {result.val_acc:.1f}%"
     assert "never at --loss_stop 0.001: ended by --max_steps 3" in lines[-2]
     assert "8 training pairs, seed 42, cpu" in lines[0]
+
+
+def test_pairs_are_cut_to_the_models_positions(place, call, monkeypatch):
+    config = BertConfig.from_pretrained(place / "tiny", max_position_embeddings=16)
+    BertModel(config).save_pretrained(place / "tiny")
+    seen = []
+    monkeypatch.setattr(bert, "train", lambda model, optimizer, training, settings: seen.append(training) or (1, 0.0))
+    assert call("--rank", 1)[0] == 0
+    assert seen[0].inputs["input_ids"].shape == (8, 16) and int(seen[0].lengths.max()) == 16
 
 
 @pytest.mark.parametrize("protocol", ["balanced", "released"])
