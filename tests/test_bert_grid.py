@@ -208,6 +208,8 @@ def test_the_readmes_commands_are_understood(understood):
         (1e-5, 5, None),
         (None, None, 2),
         (1e-4, 5, None),
+        (0, 10, None),
+        (None, None, 8),
     ]
 
 
