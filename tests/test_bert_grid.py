@@ -234,7 +234,10 @@ def test_the_measuring_script_runs_all_grids_and_goes_on_after_failed_runs(place
 
 def test_both_sides_of_the_measured_step_compute_the_same(capsys):
     bert_step.main("--layers 1 --width 24 --heads 2 --tokens 8 --kappa 1e-2 --steps 3".split())
-    (difference,) = re.findall(r"differ by (\S+) of what was trained", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    dense, sampled = re.findall(r"last loss (\S+)", out)
+    assert float(dense) == pytest.approx(float(sampled), abs=2e-6)
+    (difference,) = re.findall(r"differ by (\S+) of what was trained", out)
     assert float(difference) < 1e-2  # also where nothing was trained, which is no number
 
 

@@ -377,6 +377,12 @@ def test_a_stop_before_the_first_state_leaves_nothing_and_says_so(run_main, monk
     assert not Path("results").exists()
 
 
+def test_a_stop_of_a_method_without_iterations_does_not_speak_of_states(run_main, monkeypatch):
+    monkeypatch.setattr(train.Evaluator, "zero_shot", interrupted)
+    code, _, out, _ = run_main("--method", "linear_probe", "--shots", 1, "--workers", 0)
+    assert code == 130 and "state" not in out and not Path("results").exists()
+
+
 def interrupted(*_):
     raise KeyboardInterrupt
 
