@@ -2,7 +2,7 @@ import signal
 
 import pytest
 import torch
-from download_server import data_root, run_download, world  # noqa: F401, fixtures of test_download*.py
+from support.server import data_root, run_download, world  # noqa: F401, fixtures of test_download*.py
 
 import main as entry
 

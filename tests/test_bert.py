@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fabricate_bert import LAYERS, rte_files, tiny_bert
+from support.bert import LAYERS, rte_files, tiny_bert
 from transformers import BertConfig, BertForSequenceClassification, BertModel, RobertaModel
 
 from BERT import main as bert

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
-from fabricate_bert import read_table, rte_files, tiny_bert
 from safetensors.torch import load_file, save_file
+from support.bert import read_table, rte_files, tiny_bert
 
 from benchmarks import bert_step
 from BERT import grid, rte, script, script_LoRA

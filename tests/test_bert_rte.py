@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fabricate_bert import rte_files, tiny_bert
+from support.bert import rte_files, tiny_bert
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import datasets

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_clip_weights import RESNET, VIT, small_clip
+from support.weights import RESNET, VIT, small_clip
 
 import clip
 from clip.delta import FORMAT, apply_delta, difference, save_delta, snapshot

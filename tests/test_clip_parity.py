@@ -5,7 +5,7 @@ import re
 import open_clip
 import pytest
 import torch
-from test_clip_weights import FORMATS
+from support.weights import FORMATS
 from torch import nn
 
 import clip

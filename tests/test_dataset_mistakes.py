@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fabricate import FOLDERS, SPLIT_FILES, error_of_build, fabricate
+from support.fabricate import FOLDERS, SPLIT_FILES, error_of_build, fabricate
 
 import datasets
 from datasets.splits import read_json_split

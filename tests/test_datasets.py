@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fabricate import (
+from sklearn.datasets import load_digits
+from support.fabricate import (
     FOLDERS,
     SPLIT_FILES,
     VARIANTS,
@@ -21,7 +22,6 @@ from fabricate import (
     fabricate_variant,
     part_sizes,
 )
-from sklearn.datasets import load_digits
 
 import datasets
 from datasets.fewshot import draw, draw_disjoint

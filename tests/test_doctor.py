@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fabricate import FOLDERS, SPLIT_FILES, VARIANTS, error_of_build, fabricate, fabricate_variant, picture
 from PIL import Image
+from support.fabricate import FOLDERS, SPLIT_FILES, VARIANTS, error_of_build, fabricate, fabricate_variant, picture
 
 import datasets
 from datasets import doctor

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import gdown
 import pytest
-from download_server import PAGE, files_in, offer, original, snapshot, tar_of, zip_of
-from fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant
+from support.fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant
+from support.server import PAGE, files_in, offer, original, snapshot, tar_of, zip_of
 
 import datasets
 from clip.download import CHUNK

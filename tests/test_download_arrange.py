@@ -9,10 +9,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from download_server import PAGE, files_in, original, tar_of, zip_of
-from fabricate import FOLDERS, SPLIT_FILES, fabricate
 from PIL import Image
 from scipy.io import savemat
+from support.fabricate import FOLDERS, SPLIT_FILES, fabricate
+from support.server import PAGE, files_in, original, tar_of, zip_of
 
 import datasets
 from datasets.archives import unpack

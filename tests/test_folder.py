@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from fabricate import error_of_build, fabricate_own, picture
-from test_mistakes import refused
+from support.fabricate import error_of_build, fabricate_own, picture
+from support.runs import refused
 
 import datasets
 import datasets.folder

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import safetensors
 import torch
-from fabricate import fabricate
 from safetensors.torch import load_file
+from support.fabricate import fabricate
 
 import clip
 import datasets

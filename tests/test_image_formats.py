@@ -6,8 +6,8 @@ import io
 
 import numpy as np
 import pytest
-from fabricate import picture
 from PIL import Image
+from support.fabricate import picture
 
 from datasets.task import DatasetError, read_upright_image
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from fabricate import fabricate, picture
 from PIL import Image
+from support.fabricate import fabricate, picture
 from torchvision import transforms
 
 import datasets

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fabricate import fabricate
 from safetensors.torch import load_file
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
+from support.fabricate import fabricate
 
 import clip
 import datasets

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from fabricate import fabricate
+from support.fabricate import fabricate
 
 import clip
 from methods import METHODS

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fabricate import fabricate
+from support.fabricate import fabricate
+from support.runs import refused
 
 import clip
 import clip.download
@@ -14,16 +15,6 @@ from clip.model import CLIP, Architecture
 from clip.weights import save_weights
 
 QUICK = ("--shots", 1, "--total_iters", 3, "--workers", 0)
-
-
-def refused(call, before=()):
-    """The error line of a call that must fail cleanly."""
-    code, record, _, err = call
-    assert code == 2 and record is None
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in err
-    assert sorted(p.name for p in Path(".").iterdir()) == sorted(before), "something was left behind"
-    return lines[0]
 
 
 @pytest.mark.parametrize(

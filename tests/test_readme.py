@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from fabricate import VARIANTS, fabricate, fabricate_variant, picture
+from support.fabricate import VARIANTS, fabricate, fabricate_variant, picture
 
 import datasets
 from datasets import doctor, download

@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fabricate import error_of_build, fabricate, fabricate_own, fabricate_variant
-from test_mistakes import refused
+from support.fabricate import error_of_build, fabricate, fabricate_own, fabricate_variant
+from support.runs import refused
 
 import datasets
 from datasets.fewshot import draw, draw_disjoint

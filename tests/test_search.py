@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from fabricate import fabricate
-from test_mistakes import refused
+from support.fabricate import fabricate
+from support.runs import refused
 
 import clip
 import datasets

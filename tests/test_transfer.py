@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from fabricate import VARIANTS, class_name, error_of_build, fabricate, fabricate_own, fabricate_variant
-from test_mistakes import refused
+from support.fabricate import VARIANTS, class_name, error_of_build, fabricate, fabricate_own, fabricate_variant
+from support.runs import refused
 
 import clip
 import datasets

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import gdown
 import pytest
-from fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant
 
 from datasets import download
 from datasets.sources import SOURCES
 from datasets.specs import SPECS
+from support.fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant
 
 PAGE = b"<!DOCTYPE html><html><title>Quota exceeded</title></html>"
 

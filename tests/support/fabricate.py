@@ -209,7 +209,7 @@ def _write_fgvc(folder: Path, image_root: Path, classes: int, per_class: int) ->
 
 
 def _write_imagenet(image_root: Path, per_class: int) -> None:
-    table = Path(__file__).parents[1] / "datasets" / "imagenet_classes.txt"
+    table = Path(__file__).parents[2] / "datasets" / "imagenet_classes.txt"
     wnids = [line.split()[0] for line in table.read_text(encoding="utf-8").splitlines()]
     for label, wnid in enumerate(wnids):
         buffer = io.BytesIO()

@@ -1,0 +1,1 @@
+"""What several test files share: fabricated data and weights, a local server, calls of the program."""
