@@ -1,22 +1,13 @@
-"""Methods of adaptation. A method is a module with `HYPERPARAMETERS`, the settings that matter to it; `DEFAULTS`, its
-published values where they differ from configs/settings.py; and `prepare(model, task, settings) -> Adaptation`, which
-freezes everything but what it trains. README.md shows how one is added."""
+"""Methods of adaptation. README.md shows how one is added: a file, and a line here.
 
-from . import (
-    adalora,
-    adam,
-    dora,
-    linear_probe,
-    lora,
-    prolip,
-    relora,
-    so,
-    so_ablation,
-    tip_adapter,
-    tip_adapter_f,
-    zero_shot,
-)
-from .adaptation import Adaptation, MethodError, cosine_schedule, select_matrices
+Each module has `Hparams`, the method's own settings with their published defaults, and `prepare(experiment)`, which
+freezes everything but what it trains and returns an Adaptation.
+"""
+
+from . import zero_shot
+from .adapters import adalora, dora, lora, relora
+from .heads import linear_probe, tip_adapter, tip_adapter_f
+from .weights import adam, prolip, so, so_ablation
 
 METHODS = {
     "so": so,
@@ -32,5 +23,3 @@ METHODS = {
     "zero_shot": zero_shot,
     "so_ablation": so_ablation,
 }
-
-__all__ = ["METHODS", "Adaptation", "MethodError", "cosine_schedule", "select_matrices"]

@@ -1,14 +1,13 @@
-"""CLIP as it is, with the prompts alone (Radford et al. 2021): nothing is trained."""
+"""CLIP as it is, with only the prompts (Radford et al. 2021). Nothing is trained: main.py evaluates the model."""
 
-from clip import CLIP
-from datasets import Task
+from dataclasses import dataclass
 
-from .adaptation import Adaptation
-
-HYPERPARAMETERS = ()
-DEFAULTS: dict = {}
+from settings import Hparams as Base
 
 
-def prepare(model: CLIP, task: Task, settings) -> Adaptation:
-    model.requires_grad_(False)
-    return Adaptation(model, {})
+@dataclass(frozen=True)
+class Hparams(Base):
+    """None."""
+
+
+prepare = None

@@ -2,27 +2,26 @@
 nearly orthogonal by a penalty, and a budget of ranks that falls from 1.5 `rank` to `rank` a matrix on average while the
 least important entries of E are set to zero.
 
-On the four matrices of each block that SO trains (methods/peft_adapters.py). No settings for CLIP are published. Those
+On the four matrices of each block that SO trains (peft_layers.py). No settings for CLIP are published. Those
 of the authors' run with the least data (RTE): alpha 32, lr 1.2e-3, penalty 0.3, betas 0.85, no dropout; of 3,900
 iterations the first 600 keep the whole budget and the last 1,800 the final one. Here the same parts of the run, and the
 rest, such as 500 iterations a shot, is CLIP-LoRA's. The scaling is alpha / (1.5 rank).
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clip import CLIP
-from datasets import Task
+from common import UserError
+from experiment import Experiment
+from settings import option, with_default
 
-from . import lora
-from .adaptation import TRAINING, Adaptation, MethodError, cosine_schedule
-from .adapters import WEIGHT_DECAY
-from .peft_adapters import ADAPTER, PeftAdapters, library
+from ..choice import cosine_schedule
+from .matrices import WEIGHT_DECAY, LowRank
+from .peft_layers import ADAPTER, PeftAdapters, library
 
-HYPERPARAMETERS = (*TRAINING, "rank", "alpha", "dropout", "encoder", "position")
-DEFAULTS = {**lora.DEFAULTS, "alpha": 32.0, "lr": 1.2e-3, "dropout": 0.0}
 INITIAL_RANK = 1.5  # times the final one
 WHOLE_BUDGET, FINAL_BUDGET = 600 / 3900, 1800 / 3900  # parts of the run
 PENALTY = 0.3
@@ -30,29 +29,38 @@ BETAS = 0.85, 0.85  # of the moving averages of importance
 IMPORTANCE = "ipt", "exp_avg_ipt", "exp_avg_unc"  # where peft keeps it: by name of a parameter
 
 
+@dataclass(frozen=True)
+class Hparams(LowRank):
+    lr: float = with_default(LowRank, "lr", 1.2e-3)
+    rank: int = option(2, "mean rank of the updates at the end", at_least=1)
+    alpha: float = option(32.0, "updates are scaled by alpha / (1.5 rank)", above=0)
+    dropout: float = with_default(LowRank, "dropout", 0.0)
+
+
 class AdaLoRA(PeftAdapters):
     FORMAT = "clip-adalora-1"
 
-    def __init__(self, model: CLIP, settings):
-        if settings.iterations < 2:
-            raise MethodError("--method adalora needs 2 iterations or more, to choose ranks in; raise --total_iters")
+    def __init__(self, experiment: Experiment[Hparams]):
+        hparams = experiment.hparams
+        if hparams.total_iters < 2:
+            raise UserError("--method adalora needs at least 2 iterations to choose ranks in; raise --total_iters")
         peft = library("adalora")
         config = peft.AdaLoraConfig(
-            init_r=math.ceil(INITIAL_RANK * settings.rank),
-            target_r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            total_step=settings.iterations,
-            tinit=int(WHOLE_BUDGET * settings.iterations),
-            tfinal=int(FINAL_BUDGET * settings.iterations),
+            init_r=math.ceil(INITIAL_RANK * hparams.rank),
+            target_r=hparams.rank,
+            lora_alpha=hparams.alpha,
+            lora_dropout=hparams.dropout,
+            total_step=hparams.total_iters,
+            tinit=int(WHOLE_BUDGET * hparams.total_iters),
+            tfinal=int(FINAL_BUDGET * hparams.total_iters),
             deltaT=1,
             beta1=BETAS[0],
             beta2=BETAS[1],
             orth_reg_weight=PENALTY,
         )
-        super().__init__(model, settings, peft.AdaLoraModel, config)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=WEIGHT_DECAY)
-        self.scheduler = cosine_schedule(self.optimizer, settings.iterations)
+        super().__init__(experiment, peft.AdaLoraModel, config)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=hparams.lr, weight_decay=WEIGHT_DECAY)
+        self.scheduler = cosine_schedule(self.optimizer, hparams.total_iters)
 
     def penalty(self) -> Tensor:
         """The mean over all A and B of the distance |A A^T - I| or |B^T B - I| (Frobenius), times 0.3."""
@@ -79,5 +87,5 @@ class AdaLoRA(PeftAdapters):
         self.tuner.peft_config[ADAPTER].rank_pattern = state["ranks"]
 
 
-def prepare(model: CLIP, task: Task, settings) -> Adaptation:
-    return AdaLoRA(model, settings)
+def prepare(experiment: Experiment[Hparams]) -> AdaLoRA:
+    return AdaLoRA(experiment)

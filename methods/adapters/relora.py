@@ -14,63 +14,68 @@ would make steps several times too long.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from clip import CLIP
-from datasets import Task
+from experiment import Experiment
+from settings import option
 
+from ..choice import MINIMUM_LR
+from ..saving import Delta
 from . import lora
-from .adaptation import MINIMUM_LR, Adaptation
 
-HYPERPARAMETERS = (*lora.HYPERPARAMETERS, "merge_every")
-DEFAULTS = lora.DEFAULTS
 CLIMB = 0.1  # part of a cycle in which the learning rate comes back
+
+
+@dataclass(frozen=True)
+class Hparams(lora.Hparams):
+    """CLIP-LoRA's published values. 125 iterations between merges are this project's choice."""
+
+    merge_every: int = option(125, "iterations between two merges", at_least=1)
 
 
 class ReLoRA(lora.LoRA):
     """LoRA with restarts. What it changes is dense in the adapted matrices, and is saved as a delta on the base."""
 
-    def __init__(self, model: CLIP, settings):
-        super().__init__(model, settings)
-        self.merge_every, self.iterations = settings.merge_every, settings.iterations
+    def __init__(self, experiment: Experiment[Hparams]):
+        super().__init__(experiment)
+        self.merge_every, self.iterations = experiment.hparams.merge_every, experiment.hparams.total_iters
         adapted = {id(branches.layer.weight) for branches in self.branches}
-        state = model.state_dict(keep_vars=True)
-        self.before = {name: t.detach().to("cpu", copy=True) for name, t in state.items() if id(t) in adapted}
-        factor = jagged_cosine(settings.lr, settings.iterations, settings.merge_every)
+        weights = self.model.state_dict(keep_vars=True)
+        before = {name: t.detach().to("cpu", copy=True) for name, t in weights.items() if id(t) in adapted}
+        self.saved = Delta(self.model, before)
+        factor = jagged_cosine(experiment.hparams.lr, self.iterations, self.merge_every)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def after_step(self, iteration: int) -> None:
         if iteration % self.merge_every == 0 and iteration < self.iterations:
-            self._fold()
+            self.finish()
             for branches in self.branches:
                 branches.start(self.generator)
             self.optimizer.state.clear()
 
     @torch.no_grad()
-    def _fold(self) -> None:
-        """Adds the branches to the weights and sets B to zero: the model computes what it did before."""
+    def finish(self) -> None:
+        """Add the branches to the weights and set B to zero: the model computes what it did before."""
         for branches in self.branches:
             branches.layer.weight.copy_(branches.merged())
             for B in branches.B.values():
                 B.zero_()
 
-    def changed_weights(self) -> int:
-        self._fold()
-        return Adaptation.changed_weights(self)
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"matrices": {name: p.detach().cpu() for name, p in self.parameters.items()}}
 
-    def save(self, path: Path, base_sha256: str, metadata: dict[str, str]) -> int:
-        self._fold()
-        return Adaptation.save(self, path, base_sha256, metadata)
-
-    def load(self, path: Path, base_sha256: str) -> None:
-        Adaptation.load(self, path, base_sha256)
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        for name, p in self.parameters.items():
+            p.copy_(state["matrices"][name])
 
 
 def jagged_cosine(lr: float, iterations: int, cycle: int) -> Callable[[int], float]:
-    """Maps an iteration, from 0, to the factor on `lr`: half a cosine down to 1e-6 over all iterations and, after each
-    restart, a linear climb to it."""
+    """Return a map from an iteration, counted from 0, to the factor on `lr`: half a cosine down to 1e-6 over all
+    iterations and, after each restart, a linear climb back to it."""
     lowest, climb = min(MINIMUM_LR, lr) / lr, math.ceil(CLIMB * cycle)
 
     def factor(iteration: int) -> float:
@@ -80,5 +85,5 @@ def jagged_cosine(lr: float, iterations: int, cycle: int) -> Callable[[int], flo
     return factor
 
 
-def prepare(model: CLIP, task: Task, settings) -> Adaptation:
-    return ReLoRA(model, settings)
+def prepare(experiment: Experiment[Hparams]) -> ReLoRA:
+    return ReLoRA(experiment)

@@ -15,48 +15,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip import CLIP
+from common import UserError
+from experiment import Experiment
 
-from .adaptation import MethodError, select_blocks
-from .adapters import Adapters, SeededDropout
+from ..choice import select_blocks
+from .matrices import Adapters, LowRank, SeededDropout
 
 ADAPTER = "default"  # peft's name for a model's only adapter
 
 
 def library(method: str) -> ModuleType:
-    """peft, which takes seconds to import and is needed by two methods alone."""
+    """Return peft, which takes seconds to import and is needed only by two methods."""
     try:
         return importlib.import_module("peft")
     except ImportError as error:
-        raise MethodError(f"--method {method} needs peft ({error}); pip install -r requirements-peft.txt") from None
+        raise UserError(f"--method {method} needs peft ({error}); pip install -r requirements-all.txt") from None
 
 
 class PeftAdapters(Adapters):
     """Puts the layers that `tuner` (a class of peft) makes from `config` into the chosen blocks of `model`."""
 
-    def __init__(self, model: CLIP, settings, tuner: type, config):
-        blocks = select_blocks(model, settings.encoder, settings.position)
+    def __init__(self, experiment: Experiment[LowRank], tuner: type, config: object):
+        model, dropout, seed = experiment.model, experiment.hparams.dropout, experiment.settings.seed
+        blocks = select_blocks(model, experiment.hparams)
         kinds = ("attn.in_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
         names = [f"{block}.{kind}" for block in blocks for kind in kinds]
         # A pattern for whole names: of names in a list peft would also take those that end in one, such as the image
         # tower's visual.transformer... for the text tower's transformer...
         config.target_modules = "|".join(re.escape(name) for name in names)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(settings.seed)
+            torch.default_generator.manual_seed(seed)
             self.tuner = tuner(model, config, ADAPTER)
         self.layers = {name: model.get_submodule(name) for name in names}
-        generator = torch.Generator(model.device).manual_seed(settings.seed)
+        generator = torch.Generator(model.device).manual_seed(seed)
         self.generators = (generator,)
         for layer in self.layers.values():
-            if settings.dropout > 0:
-                layer.lora_dropout[ADAPTER] = SeededDropout(settings.dropout, generator)
+            if dropout > 0:
+                layer.lora_dropout[ADAPTER] = SeededDropout(dropout, generator)
             layer.forward = partial(_forward, layer)
         # AdaLoRA's constants, which peft makes trainable where it moves them to another device or type, stay frozen.
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
         model.requires_grad_(False)
         for p in parameters.values():
             p.requires_grad_(True)
-        super().__init__(model, settings, parameters)
+        super().__init__(experiment, parameters)
 
     def merged_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         return ((layer.base_layer.weight, merged(layer)) for layer in self.layers.values())

@@ -12,19 +12,32 @@ bf16.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip import CLIP
-from datasets import Task
+from common import UserError
+from experiment import Experiment
+from settings import option
 
-from .adaptation import TRAINING, Adaptation, cosine_schedule, select_blocks
-from .adapters import WEIGHT_DECAY, Adapters, SeededDropout
+from ..choice import cosine_schedule, select_blocks
+from .matrices import WEIGHT_DECAY, Adapters, LowRank, SeededDropout
 
-HYPERPARAMETERS = (*TRAINING, "rank", "alpha", "dropout", "lora_on", "encoder", "position")
-DEFAULTS: dict = {"n_iters": 500, "early_stop_loss": 0.0}
+
+@dataclass(frozen=True)
+class Hparams(LowRank):
+    """CLIP-LoRA's published values."""
+
+    lora_on: str = option("q,k,v", "which of the attention's projections q, k, v and o have an update")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = [part.strip() for part in self.lora_on.split(",")]
+        if len(set(parts)) < len(parts) or not set(parts) <= set("qkvo"):
+            raise UserError(f"--lora_on must name some of q,k,v,o, comma-separated, not {self.lora_on!r}")
+        object.__setattr__(self, "lora_on", ",".join(part for part in "qkvo" if part in parts))  # one order, one run
 
 
 class Branches:
@@ -74,27 +87,28 @@ class LoRA(Adapters):
 
     FORMAT = "clip-lora-1"
 
-    def __init__(self, model: CLIP, settings):
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        dropout = SeededDropout(settings.dropout, torch.Generator(model.device).manual_seed(settings.seed))
+    def __init__(self, experiment: Experiment[Hparams]):
+        hparams, seed = experiment.hparams, experiment.settings.seed
+        self.generator = torch.Generator().manual_seed(seed)
+        dropout = SeededDropout(hparams.dropout, torch.Generator(experiment.device).manual_seed(seed))
         self.generators = (self.generator, dropout.generator)
-        scaling = settings.alpha / math.sqrt(settings.rank)
-        chosen = settings.lora_on.split(",")
+        scaling = hparams.alpha / math.sqrt(hparams.rank)
+        chosen = hparams.lora_on.split(",")
         self.branches, parameters = [], {}
-        for name, block in select_blocks(model, settings.encoder, settings.position).items():
+        for name, block in select_blocks(experiment.model, hparams).items():
             for layer, parts in ((block.attn.in_proj, "qkv"), (block.attn.out_proj, "o")):
                 if not set(parts) & set(chosen):
                     continue
-                branches = Branches(layer, parts, chosen, settings.rank, scaling, dropout)
+                branches = Branches(layer, parts, chosen, hparams.rank, scaling, dropout)
                 branches.start(self.generator)
                 layer.forward = branches.forward
                 self.branches.append(branches)
                 for part in branches.A:
                     parameters[f"{name}.attn.{part}.lora_A"] = branches.A[part]
                     parameters[f"{name}.attn.{part}.lora_B"] = branches.B[part]
-        super().__init__(model, settings, parameters)
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=WEIGHT_DECAY)
-        self.scheduler = cosine_schedule(self.optimizer, settings.iterations)
+        super().__init__(experiment, parameters)
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=hparams.lr, weight_decay=WEIGHT_DECAY)
+        self.scheduler = cosine_schedule(self.optimizer, hparams.total_iters)
 
     def merged_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         return ((branches.layer.weight, branches.merged()) for branches in self.branches)
@@ -104,5 +118,5 @@ class LoRA(Adapters):
             del branches.layer.forward  # the class's own shows again
 
 
-def prepare(model: CLIP, task: Task, settings) -> Adaptation:
-    return LoRA(model, settings)
+def prepare(experiment: Experiment[Hparams]) -> LoRA:
+    return LoRA(experiment)

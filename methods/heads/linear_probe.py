@@ -17,55 +17,52 @@ the intercept).
 - With two classes scikit-learn fits one vector w, the difference of the two; the rows of W are then -w/2 and w/2.
 """
 
-import sys
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-import datasets
 import utils
-from clip import CLIP
-from clip.preprocess import test_transform
-from datasets import Task
+from common import UserError, note
+from experiment import Experiment
+from settings import Hparams as Base
+from settings import option
 
-from .adaptation import MethodError
 from .head import Head
 
-HYPERPARAMETERS = ("probe_c", "probe_iters", "text_init")
-DEFAULTS: dict = {}  # those in configs/settings.py
-IMAGES_AT_ONCE = 256
+
+@dataclass(frozen=True)
+class Hparams(Base):
+    """The values of the example in openai/CLIP."""
+
+    probe_c: float = option(0.316, "inverse strength of the L2 penalty, scikit-learn's C", above=0)
+    probe_iters: int = option(1000, "most iterations of the solver", at_least=1)
+    text_init: bool = option(False, "start the solver at the text classifier, not at zero")
 
 
 class LinearProbe(Head):
     """A weight matrix [C, E] and a bias [C] for 100 x unit features."""
 
-    def __init__(self, model: CLIP, task: Task, settings):
-        classes, width = len(task.class_names), model.arch.embed_dim
-        self.weight = torch.zeros(classes, width, device=model.device, requires_grad=True)
-        self.bias = torch.zeros(classes, device=model.device, requires_grad=True)
-        super().__init__(model, task.class_names, {"weight": self.weight, "bias": self.bias})
-        self.task, self.settings = task, settings
+    def __init__(self, experiment: Experiment[Hparams]):
+        classes, width, device = len(experiment.task.class_names), experiment.model.arch.embed_dim, experiment.device
+        self.weight = torch.zeros(classes, width, device=device, requires_grad=True)
+        self.bias = torch.zeros(classes, device=device, requires_grad=True)
+        super().__init__(experiment, {"weight": self.weight, "bias": self.bias})
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         return utils.cosine_logits(image_features, self.weight) + self.bias
 
     def build(self) -> None:
-        """Fits the probe to the training images. MethodError if a class has none, or if there is one class alone."""
-        labels = [item.label for item in self.task.train]
-        if len(set(labels)) != len(self.task.class_names) or len(self.task.class_names) < 2:
-            raise MethodError("linear_probe needs two classes or more, all with training images; use another --method")
-        preprocess = test_transform(self.model.arch.resolution)
-        loader = datasets.test_loader(self.task.train, self.task, preprocess, IMAGES_AT_ONCE, self.settings.workers)
-        features = utils.image_features(self.model, loader, self.settings.precision, "training features")
-        text = None
-        if self.settings.text_init:
-            with utils.autocast(self.model.device, self.settings.precision):
-                text = utils.text_classifier(self.model, self.task.class_names, self.task.templates[:1]).cpu()
-        weight, bias = fit_probe(features, labels, self.settings.probe_c, self.settings.probe_iters, text)
+        """Fit the probe to the training images. Raise UserError if a class has none, or if there is only one class."""
+        task, hparams = self.experiment.task, self.experiment.hparams
+        labels = [item.label for item in task.train]
+        if len(set(labels)) != len(task.class_names) or len(task.class_names) < 2:
+            raise UserError("linear_probe needs at least two classes, all with training images; use another --method")
+        features = self.experiment.train_features()
+        text = self.text_classifier().cpu() if hparams.text_init else None
+        weight, bias = fit_probe(features, labels, hparams.probe_c, hparams.probe_iters, text)
         with torch.no_grad():
             self.weight.copy_(weight)
             self.bias.copy_(bias)
@@ -74,10 +71,13 @@ class LinearProbe(Head):
 def fit_probe(
     features: Tensor, labels: list[int], c: float, iterations: int, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Weight [C, E] and bias [C] of the logistic regression on 100 x `features` [N, E], labels 0 to C - 1.
+    """Return weight [C, E] and bias [C] of the logistic regression on 100 x `features` [N, E], labels 0 to C - 1.
 
-    `start` [C, E], if given, is where the solver begins. A solver that has not converged is said on stderr.
+    `start` [C, E], if given, is where the solver begins. A note says when it has not converged.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     probe = LogisticRegression(C=c, max_iter=iterations, warm_start=start is not None)
     if start is not None:
         first = start.double().numpy()
@@ -88,12 +88,12 @@ def fit_probe(
         probe.fit(utils.LOGIT_FACTOR * features.double().numpy(), labels)
     if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
         reason = f"stopped after {probe.n_iter_[0]} iterations without convergence"
-        print(f"note: the linear probe {reason}; --probe_iters allows more", file=sys.stderr)
+        note(f"the linear probe {reason}; --probe_iters allows more")
     weight, bias = torch.from_numpy(probe.coef_), torch.from_numpy(probe.intercept_)
     if len(weight) == 1:
         return torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     return weight, bias
 
 
-def prepare(model: CLIP, task: Task, settings) -> LinearProbe:
-    return LinearProbe(model, task, settings)
+def prepare(experiment: Experiment[Hparams]) -> LinearProbe:
+    return LinearProbe(experiment)

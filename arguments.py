@@ -1,0 +1,387 @@
+"""Reads what one command asks for, in layers: later ones win.
+
+Defaults of the dataclasses < a method's published values for this dataset and number of shots < for the digits
+configs/digits.yaml < --config FILE < command line. --print_config shows the outcome and where each value comes from.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import json
+from argparse import SUPPRESS, BooleanOptionalAction
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import datasets
+from clip.delta import checkpoint_metadata
+from common import Parser, UserError, note
+from methods import METHODS
+from settings import LENGTHS, Hparams, Settings, check_data, check_output, choose_device
+
+QUICK_START = Path(__file__).resolve().parent / "configs" / "digits.yaml"
+SECTIONS = ("methods", "datasets")  # of config files: settings for one method, for one dataset
+GROUPS = ("data", "model", "method", "training", "machine", "output")  # of --help
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one command asks for: the common settings, the method's own, and the values to search."""
+
+    settings: Settings
+    hparams: Hparams
+    search: dict[str, list]  # hyperparameter: values to choose from on val images
+
+    @property
+    def trains(self) -> bool:
+        return METHODS[self.settings.method].prepare is not None and not self.settings.eval_only
+
+    def one_by_one(self) -> list["Config"]:
+        """Return what each single run is asked for: one, or one for each of --eval_datasets."""
+        return [dataclasses.replace(self, settings=settings) for settings in self.settings.one_by_one()]
+
+    def candidates(self) -> list[Hparams]:
+        """Return the hyperparameters that a search compares: all combinations of its values, the last name's varying
+        fastest. Raise UserError if a value is out of range."""
+        names = [other for name in self.search for other in self.hparams.alternatives(name)]
+        cleared = dict.fromkeys(names)  # of n_iters and total_iters, one searched, the other does not count
+        return [
+            dataclasses.replace(self.hparams, **cleared | dict(zip(self.search, values)))
+            for values in itertools.product(*self.search.values())
+        ]
+
+    def as_yaml(self) -> str:
+        """Return a config file that repeats the run."""
+        values = dataclasses.asdict(self.settings) | dataclasses.asdict(self.hparams) | {"search": self.search}
+        in_force = next((name for name in ("total_iters", "epochs", "n_iters") if values.get(name) is not None), None)
+        left_out = {"force", "wait", *LENGTHS} - {in_force}
+        values = {name: value for name, value in values.items() if name not in left_out}
+        return yaml.safe_dump(values | {"template": list(self.settings.template)}, sort_keys=False)
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Return what a command line asks for. Raise UserError for anything that cannot work.
+
+    With --help or --print_config, print instead, and raise SystemExit(0).
+    """
+    given = _command_line(argv)
+    layers = [("command line", given)]
+    if "config" in given:
+        path = Path(given.pop("config"))
+        layers.insert(0, (f"--config {path}", read_config(path)))
+    method, dataset = (_last(layers, name, getattr(Settings, name)) for name in ("method", "dataset"))
+    if method not in METHODS:
+        raise UserError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
+    if given.pop("help", False):
+        _parser(method).print_help()
+        raise SystemExit(0)
+    shows = given.pop("print_config", False)
+    _reject_foreign_flags(given, method)
+    if dataset == "digits":
+        layers.insert(0, ("configs/digits.yaml", read_config(QUICK_START)))
+    values = Layers(method)
+    for source, layer in layers:
+        for part in _sections(source, layer, method, dataset):
+            values.add(*part)
+    config = values.config()
+    if shows:
+        print(values.described(config), end="")
+        raise SystemExit(0)
+    return _evaluated(_checked(config), given) if config.settings.eval_only else _checked(config)
+
+
+def _last(layers: Sequence[tuple[str, dict]], name: str, default: str) -> str:
+    return [default, *(layer[name] for _, layer in layers if name in layer)][-1]
+
+
+class Layers:
+    """Values of all settings for one method, merged from layers, each with where it came from."""
+
+    def __init__(self, method: str):
+        self.method, self.kind = method, METHODS[method].Hparams
+        self.common = {f.name: f for f in dataclasses.fields(Settings)}
+        self.own = {f.name: f for f in dataclasses.fields(self.kind)}
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+
+    def add(self, source: str, layer: dict[str, Any], below: bool = False) -> None:
+        """Put a layer on top of the others or, `below`, under them. A value replaces all ways of saying the same."""
+        for name, value in self._with_complements(source, layer).items():
+            same = self.kind.alternatives(name)
+            twice = [other for other in same if other in layer]
+            if len(twice) > 1:
+                raise UserError(f"{source}: {twice[0]} and {twice[1]} say the same thing twice; give only one")
+            if below and any(other in self.values for other in same):
+                continue
+            self.values |= dict.fromkeys(same) | {name: value}
+            self.sources |= dict.fromkeys(same, source)
+
+    def _with_complements(self, source: str, layer: dict[str, Any]) -> dict[str, Any]:
+        """Return the layer with `s: 0.9` as `density_ratio: 0.1`."""
+        layer = dict(layer)
+        for f in self.own.values():
+            other = f.metadata["complement"]
+            if other in layer:
+                if f.name in layer:
+                    raise UserError(f"{source}: {other} and {f.name} say the same thing twice; give only one")
+                layer[f.name] = round(1 - layer.pop(other), 12)
+        return layer
+
+    def config(self) -> Config:
+        """Return the settings that these values make. Values of other methods have no effect; a note names them."""
+        unused: dict[str, list[str]] = {}
+        for name, source in self.sources.items():
+            if name not in self.common and name not in self.own and name != "search" and source.startswith("--config"):
+                unused.setdefault(source, []).append(name)
+        for source, names in unused.items():
+            note(f"{source}: {self.method} has no settings {', '.join(names)}; they are ignored")
+        settings = Settings(**{name: value for name, value in self.values.items() if name in self.common})
+        self.add(f"published for {self.method}", self.kind.published(settings), below=True)
+        hparams = self.kind(**{name: value for name, value in self.values.items() if name in self.own})
+        return Config(settings, hparams, _search(self.values.get("search", {}), hparams, self.method))
+
+    def described(self, config: Config) -> str:
+        """Return all settings as a config file, each with a comment that says where its value comes from."""
+        lines = []
+        for line in config.as_yaml().splitlines(keepends=True):
+            name = line.partition(":")[0]
+            if name in self.common | self.own | {"search": None}:
+                default = f"default of {self.method}" if name in self.own else "default"
+                line = f"{line.rstrip()}  # {self.sources.get(name, default)}\n"
+            lines.append(line)
+        return "".join(lines)
+
+
+def _checked(config: Config) -> Config:
+    """Return the same with device and workers decided. Raise UserError for settings that do not go together."""
+    settings = config.settings
+    check_data(settings, config.trains)
+    check_output(settings)
+    if settings.eval_only and METHODS[settings.method].prepare is None:
+        raise UserError(f"--eval_only evaluates adapted weights, and {settings.method} has none; leave it out")
+    if settings.eval_only and not settings.weights_file.is_file():
+        raise UserError(f"--eval_only: there is no {settings.weights_file}; check --save_path and the run's settings")
+    workers = datasets.default_workers() if settings.workers is None else settings.workers
+    settings = dataclasses.replace(settings, device=choose_device(settings.device), workers=workers)
+    if config.search:
+        config.candidates()  # raises for values out of range
+    return dataclasses.replace(config, settings=settings)
+
+
+def _evaluated(config: Config, given: dict[str, Any]) -> Config:
+    """Return the same with the settings that the saved weights were trained with: these are the truth. Prompts may be
+    given on the command line."""
+    settings, path = config.settings, config.settings.weights_file
+    try:
+        trained = json.loads(checkpoint_metadata(path)["settings"])
+        if trained["method"] != settings.method:
+            raise UserError(f"{path} was trained with --method {trained['method']}; evaluate it with that")
+        own = {f.name: trained[f.name] for f in dataclasses.fields(config.hparams)}
+        known = {name: trained[name] for name in ("tuned_on", "draw")}
+        if not {"prompts", "template"} & given.keys():
+            known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
+        hparams = type(config.hparams)(**own).settled(trained["shots"], 0)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} does not say how it was trained; save it again") from None
+    return _checked(Config(dataclasses.replace(settings, **known), hparams, {}))
+
+
+# --- the command line
+
+
+def _command_line(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags that were given, each in its type. Raise UserError for flags that the method does not have."""
+    parser = _parser()
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.7)
+        parser.error(f"unknown argument {' '.join(unknown)}" + (f", meant {close[0]}?" if close else ""))
+    given = vars(known)
+    if "template" in given:
+        given["template"] = tuple(given["template"])
+    if "search" in given:
+        given["search"] = _words_of_search(given["search"])
+    return given
+
+
+def _flags(kind: type) -> dict[str, dict]:
+    """Return the flags of a class of options: name and, for argparse and for config files, type and help."""
+    flags = {}
+    for f in dataclasses.fields(kind):
+        flags[f.name] = {**f.metadata, "default": f.default}
+        if f.metadata["complement"]:
+            text = f"1 - {f.name}"
+            flags[f.metadata["complement"]] = {**f.metadata, "help": text, "default": round(1 - f.default, 12)}
+    return flags
+
+
+def _parser(method: str | None = None) -> Parser:
+    """Return a parser for the common flags and those of one method, or without one those of all methods."""
+    parser = Parser(
+        prog="main.py",
+        description="Few-shot adaptation of CLIP: one run. Defaults are in brackets. For the embedded digits, the dataset\n"
+        "if none is named, configs/digits.yaml replaces some of them: tiny CLIP, 16 shots and others.",
+        epilog="The other methods have flags of their own: main.py --method NAME --help.",
+        argument_default=SUPPRESS,
+        add_help=False,
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    kinds = [METHODS[method].Hparams] if method else [module.Hparams for module in METHODS.values()]
+    flags = _flags(Settings)
+    for kind in kinds:
+        flags = _flags(kind) | flags
+    order = {name: number for number, name in enumerate(flags)}
+    for name in sorted(flags, key=lambda name: (name != "method", order[name])):
+        about, group = flags[name], groups[flags[name]["group"]]
+        text = f"{about['help']} [{about['default']}]".replace("%", "%%")
+        if about["kind"] is bool:
+            group.add_argument(f"--{name}", action=BooleanOptionalAction, help=text)
+        elif about["kind"] is tuple:
+            group.add_argument(f"--{name}", action="append", metavar="TEXT", help=text)
+        else:
+            choices = about["choices"] and "{" + ",".join(about["choices"]) + "}"
+            group.add_argument(f"--{name}", type=about["kind"], metavar=choices, help=text)
+    text = "values of a hyperparameter, to choose from by accuracy on few-shot val images; repeated: all combinations"
+    groups["training"].add_argument("--search", action="append", metavar="NAME=VALUE,VALUE,...", help=text)
+    output = groups["output"]
+    output.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins over it")
+    output.add_argument("--print_config", action="store_true", help="print all settings and where they come from; stop")
+    output.add_argument("--help", "-h", action="store_true", help="print this; with --method NAME its flags; stop")
+    return parser
+
+
+def _reject_foreign_flags(given: dict[str, Any], method: str) -> None:
+    """Raise UserError for flags on the command line that only other methods have."""
+    known = _flags(Settings).keys() | _flags(METHODS[method].Hparams).keys() | {"search", "config"}
+    for name in given.keys() - known:
+        owners = [other for other, module in METHODS.items() if name in _flags(module.Hparams)]
+        raise UserError(
+            f"--{name} is a flag of {', '.join(owners)}, and --method {method} has none of that name; see main.py "
+            f"--method {method} --help"
+        )
+
+
+# --- config files
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file, each in its type, with the sections `methods` and `datasets` as dicts.
+
+    Raise UserError that names the file, the key and the remedy.
+    """
+    where = f"--config {path}"
+    known = _flags(Settings)
+    for module in METHODS.values():
+        known = _flags(module.Hparams) | known
+    return _section(read_yaml(path, where), where, known)
+
+
+def read_yaml(path: Path, where: str) -> Any:
+    """Return what a YAML file holds. Raise UserError, which begins with `where`, if it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _section(content: Any, where: str, known: dict[str, dict]) -> dict[str, Any]:
+    """Return the settings in a part of a config file. `known` are those that it may hold."""
+    if not isinstance(content or {}, dict):
+        raise UserError(f"{where} must hold lines of the form `name: value`")
+    settings = {}
+    for name, value in (content or {}).items():
+        if name in SECTIONS:
+            settings[name] = _subsections(value, f"{where}: {name}", name, known)
+        elif name == "search":
+            settings[name] = value
+        elif name in known:
+            settings[name] = _typed(value, known[name], f"{where}: {name}")
+        else:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise UserError(f"{where}: unknown setting {name!r}" + (f"; meant {close[0]}?" if close else ""))
+    return settings
+
+
+def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) -> dict[str, dict]:
+    names = METHODS if kind == "methods" else datasets.available_datasets()
+    if not isinstance(content, dict) or not content.keys() <= set(names):
+        raise UserError(f"{where} must hold settings under the names {', '.join(names)}")
+    parts = {}
+    for name, part in content.items():
+        inside = _flags(Settings) | _flags(METHODS[name].Hparams) if kind == "methods" else known
+        parts[name] = _section(part, f"{where}: {name}", inside)
+    return parts
+
+
+def _sections(source: str, layer: dict[str, Any], method: str, dataset: str) -> list[tuple[str, dict]]:
+    """Return a layer as several: its general settings, then those for the method, then those for the dataset."""
+    parts = [(source, {name: value for name, value in layer.items() if name not in SECTIONS})]
+    for section, chosen in zip(SECTIONS, (method, dataset)):
+        own = layer.get(section, {}).get(chosen)
+        parts += _sections(f"{source}, {section}: {chosen}", own, method, dataset) if own else []
+    return parts
+
+
+def _typed(value: Any, about: dict[str, Any], where: str) -> Any:
+    """Return a value of a config file in the type of its setting."""
+    kind = about["kind"]
+    if value is None and (about["default"] is None or kind is int):
+        return None
+    if kind is tuple:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where} must be a list of texts, not {value!r}")
+        return tuple(texts)
+    choices = about["choices"]
+    wanted = f"{where} must be {', '.join(choices) if choices else kind.__name__}, not {value!r}"
+    if value is None or isinstance(value, bool) != (kind is bool):
+        raise UserError(wanted)
+    try:
+        # Through text, because YAML reads 2e-4 as text and 1 as an integer.
+        typed = value if kind is bool else kind(str(value))
+    except ValueError:
+        raise UserError(wanted) from None
+    if choices and typed not in choices:
+        raise UserError(wanted)
+    return typed
+
+
+# --- what is searched
+
+
+def _words_of_search(words: Sequence[str]) -> dict[str, list]:
+    """Return what --search NAME=VALUE,VALUE,..., given once or more, compares."""
+    grid: dict[str, list] = {}
+    for word in words:
+        name, sign, values = word.partition("=")
+        if not sign:
+            raise UserError(f"--search {word}: write --search NAME=VALUE,VALUE,...")
+        grid.setdefault(name, []).extend(
+            {"true": True, "false": False}.get(value, value) for value in values.split(",")
+        )
+    return grid
+
+
+def _search(content: Any, hparams: Hparams, method: str) -> dict[str, list]:
+    """Return the values of each hyperparameter that is searched, in its type. Raise UserError for others."""
+    if not isinstance(content, dict) or not all(isinstance(values, list) and values for values in content.values()):
+        raise UserError(f"search must be `name: [value, value, ...]`, not {content!r}")
+    known = {
+        f.name: {**f.metadata, "default": f.default} for f in dataclasses.fields(hparams) if f.name != "eval_every"
+    }
+    for name in content:
+        if name not in known:
+            remedy = f"choose from {', '.join(known)}" if known else "leave --search out"
+            raise UserError(f"--search {name}: the method {method} has no such setting to choose; {remedy}")
+        same = [other for other in hparams.alternatives(name) if other in content]
+        if len(same) > 1:
+            raise UserError(f"--search: {same[0]} and {same[1]} say the same thing twice; give only one")
+    return {
+        name: [_typed(value, known[name], f"--search {name}") for value in values] for name, values in content.items()
+    }

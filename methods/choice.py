@@ -1,0 +1,101 @@
+"""Which blocks of CLIP a method adapts, and the learning rate's schedules."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from clip import CLIP
+from clip.model import Block
+from common import UserError
+from settings import Hparams, Training, option
+
+MINIMUM_LR = 1e-6
+POSITIONS = ("all", "bottom", "mid", "up", "half-bottom", "half-up", "top1", "top2", "top3")
+ENCODERS = ("text", "vision", "both")
+
+
+@dataclass(frozen=True)
+class Blocks(Hparams):
+    """Which transformer blocks are adapted."""
+
+    encoder: str = option("both", "towers that are adapted", choices=ENCODERS)
+    position: str = option("all", "blocks that are adapted in each tower", choices=POSITIONS)
+
+
+@dataclass(frozen=True)
+class BlockTraining(Training, Blocks):
+    """Hyperparameters of methods that train something in chosen blocks. The defaults are SO's."""
+
+
+def chosen_blocks(position: str, layers: int) -> range:
+    """Return the indices of the blocks that `position` names in a tower of `layers` blocks.
+
+    all; bottom, mid, up: thirds; half-bottom, half-up: halves; top1, top2, top3: the last ones. Raise UserError if the
+    tower is too small for it.
+    """
+    third, half = layers // 3, layers // 2
+    blocks = {
+        "all": range(layers),
+        "bottom": range(third),
+        "mid": range(third, 2 * layers // 3),
+        "up": range(2 * layers // 3, layers),
+        "half-bottom": range(half),
+        "half-up": range(half, layers),
+        "top1": range(layers - 1, layers),
+        "top2": range(layers - 2, layers),
+        "top3": range(layers - 3, layers),
+    }[position]
+    if len(blocks) == 0 or blocks.start < 0:
+        raise UserError(f"--position {position} needs more blocks than the {layers} of a tower; use --position all")
+    return blocks
+
+
+def select_blocks(model: CLIP, hparams: Blocks) -> dict[str, Block]:
+    """Freeze the model, and return the chosen blocks of the chosen towers by name."""
+    towers = {"vision": model.visual, "text": model}
+    if hparams.encoder != "text" and not model.arch.is_vit:
+        raise UserError("a ResNet image encoder has no transformer blocks to adapt; use --encoder text")
+    model.requires_grad_(False)
+    chosen = set()
+    for name in ("text", "vision") if hparams.encoder == "both" else (hparams.encoder,):
+        blocks = towers[name].transformer.resblocks
+        chosen |= {blocks[index] for index in chosen_blocks(hparams.position, len(blocks))}
+    return {name: module for name, module in model.named_modules() if module in chosen}
+
+
+def select_matrices(model: CLIP, hparams: Blocks) -> dict[str, nn.Parameter]:
+    """Freeze the model except the matrices that SO's paper trains, and return these by name.
+
+    In the chosen blocks of the chosen towers they are the attention's input projection (query, key and value stacked)
+    and output projection, and the two matrices of the MLP: 96 tensors, 122,683,392 weights in ViT-B/16.
+    """
+    for block in select_blocks(model, hparams).values():
+        for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+            linear.weight.requires_grad_(True)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, iterations: int, lowest: float = MINIMUM_LR
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return a schedule from the optimizer's learning rate down to `lowest` along half a cosine, a step an iteration."""
+    lowest = min(lowest, *(group["lr"] for group in optimizer.param_groups))
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=lowest)
+
+
+def epoch_cosine(lr: float, epochs: int, per_epoch: int, warmup_lr: float) -> Callable[[int], float]:
+    """Return Dassl's schedule: a map from an iteration, counted from 0, to the factor on `lr`.
+
+    The rate changes only between epochs of `per_epoch` iterations. Epoch 0 has `warmup_lr`; epoch e >= 1 has
+    lr (1 + cos(pi (e - 1) / epochs)) / 2, so the last epoch does not reach 0. (Dassl's own class depends on the version
+    of torch; this is what its published runs used.)
+    """
+
+    def factor(iteration: int) -> float:
+        epoch = iteration // per_epoch
+        return warmup_lr / lr if epoch == 0 else (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+    return factor

@@ -1,0 +1,1 @@
+"""Methods that change weights of CLIP in place."""

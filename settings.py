@@ -1,0 +1,348 @@
+"""How a setting is declared and checked, and the settings that every method shares. Knows no method.
+
+A setting is a field of a frozen dataclass, made by `option` with its default, help text and range. The same field is a
+command-line flag, a key of config files and, if it can change the result, a part of a run's identity. The settings of a
+method are a dataclass of the same kind in the method's own file: `Hparams`.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import datasets
+from common import UserError
+
+
+def option(
+    default: Any,
+    text: str,
+    group: str = "method",
+    *,
+    kind: type | None = None,
+    choices: Collection[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    complement: str | None = None,
+) -> Any:
+    """Return a dataclass field that is also a flag and a key of config files.
+
+    `text` is its help, `group` the heading of --help that it stands under. `kind` is its type, by default that of
+    `default`; needed where the default is None. `choices` or the four bounds say which values are allowed.
+    `complement` names a second flag whose value is 1 minus this one.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    return field(
+        default=default,
+        metadata={
+            "help": text,
+            "group": group,
+            "kind": kind or type(default),
+            "choices": choices,
+            "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
+            "complement": complement,
+        },
+    )
+
+
+def with_default(options: type, name: str, default: Any) -> Any:
+    """Return the field `name` of a class of options with another default, for a subclass."""
+    return field(default=default, metadata=options.__dataclass_fields__[name].metadata)
+
+
+_HOLDS = {
+    "at least": lambda value, bound: value >= bound,
+    "above": lambda value, bound: value > bound,
+    "at most": lambda value, bound: value <= bound,
+    "below": lambda value, bound: value < bound,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of all settings: raises UserError when a value is none of its choices or out of its range."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, choices, bounds = getattr(self, f.name), f.metadata["choices"], f.metadata["bounds"]
+            if value is None:
+                continue
+            if choices and value not in choices:
+                raise UserError(f"--{f.name} must be one of {', '.join(choices)}, not {value!r}")
+            if bounds and not (math.isfinite(value) and all(_HOLDS[word](value, b) for word, b in bounds.items())):
+                wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
+                raise UserError(f"--{f.name} must be {wanted}, not {value}")
+
+
+MAX_SHOTS = 10_000  # no class of the datasets has more images; lists of repeats beyond it would fill the memory
+
+
+@dataclass(frozen=True)
+class Settings(Options):
+    """The settings that every method shares. The names are those of the flags; nothing changes them after parsing."""
+
+    method: str = option("so", "method of adaptation; its own flags: --method NAME --help")
+
+    dataset: str = option(
+        "digits", "digits is embedded, folder is your images", "data", choices=datasets.available_datasets()
+    )
+    root_path: str = option("", "folder that holds the datasets ($DATA); for --dataset folder, your images", "data")
+    shots: int = option(1, "labelled training images per class", "data", at_least=1, at_most=MAX_SHOTS)
+    seed: int = option(
+        3, "of the few-shot draw, of image order and augmentation, and of the method", "data", at_least=0, below=2**63
+    )
+    draw: str = option(
+        "released", "few-shot draw as in SO's released code, or as in CoOp's", "data", choices=datasets.ORDERS
+    )
+    split: str | None = option(
+        None, "train on the images in the split.json of a run, or in a few-shot pickle of CoOp", "data", kind=str
+    )
+    classes: str = option(
+        "all", "base or new: one half of the classes, for the base-to-new protocol", "data", choices=datasets.CLASSES
+    )
+    test_part: str = option(
+        "test", "images that accuracy is measured on; val: all validation images", "data", choices=("test", "val")
+    )
+    prompts: str = option(
+        "released",
+        "'a photo of a {}.' for every dataset, or each dataset's own prompts",
+        "data",
+        choices=("released", "specific"),
+    )
+    template: tuple[str, ...] = option((), "your own prompt with {} for the class name; may be repeated", "data")
+
+    backbone: str = option("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file", "model")
+    precision: str = option(
+        "fp32", "of the model's computation; weights are always float32", "model", choices=("fp32", "bf16")
+    )
+
+    tuned_on: str = option(
+        "none",
+        "for the record: images that the settings were chosen on; --search sets val",
+        "training",
+        choices=("none", "val", "test"),
+    )
+    save_every: int = option(
+        1000, "iterations between two checkpoints that a stopped run resumes from; 0: none", "training", at_least=0
+    )
+
+    device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one", "machine")
+    workers: int | None = option(
+        None, "processes that read images; default: from the machine's cores", "machine", kind=int, at_least=0
+    )
+    image_cache_mb: int = option(
+        2048, "memory for decoded training images; the others are decoded on every use", "machine", at_least=0
+    )
+    cache_dir: str = option(
+        "~/.cache/clip-so", "folder for the features of test images under unchanged weights", "machine"
+    )
+
+    results_dir: str = option("results", "folder of run folders and results.csv", "output")
+    save_path: str | None = option(
+        None, "folder for the adapted weights; without it nothing is saved", "output", kind=str
+    )
+    filename: str | None = option(
+        None, "name of the weight file there, without ending; default: the method's name", "output", kind=str
+    )
+    eval_only: bool = option(False, "do not train: evaluate the weights in --save_path", "output")
+    eval_datasets: str | None = option(
+        None, "with --eval_only: datasets to evaluate on, comma-separated, instead of --dataset", "output", kind=str
+    )
+    tensorboard: bool = option(False, "write the curves for TensorBoard into the run's folder", "output")
+    force: bool = option(False, "run even if this run is already recorded", "output")
+    wait: bool = option(False, "if another process is doing this run, wait for it instead of stopping", "output")
+
+    @property
+    def test_dataset(self) -> str:
+        """The dataset that is tested on: the one trained on or, in an evaluation elsewhere, another."""
+        return self.eval_datasets or self.dataset
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file of the adapted weights, a different one for each backbone, dataset, shots and seed.
+
+        Weights that are evaluated on new classes were trained on the base classes.
+        """
+        if self.save_path is None:
+            return None
+        data = f"folder-{_data_name(self.root_path)}" if self.dataset == "folder" else self.dataset
+        data += "" if self.classes == "all" else "-base"
+        folder = Path(self.save_path) / slug(self.backbone) / data / f"{self.shots}shots" / f"seed{self.seed}"
+        return folder / f"{(self.filename or self.method).removesuffix('.safetensors')}.safetensors"
+
+    def one_by_one(self) -> list["Settings"]:
+        """Return the settings of each single run: one, or one for each of --eval_datasets."""
+        if self.eval_datasets is None:
+            return [self]
+        return [dataclasses.replace(self, eval_datasets=name) for name in self.eval_datasets.split(",")]
+
+
+def _data_name(root_path: str) -> str:
+    """Return the name of the user's data in file names: that of the folder, and of the manifest if it is one."""
+    path = Path(root_path).expanduser().resolve()
+    return re.sub(r"[^\w.-]", "_", f"{path.parent.name}-{path.stem}" if path.is_file() else path.name)
+
+
+def slug(backbone: str) -> str:
+    """Return a backbone's name, or its file's, as part of a file name."""
+    name = Path(backbone).stem if Path(backbone).suffix else backbone
+    return name.replace("/", "-").replace("@", "-")
+
+
+def check_data(settings: Settings, trains: bool) -> None:
+    """Raise UserError for datasets, classes and prompts that do not go together. `trains`: whether images are drawn."""
+    names = _eval_datasets(settings) if settings.eval_datasets is not None else [settings.dataset]
+    if settings.dataset == "folder" and not settings.root_path:
+        raise UserError("--dataset folder needs --root_path, the folder of your images or a manifest of them")
+    if datasets.is_test_only(settings.dataset) and (trains or settings.eval_only):
+        raise UserError(
+            f"--dataset {settings.dataset} has only test images; train on another dataset, for example imagenet, and "
+            f"evaluate with --eval_only --eval_datasets {settings.dataset}"
+        )
+    if datasets.is_test_only(settings.dataset) and settings.split:
+        raise UserError(f"--split: {settings.dataset} has no training images to choose")
+    if settings.split and not Path(settings.split).expanduser().is_file():
+        raise UserError(f"--split {settings.split} is not a file; every run that draws images writes a split.json")
+    if settings.classes == "new" and trains:
+        raise UserError("--classes new is only for testing; train with --classes base, then add --eval_only")
+    if names != ["digits"] and not settings.root_path:
+        flag = "dataset" if settings.eval_datasets is None else "eval_datasets"
+        raise UserError(f"--{flag} {settings.test_dataset} needs --root_path, the folder that holds the datasets")
+    for template in settings.template:
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            raise UserError(f"--template {template!r} must have {{}} where the class name goes, and no other braces")
+    if settings.template and settings.prompts == "specific":
+        raise UserError("--template and --prompts specific both say which prompts to use; give one of them")
+
+
+def _eval_datasets(settings: Settings) -> Sequence[str]:
+    """Return the names in --eval_datasets. Raise UserError if they cannot be evaluated on."""
+    names = settings.eval_datasets.split(",")
+    known = [name for name in datasets.available_datasets() if name != "folder"]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"--eval_datasets: {unknown[0]!r} is not one of {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"--eval_datasets {settings.eval_datasets} names a dataset twice")
+    if not settings.eval_only:
+        raise UserError("--eval_datasets evaluates saved weights; add --eval_only, and --save_path where they are")
+    if settings.classes != "all" or settings.split:
+        raise UserError("--eval_datasets takes whole test parts; leave --classes and --split out")
+    if settings.dataset == "folder" and names != ["digits"]:
+        raise UserError("--eval_datasets: with --dataset folder, --root_path holds only your images; take digits")
+    return names
+
+
+def check_output(settings: Settings) -> None:
+    """Raise UserError for output flags that cannot work."""
+    if settings.save_path == "":
+        raise UserError("--save_path is empty; name a folder, or . for this one")
+    if settings.eval_only and settings.save_path is None:
+        raise UserError("--eval_only needs --save_path, the folder given when the weights were saved")
+    if settings.filename and Path(settings.filename).name != settings.filename:
+        raise UserError(f"--filename {settings.filename} must be a plain name; folders belong in --save_path")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard; pip install -r requirements-all.txt")
+
+
+def choose_device(name: str) -> str:
+    """Return the device that `name` (cpu, cuda, cuda:N or auto) means here. Raise UserError if there is none."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown; use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return name
+
+
+@dataclass(frozen=True)
+class Hparams(Options):
+    """Base of a method's own settings, its hyperparameters. All of them identify a run and are recorded."""
+
+    @classmethod
+    def published(cls, settings: Settings) -> dict[str, Any]:
+        """Return published values that depend on the dataset or the number of shots; they replace the defaults."""
+        return {}
+
+    @classmethod
+    def alternatives(cls, name: str) -> tuple[str, ...]:
+        """Return the hyperparameters that say the same thing in different ways, `name` being one of them."""
+        return (name,)
+
+    def settled(self, shots: int, images: int) -> "Hparams":
+        """Return the same hyperparameters with everything decided that depends on the training images."""
+        return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The values that identify a run and are recorded."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+LENGTHS = ("n_iters", "total_iters", "epochs")
+
+
+@dataclass(frozen=True)
+class Training(Hparams):
+    """Hyperparameters of every method that `train.fit` trains. The defaults are SO's."""
+
+    lr: float = option(2e-4, "initial learning rate", "training", above=0)
+    n_iters: int | None = option(2000, "iterations per shot: n_iters x shots in all", "training", kind=int, at_least=1)
+    total_iters: int | None = option(
+        None, "iterations in all, instead of n_iters x shots", "training", kind=int, at_least=1
+    )
+    epochs: int | None = option(
+        None, "passes over the training images, instead of n_iters x shots", "training", kind=int, at_least=1
+    )
+    batch_size: int = option(32, "training images per iteration", "training", at_least=1)
+    early_stop_loss: float = option(
+        0.01, "stop when an epoch's mean training loss falls below this; 0 never stops", "training", at_least=0
+    )
+    min_area: float = option(
+        0.08, "smallest part of an image that a random training crop keeps", "training", above=0, at_most=1
+    )
+    flip: bool = option(True, "flip training images at random", "training")
+    eval_every: int = option(
+        0, "diagnostic: test accuracy every N iterations in curve.csv; it decides nothing", "training", at_least=0
+    )
+
+    @classmethod
+    def alternatives(cls, name: str) -> tuple[str, ...]:
+        return LENGTHS if name in LENGTHS else (name,)
+
+    def settled(self, shots: int, images: int) -> "Training":
+        """Return the same hyperparameters with `total_iters` decided, for this many shots and training images."""
+        if self.total_iters is not None:
+            return self
+        if self.epochs is not None:
+            return dataclasses.replace(self, total_iters=self.epochs * self.batches_per_epoch(images))
+        return dataclasses.replace(self, total_iters=self.n_iters * shots)
+
+    def batches_per_epoch(self, images: int) -> int:
+        """Return the number of batches in a pass over this many images; the last, smaller one counts."""
+        return datasets.batches_per_epoch(images, self.batch_size)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {name: value for name, value in super().identity.items() if name not in ("n_iters", "epochs")}
+
+
+@dataclass(frozen=True)
+class Views(Hparams):
+    """Augmentation of heads that are computed from several views of each training image."""
+
+    min_area: float = with_default(Training, "min_area", 0.5)
+    flip: bool = with_default(Training, "flip", True)
