@@ -223,9 +223,10 @@ def _parser(method: str | None = None) -> Parser:
     """Return a parser for the common flags and those of one method, or without one those of all methods."""
     parser = Parser(
         prog="main.py",
-        description="Few-shot adaptation of CLIP: one run. Defaults are in brackets. For the embedded digits, the dataset\n"
-        "if none is named, configs/digits.yaml replaces some of them: tiny CLIP, 16 shots and others.",
-        epilog="The other methods have flags of their own: main.py --method NAME --help.",
+        usage="main.py [flags]",
+        description="Few-shot adaptation of CLIP: one run. Defaults are in brackets. For the embedded digits, which are\n"
+        "taken if no dataset is named, configs/digits.yaml replaces some: tiny CLIP, 16 shots and others.",
+        epilog="Each method has flags of its own: main.py --method NAME --help. Methods:\n" + ", ".join(METHODS),
         argument_default=SUPPRESS,
         add_help=False,
     )

@@ -137,9 +137,8 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
             run.folder.forget_checkpoints()  # it would diverge again
             raise
         if fit.stopped_early:
-            print(
-                f"stopped at iteration {fit.iterations}: the training loss fell below {experiment.hparams.early_stop_loss}"
-            )
+            limit = experiment.hparams.early_stop_loss
+            print(f"stopped at iteration {fit.iterations}: the training loss fell below {limit}")
         start = time.perf_counter()
         accuracy = train.evaluate(experiment, adaptation)
         eval_seconds = time.perf_counter() - start

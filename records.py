@@ -154,8 +154,8 @@ def rebuild_table(results: Path) -> None:
         lock = acquire_lock(results / ".results.lock", TABLE_SECONDS)
     except Timeout:
         note(
-            f"{table} may lack the latest runs, because another process keeps it locked and may hang; their records are "
-            "safe. The next run that ends here writes the table again, and so does the same command"
+            f"{table} may lack the latest runs, because another process keeps it locked and may hang; their records "
+            "are safe. The next run that ends here writes the table again, and so does the same command"
         )
         return
     try:

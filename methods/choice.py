@@ -81,7 +81,7 @@ def select_matrices(model: CLIP, hparams: Blocks) -> dict[str, nn.Parameter]:
 def cosine_schedule(
     optimizer: torch.optim.Optimizer, iterations: int, lowest: float = MINIMUM_LR
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return a schedule from the optimizer's learning rate down to `lowest` along half a cosine, a step an iteration."""
+    """Return a schedule, a step an iteration, from the optimizer's rate down to `lowest` along half a cosine."""
     lowest = min(lowest, *(group["lr"] for group in optimizer.param_groups))
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=lowest)
 
