@@ -108,8 +108,8 @@ def fit(
 
     The loss is the cross-entropy of the method's logits plus its penalty. Training ends early when an epoch's mean loss
     falls below `early_stop_loss`. Every `eval_every` iterations, at the end of the epoch, the test accuracy is
-    measured, only for the curve. Every `save_every` iterations the state of training is saved in `checkpoints`; if these hold
-    one, training resumes from it, and `batches` begin there. `log` is given each row of the curve. Raise
+    measured, only for the curve. Every `save_every` iterations the state of training is saved in `checkpoints`; if
+    these hold one, training resumes from it, and `batches` begin there. `log` is given each row of the curve. Raise
     TrainingDiverged on a loss that is not finite.
     """
     checkpoints, watch = checkpoints or Checkpoints(), Stopwatch()
