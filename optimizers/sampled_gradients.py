@@ -13,6 +13,10 @@ How: the forward of each `nn.Linear` whose weight SO trains sparsely is replaced
 groups, and layers so dense in support that a matrix product is cheaper, keep their ordinary gradient, which a hook
 reads at the support and frees as soon as it is accumulated.
 
+A module may also apply only some output rows of a linear layer `in_proj`, as CLIP's attention does. It has two methods
+then: `project(x, parts)`, which is the only place that applies `in_proj` and is replaced, and `rows(parts)`, the slice
+of rows that it applies.
+
 Several backward passes before a step add up. Evaluation without gradients, activation checkpointing and autocast work
 as they are. What reads `.grad` does not see these gradients: gradient clipping, GradScaler, DistributedDataParallel.
 """
@@ -70,23 +74,36 @@ class SampledLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, None, None, None
 
 
-def _sampled_forward(layer: nn.Linear, optimizer: SO, x: Tensor, rows: slice | None = None) -> Tensor:
-    if not torch.is_grad_enabled() or not layer.weight.requires_grad:
-        return type(layer).forward(layer, x) if rows is None else type(layer).forward(layer, x, rows)
+def _needs_gradient(layer: nn.Linear) -> bool:
+    return torch.is_grad_enabled() and layer.weight.requires_grad
+
+
+def _sampled_forward(layer: nn.Linear, optimizer: SO, x: Tensor) -> Tensor:
+    if not _needs_gradient(layer):
+        return type(layer).forward(layer, x)
     optimizer.draw_supports()
-    start, stop = (0, layer.out_features) if rows is None else (rows.start, rows.stop)
-    return SampledLinear.apply(x, layer.weight, layer.bias, optimizer, start, stop)
+    return SampledLinear.apply(x, layer.weight, layer.bias, optimizer, 0, layer.out_features)
+
+
+def _sampled_project(attention: nn.Module, optimizer: SO, x: Tensor, parts: str) -> Tensor:
+    layer, rows = attention.in_proj, attention.rows(parts)
+    if not _needs_gradient(layer):
+        return type(attention).project(attention, x, parts)
+    optimizer.draw_supports()
+    return SampledLinear.apply(x, layer.weight, layer.bias, optimizer, rows.start, rows.stop)
 
 
 class Attached:
-    """What `attach` changed, to be undone by `remove`."""
+    """The methods and hooks that `attach` installed; `remove` takes them out again."""
 
-    def __init__(self, layers: list[nn.Linear], hooks: list):
-        self.layers, self.hooks = layers, hooks
+    def __init__(self, layers: list[nn.Linear], attentions: list[nn.Module], hooks: list):
+        self.layers, self.attentions, self.hooks = layers, attentions, hooks
 
     def remove(self) -> None:
         for layer in self.layers:
-            del layer.forward  # the class's own shows again
+            del layer.forward  # the class's method shows again
+        for attention in self.attentions:
+            del attention.project
         for hook in self.hooks:
             hook.remove()
 
@@ -110,6 +127,9 @@ def attach(model: nn.Module, optimizer: SO, dense_above: float | None = None) ->
     layers = [layer for layer in model.modules() if is_sampled(layer)]
     for layer in layers:
         layer.forward = partial(_sampled_forward, layer, optimizer)
+    attentions = [m for m in model.modules() if _projects_parts(m) and m.in_proj in layers]
+    for attention in attentions:
+        attention.project = partial(_sampled_project, attention, optimizer)
 
     def take_gradient(p: Tensor) -> None:
         if p.grad is None:  # all of it came from sampled layers
@@ -119,4 +139,8 @@ def attach(model: nn.Module, optimizer: SO, dense_above: float | None = None) ->
         p.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(take_gradient) for p in density if p.requires_grad]
-    return Attached(layers, hooks)
+    return Attached(layers, attentions, hooks)
+
+
+def _projects_parts(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("in_proj", "project", "rows"))
