@@ -306,12 +306,18 @@ class CLIP(nn.Module):
         """Preprocessed images [B, 3, R, R] to embeddings [B, E], not normalised."""
         return self.visual(images)
 
-    def encode_text(self, tokens: Tensor | PackedPrompts) -> Tensor:
+    def encode_text(self, tokens: Tensor | PackedPrompts, vectors: Tensor | None = None) -> Tensor:
         """Token ids [B, context] from `clip.tokenize` to embeddings [B, E], not normalised.
 
-        Prompts that are encoded again and again are better packed once: `PackedPrompts(tokens)`.
+        Prompts that are encoded again and again are better packed once: `PackedPrompts(tokens)`. `vectors` [V, D]
+        replace the embeddings of the tokens that the prompts' `vector_at` says; positions are added afterwards.
         """
         prompts = tokens if isinstance(tokens, PackedPrompts) else PackedPrompts(tokens)
         prompts = prompts.to(self.device)
-        x = self.token_embedding(prompts.ids) + self.positional_embedding[prompts.positions]  # [T, D]
+        x = self.token_embedding(prompts.ids)  # [T, D]
+        if (vectors is None) != (len(prompts.vector_places) == 0):
+            raise ValueError("learned vectors need prompts with vector_at, and such prompts need vectors")
+        if vectors is not None:
+            x = x.index_copy(0, prompts.vector_places, vectors[prompts.vector_rows])
+        x = x + self.positional_embedding[prompts.positions]
         return self.ln_final(self.transformer(x, prompts)) @ self.text_projection
