@@ -224,8 +224,8 @@ def _parser(method: str | None = None) -> Parser:
     parser = Parser(
         prog="main.py",
         usage="main.py [flags]",
-        description="Few-shot adaptation of CLIP: one run. Defaults are in brackets. For the embedded digits, taken if\n"
-        "no dataset is named, configs/digits.yaml replaces some: tiny CLIP, 16 shots and others.",
+        description="Few-shot adaptation of CLIP: one run. Defaults are in brackets. For the embedded digits, taken\n"
+        "if no dataset is named, configs/digits.yaml replaces some: tiny CLIP, 16 shots and others.",
         epilog="Each method has flags of its own: main.py --method NAME --help. Methods:\n" + ", ".join(METHODS),
         argument_default=SUPPRESS,
         add_help=False,

@@ -25,9 +25,12 @@ def encode_image(model: CLIP, images: Tensor) -> Tensor:
     return tower.ln_post(x[:, 0]) @ tower.proj
 
 
-def encode_text(model: CLIP, tokens: Tensor) -> Tensor:
-    """Token ids [B, 77] to embeddings [B, E]."""
-    x = model.token_embedding(tokens) + model.positional_embedding
+def encode_text(model: CLIP, tokens: Tensor, vector_at: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
+    """Token ids [B, 77] to embeddings [B, E]; `vectors` [V, D] replace tokens where `vector_at` [B, 77] is not -1."""
+    x = model.token_embedding(tokens)
+    if vectors is not None:
+        x = torch.where((vector_at >= 0)[..., None], vectors[vector_at.clamp(min=0)], x)
+    x = x + model.positional_embedding
     mask = torch.full((tokens.shape[1], tokens.shape[1]), -torch.inf, device=x.device).triu(1)
     for block in model.transformer.resblocks:
         x = _block(block, x, mask)

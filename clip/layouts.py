@@ -69,24 +69,36 @@ class PackedPrompts:
     ImageNet's 1000 class names take 4,170 tokens instead of the 77,000 of padded prompts.
 
     Only attention needs the prompts apart: it pads their rests to the longest, [B, S], and drops the padding again.
+
+    Learned prompt vectors, as CoOp trains them, stand where `vector_at` says so; `CLIP.encode_text` gets the vectors.
     """
 
-    def __init__(self, tokens: Tensor, share_prefix: bool = True):
-        """`tokens` [B, context]: int64 ids as `clip.tokenize` makes them, one prompt or more. Without `share_prefix`
-        each prompt has a beginning of its own: where dropout makes them differ."""
+    def __init__(self, tokens: Tensor, share_prefix: bool = True, vector_at: Tensor | None = None):
+        """Pack one prompt or more: `tokens` [B, context] are int64 ids as `clip.tokenize` makes them.
+
+        Without `share_prefix` each prompt keeps a beginning of its own: where dropout makes them differ. `vector_at`
+        [B, context], int64: -1 where a token's own embedding is used, else the row of the learned vectors that replaces
+        it. The token there is a placeholder, such as the one of "X"; a beginning is shared only if both agree.
+        """
         lengths = tokens.argmax(dim=1) + 1  # [B], end-of-text included
-        shared = (tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()
+        vector_at = torch.full_like(tokens, -1) if vector_at is None else vector_at
+        same = ((tokens == tokens[0]) & (vector_at == vector_at[0])).all(dim=0)
+        shared = same.cumprod(dim=0).sum()
         # Every prompt keeps its end-of-text token.
         self.prefix = int(min(shared, lengths.min() - 1)) if share_prefix else 0
         rests = lengths - self.prefix
         self.shape = len(tokens), int(rests.max())  # B, S
         columns = torch.arange(self.shape[1], device=tokens.device)
         is_token = columns < rests[:, None]  # [B, S]
-        rest = tokens[:, self.prefix : self.prefix + self.shape[1]]
-        self.ids = torch.cat([tokens[0, : self.prefix], rest[is_token]])  # [T]
-        self.positions = torch.cat(
-            [torch.arange(self.prefix, device=tokens.device), (self.prefix + columns).expand_as(is_token)[is_token]]
-        )
+
+        def pack(x: Tensor) -> Tensor:  # [B, context] -> [T]
+            return torch.cat([x[0, : self.prefix], x[:, self.prefix : self.prefix + self.shape[1]][is_token]])
+
+        self.ids = pack(tokens)
+        self.positions = pack(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
+        rows = pack(vector_at)
+        self.vector_places = (rows >= 0).nonzero().view(-1)  # which of the T tokens vectors replace
+        self.vector_rows = rows[self.vector_places]  # and which vectors these are
         self.slots = is_token.view(-1).nonzero().view(-1)  # [T - prefix], each token's place in the padded [B * S]
         self.ends = self.prefix + rests.cumsum(dim=0) - 1  # [B], each prompt's end-of-text token among the T
         # Which keys (prefix, then padded rest) a query sees; padding stands last, where no token looks.

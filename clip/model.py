@@ -60,41 +60,46 @@ class _QuickGELU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad, 1.702 * x)
 
 
-class RowsLinear(nn.Linear):
-    """`nn.Linear` that can also apply some of its output rows alone: `forward(x, rows=slice(0, 8))`."""
-
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        if rows is None:
-            return super().forward(x)
-        return F.linear(x, self.weight[rows], self.bias[rows])
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with queries, keys and values stacked in one projection.
 
-    The input projection is an ordinary linear layer, so that whatever works on linear layers works on it; in
-    state dicts it bears OpenAI's names `in_proj_weight` and `in_proj_bias`. How tokens are arranged, and which may
-    see which, is the business of the `layout` (`clip/layouts.py`).
+    The input projection is an ordinary linear layer; in state dicts it has OpenAI's names `in_proj_weight` and
+    `in_proj_bias`. `project` is the only method that applies it: code that changes the projection replaces `project`
+    on the instance. The `layout` (`clip/layouts.py`) says how tokens are arranged and which of them see which.
     """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
-        self.in_proj = RowsLinear(width, 3 * width)
+        self.width, self.heads = width, heads
+        self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
         self.register_state_dict_post_hook(_use_openai_names)
         self.register_load_state_dict_pre_hook(_use_module_names)
 
+    def project(self, x: Tensor, parts: str) -> Tensor:
+        """Return queries, keys and values side by side, or only the `parts` of them: "qkv", "q" or "kv".
+
+        [..., D] to [..., number of parts x D].
+        """
+        if parts == "qkv":
+            return self.in_proj(x)
+        rows = self.rows(parts)
+        return F.linear(x, self.in_proj.weight[rows], self.in_proj.bias[rows])
+
+    def rows(self, parts: str) -> slice:
+        """Return the output rows of `in_proj` that `parts` are computed with."""
+        start = "qkv".index(parts) * self.width
+        return slice(start, start + len(parts) * self.width)
+
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """All tokens [..., D] to [..., D]."""
-        q, k, v = self.in_proj(x).chunk(3, dim=-1)
+        q, k, v = self.project(x, "qkv").chunk(3, dim=-1)
         return self.out_proj(layout.attend(q, k, v, self.heads))
 
     def forward_used(self, x: Tensor, layout: Layout) -> Tensor:
         """Tokens [..., D] to the output [B, D] of the one used token of each picture or prompt."""
-        D = x.shape[-1]
-        q = self.in_proj(layout.used(x), rows=slice(0, D))
-        k, v = self.in_proj(x, rows=slice(D, 3 * D)).chunk(2, dim=-1)
+        q = self.project(layout.used(x), "q")
+        k, v = self.project(x, "kv").chunk(2, dim=-1)
         return self.out_proj(layout.attend_used(q, k, v, self.heads))
 
 
@@ -301,12 +306,18 @@ class CLIP(nn.Module):
         """Preprocessed images [B, 3, R, R] to embeddings [B, E], not normalised."""
         return self.visual(images)
 
-    def encode_text(self, tokens: Tensor | PackedPrompts) -> Tensor:
+    def encode_text(self, tokens: Tensor | PackedPrompts, vectors: Tensor | None = None) -> Tensor:
         """Token ids [B, context] from `clip.tokenize` to embeddings [B, E], not normalised.
 
-        Prompts that are encoded again and again are better packed once: `PackedPrompts(tokens)`.
+        Prompts that are encoded again and again are better packed once: `PackedPrompts(tokens)`. `vectors` [V, D]
+        replace the embeddings of the tokens that the prompts' `vector_at` says; positions are added afterwards.
         """
         prompts = tokens if isinstance(tokens, PackedPrompts) else PackedPrompts(tokens)
         prompts = prompts.to(self.device)
-        x = self.token_embedding(prompts.ids) + self.positional_embedding[prompts.positions]  # [T, D]
+        x = self.token_embedding(prompts.ids)  # [T, D]
+        if (vectors is None) != (len(prompts.vector_places) == 0):
+            raise ValueError("learned vectors need prompts with vector_at, and such prompts need vectors")
+        if vectors is not None:
+            x = x.index_copy(0, prompts.vector_places, vectors[prompts.vector_rows])
+        x = x + self.positional_embedding[prompts.positions]
         return self.ln_final(self.transformer(x, prompts)) @ self.text_projection

@@ -89,7 +89,7 @@ def adam_update(m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2:
     return lr / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt() + eps)
 
 
-def _at(tensor: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def at_flat(tensor: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A view of `tensor` and an index into it such that view[index] are its entries at flat row-major `indices`."""
     if tensor.is_contiguous():
         return tensor.view(-1), (indices,)
@@ -145,7 +145,6 @@ class SO(Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
         self.gradients: dict[Tensor, Tensor] = {}  # of the coming step: parameter -> values [k] at its support
         self.is_drawn = False  # whether the supports of the coming step are drawn
-        self.casts: dict[Tensor, tuple[Tensor, int]] = {}  # copies in another type, and the version they are of
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -219,7 +218,7 @@ class SO(Optimizer):
         state["support"] = draw_support(p.numel(), k, self.generator, p.device).sort().values
         state["drawn_after"] = state["step"]
         if "kept" not in state:  # zero moments on the support are the same as no moments
-            state["kept"] = state["support"]
+            state["kept"] = state["support"].clone()
             state["m"] = torch.zeros(k, dtype=_moment_dtype(p), device=p.device)
             state["v"] = torch.zeros_like(state["m"])
 
@@ -268,30 +267,9 @@ class SO(Optimizer):
             indices, m, v = kept, kept_m, kept_v
         updates = adam_update(m, v, step, group["lr"], beta1, beta2, group["eps"])
         for p, state, index, update, *moments in zip(params, states, indices, updates, kept, kept_m, kept_v):
-            self._subtract(p, index, update)
+            view, at = at_flat(p, index)
+            view[at] = (view[at] - update).to(p.dtype)  # twins write the same value
             state["kept"], state["m"], state["v"] = moments
-
-    def _subtract(self, p: Tensor, indices: Tensor, update: Tensor) -> None:
-        view, index = _at(p, indices)
-        values = (view[index] - update).to(p.dtype)
-        copy, version = self.casts.get(p, (None, None))
-        is_current = copy is not None and version == p._version
-        view[index] = values  # twins write the same value
-        if is_current:
-            view, index = _at(copy, indices)
-            view[index] = values.to(copy.dtype)
-            self.casts[p] = copy, p._version
-
-    def cast(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        """`p` in another type, for forward and backward in 16 bits. The copy is kept, and each step changes in it
-        what it changes in `p`; if anything else has changed `p`, it is made anew."""
-        if p.dtype == dtype:
-            return p.detach()
-        copy, version = self.casts.get(p, (None, None))
-        if copy is None or copy.dtype != dtype or version != p._version:
-            copy = p.detach().to(dtype)
-            self.casts[p] = copy, p._version
-        return copy
 
     def state_dict(self) -> dict:
         """As every optimizer's, plus the state of the generator: a run resumes in the middle of an interval."""
@@ -327,7 +305,7 @@ class SO(Optimizer):
             state = dict(state)
             self.generator = torch.Generator()
             self.generator.set_state(state.pop("generator_state"))
-            self.gradients, self.is_drawn, self.casts = {}, False, {}
+            self.gradients, self.is_drawn = {}, False
         super().__setstate__(state)
 
 
@@ -338,7 +316,7 @@ def _moment_dtype(p: Tensor) -> torch.dtype:
 
 def entries(tensor: Tensor, indices: Tensor) -> Tensor:
     """The entries of `tensor` at flat row-major `indices`, whatever its strides."""
-    view, index = _at(tensor, indices)
+    view, index = at_flat(tensor, indices)
     return view[index]
 
 

@@ -120,7 +120,7 @@ class SOAblation(Optimizer):
             return
 
         if "kept" not in state:  # zero moments on the support are the same as no moments
-            state["kept"], state["m"], state["v"] = support, torch.zeros_like(g), torch.zeros_like(g)
+            state["kept"], state["m"], state["v"] = support.clone(), torch.zeros_like(g), torch.zeros_like(g)
         before = (state["kept"], support, state["m"], state["v"], g)
         union, m, v, is_twin = (row[0] for row in merge(*(x[None] for x in before), beta1, beta2))
         # Each entry once: of all of U, or of S alone, which stands after K.

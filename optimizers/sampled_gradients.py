@@ -1,100 +1,166 @@
-"""Weight gradients at SO's support alone: the dense gradient of a trained matrix never exists.
+"""Weight gradients only at SO's support: the dense gradient of a trained matrix never exists.
 
 The support S is random and known before the forward pass. For a linear layer y = x W^T + b over N rows of x, the
-entries (i, j) of dW in S are sums over n of dy[n, i] * x[n, j]: k dot products of length N instead of a matrix product,
-and k columns of x kept for backward instead of all of it. The result is SO's, to rounding.
+entries (i, j) of dW in S are sums over n of dy[n, i] * x[n, j]. That is k dot products of length N instead of a matrix
+product, and k columns of x kept for backward instead of all of x. The update equals SO's, up to rounding.
 
     optimizer = SO(model.parameters(), ...)
-    attached = attach(model, optimizer)   # from now on forward, backward and optimizer.step() as ever
+    attached = attach(model, optimizer)   # from now on forward, backward and optimizer.step() as usual
     attached.remove()                     # back to plain gradients
 
-How: the forward of each `nn.Linear` whose weight SO trains sparsely is replaced by a function that, in backward, hands
-`optimizer.add_gradient(weight, values)` the values at the support. All other parameters of the optimizer's sparse
-groups, and layers so dense in support that a matrix product is cheaper, keep their ordinary gradient, which a hook
-reads at the support and frees as soon as it is accumulated.
+How: `attach` replaces the forward of each `nn.Linear` whose weight SO trains sparsely. In backward the new forward
+gives `optimizer.add_gradient(weight, values)` the values at the support. All other parameters of the optimizer's sparse
+groups keep their ordinary gradient, and so do layers with so dense a support that a matrix product is cheaper. A hook
+reads this gradient at the support and frees it as soon as it is accumulated.
+
+A module may apply only some output rows of a linear layer, as CLIP's attention does. Such a module calls the layer
+`in_proj` and has two methods: `project(x, parts)` is the only place that applies `in_proj`, and `attach` replaces it;
+`rows(parts)` is the slice of output rows that `project` applies.
 
 Several backward passes before a step add up. Evaluation without gradients, activation checkpointing and autocast work
-as they are. What reads `.grad` does not see these gradients: gradient clipping, GradScaler, DistributedDataParallel.
+as before. Code that reads `.grad` does not see these gradients: gradient clipping, GradScaler,
+DistributedDataParallel.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .SparseOptimizer import SO, entries
+from .SparseOptimizer import SO, at_flat, entries
 
-# Share of a matrix above which the dense product is cheaper than gathering, by device type. Measured on a CPU,
-# benchmarks/RESULTS.md; on a GPU, whose products are faster, an estimate.
+# Density of the support above which the dense product is cheaper than gathering, by device type. Measured on a CPU
+# (benchmarks/RESULTS.md); an estimate on a GPU, whose products are faster.
 DENSE_ABOVE = {"cpu": 0.01, "cuda": 0.002}
 
 
 class SampledLinear(torch.autograd.Function):
-    """`F.linear(x, weight[start:stop], bias)` whose weight gradient is computed at the support alone."""
+    """Some output rows of `F.linear(x, weight, bias)`, with the weight gradient computed only at the support.
+
+    `used` is `weight` in the type of the computation, and `rows` is a slice with start and stop.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, optimizer: SO, start: int, stop: int) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        else:
-            dtype = x.dtype
-        x, used = x.to(dtype), optimizer.cast(weight, dtype)[start:stop]
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor, rows: slice, optimizer: SO):
+        x, used = x.to(used.dtype), used[rows]
         support = optimizer.state[weight]["support"]
-        rows, columns = support // weight.shape[1], support % weight.shape[1]
+        ctx.weight, ctx.rows, ctx.optimizer, ctx.support = weight, rows, optimizer, support
+        i, j = support // weight.shape[1], support % weight.shape[1]
         flat = x.reshape(-1, x.shape[-1])
-        # Few columns are kept as they are needed; where they were more than all of x, x itself is kept.
-        ctx.few = len(columns) <= weight.shape[1] // 2
-        ctx.save_for_backward(flat.index_select(1, columns) if ctx.few else flat, used, rows, columns)
-        ctx.weight, ctx.optimizer, ctx.support, ctx.start, ctx.stop = weight, optimizer, support, start, stop
-        return F.linear(x, used, None if bias is None else bias[start:stop].to(dtype))
+        # Columns of x are copied, one for each entry of the support; if that is more than half of x, x itself is kept.
+        ctx.few = len(j) <= weight.shape[1] // 2
+        ctx.save_for_backward(flat.index_select(1, j) if ctx.few else flat, used, i, j)
+        return F.linear(x, used, None if bias is None else bias[rows].to(used.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.optimizer.state[ctx.weight]["support"] is not ctx.support:
-            raise RuntimeError("the support was drawn anew between forward and backward; call step() after backward()")
-        x, used, rows, columns = ctx.saved_tensors
+            raise RuntimeError("the support was drawn again between forward and backward; call step() after backward()")
+        x, used, i, j = ctx.saved_tensors
+        start, stop = ctx.rows.start, ctx.rows.stop
         flat = grad.reshape(-1, grad.shape[-1])
-        # Rows outside start:stop belong to another part of the weight: their values are set to zero.
-        inside = (rows >= ctx.start) & (rows < ctx.stop)
-        at_rows = flat.index_select(1, (rows - ctx.start).clamp(0, ctx.stop - ctx.start - 1))
-        at_columns = x if ctx.few else x.index_select(1, columns)
+        # Entries outside these rows belong to another part of the weight: their values are set to zero.
+        inside = (i >= start) & (i < stop)
+        grad_at_i = flat.index_select(1, (i - start).clamp(0, stop - start - 1))
+        x_at_j = x if ctx.few else x.index_select(1, j)
         sum_type = torch.promote_types(grad.dtype, torch.float32)  # 16-bit products are summed in float32
-        values = (at_rows.to(sum_type) * at_columns).sum(dim=0).masked_fill(~inside, 0)
+        values = (grad_at_i.to(sum_type) * x_at_j).sum(dim=0).masked_fill(~inside, 0)
         ctx.optimizer.add_gradient(ctx.weight, values)
         grad_x = grad @ used if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = F.pad(flat.sum(dim=0), (ctx.start, ctx.weight.shape[0] - ctx.stop))
+            grad_bias = F.pad(flat.sum(dim=0), (start, ctx.weight.shape[0] - stop))
         return grad_x, None, grad_bias, None, None, None
 
 
-def _sampled_forward(layer: nn.Linear, optimizer: SO, x: Tensor, rows: slice | None = None) -> Tensor:
-    if not torch.is_grad_enabled() or not layer.weight.requires_grad:
-        return type(layer).forward(layer, x) if rows is None else type(layer).forward(layer, x, rows)
-    optimizer.draw_supports()
-    start, stop = (0, layer.out_features) if rows is None else (rows.start, rows.stop)
-    return SampledLinear.apply(x, layer.weight, layer.bias, optimizer, start, stop)
-
-
 class Attached:
-    """What `attach` changed, to be undone by `remove`."""
+    """Linear layers that compute their weight gradients only at the optimizer's support, until `remove`."""
 
-    def __init__(self, layers: list[nn.Linear], hooks: list):
-        self.layers, self.hooks = layers, hooks
+    def __init__(self, optimizer: SO):
+        self.optimizer = optimizer
+        self.replaced: list[tuple[nn.Module, str]] = []  # modules, and the method that each has a replacement of
+        self.hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        # Weights in 16 bits for forward and backward, and the version of the weight that each is a copy of.
+        self.casts: dict[Tensor, tuple[Tensor, int]] = {}
+        self.changing: dict[Tensor, Tensor] = {}  # during a step: weights with a current copy, and their kept set
+
+    def replace(self, module: nn.Module, method: str, replacement: Callable) -> None:
+        setattr(module, method, replacement)
+        self.replaced.append((module, method))
 
     def remove(self) -> None:
-        for layer in self.layers:
-            del layer.forward  # the class's own shows again
+        """Undo `attach`: the model computes plain gradients again."""
+        for module, method in self.replaced:
+            delattr(module, method)  # the class's method shows again
         for hook in self.hooks:
             hook.remove()
 
+    def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """Replace a linear layer's forward."""
+        if not _needs_gradient(layer):
+            return type(layer).forward(layer, x)
+        return self._sampled(layer, x, slice(0, layer.out_features))
+
+    def project(self, module: nn.Module, x: Tensor, parts: str) -> Tensor:
+        """Replace `project` of a module that applies only some output rows of its `in_proj`."""
+        if not _needs_gradient(module.in_proj):
+            return type(module).project(module, x, parts)
+        return self._sampled(module.in_proj, x, module.rows(parts))
+
+    def _sampled(self, layer: nn.Linear, x: Tensor, rows: slice) -> Tensor:
+        self.optimizer.draw_supports()
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return SampledLinear.apply(x, layer.weight, layer.bias, self._cast(layer.weight, dtype), rows, self.optimizer)
+
+    def take_gradient(self, p: Tensor) -> None:
+        """Keep the values at the support of an ordinary gradient, and free the gradient."""
+        if p.grad is None:  # all of it came from sampled layers
+            return
+        self.optimizer.draw_supports()
+        self.optimizer.add_gradient(p, entries(p.grad, self.optimizer.state[p]["support"]))
+        p.grad = None
+
+    def _cast(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `p` in another type. Each step changes the same entries in the copy as in `p`; if anything else has
+        changed `p`, the copy is made again."""
+        if p.dtype == dtype:
+            return p.detach()
+        copy, version = self.casts.get(p, (None, None))
+        if copy is None or copy.dtype != dtype or version != p._version:
+            copy = p.detach().to(dtype)
+            self.casts[p] = copy, p._version
+        return copy
+
+    def _before_step(self, *_) -> None:
+        state = self.optimizer.state
+        self.changing = {p: state[p]["kept"] for p, (_, version) in self.casts.items() if version == p._version}
+
+    @torch.no_grad()
+    def _after_step(self, *_) -> None:
+        for p, kept in self.changing.items():
+            copy, _ = self.casts[p]
+            changed = torch.cat([kept, self.optimizer.state[p]["support"]])
+            view, index = at_flat(copy, changed)
+            view[index] = entries(p, changed).to(copy.dtype)
+            self.casts[p] = copy, p._version
+        self.changing = {}
+
+
+def _needs_gradient(layer: nn.Linear) -> bool:
+    return torch.is_grad_enabled() and layer.weight.requires_grad
+
 
 def attach(model: nn.Module, optimizer: SO, dense_above: float | None = None) -> Attached:
-    """Makes the model's linear layers compute their weight gradients at the optimizer's support alone.
+    """Make the model's linear layers compute their weight gradients only at the optimizer's support.
 
-    Groups that are `dense` are left alone. `dense_above`: the density above which a layer keeps the dense
+    Parameter groups with `dense` stay as they are. `dense_above`: the density above which a layer keeps the dense
     product, by default DENSE_ABOVE of the weight's device; 0 keeps it everywhere, 1 nowhere.
     """
     density = {
@@ -107,16 +173,13 @@ def attach(model: nn.Module, optimizer: SO, dense_above: float | None = None) ->
         limit = DENSE_ABOVE.get(layer.weight.device.type, 0) if dense_above is None else dense_above
         return density[layer.weight] <= limit
 
-    layers = [layer for layer in model.modules() if is_sampled(layer)]
-    for layer in layers:
-        layer.forward = partial(_sampled_forward, layer, optimizer)
-
-    def take_gradient(p: Tensor) -> None:
-        if p.grad is None:  # all of it came from sampled layers
-            return
-        optimizer.draw_supports()
-        optimizer.add_gradient(p, entries(p.grad, optimizer.state[p]["support"]))
-        p.grad = None
-
-    hooks = [p.register_post_accumulate_grad_hook(take_gradient) for p in density if p.requires_grad]
-    return Attached(layers, hooks)
+    attached = Attached(optimizer)
+    for module in model.modules():
+        if is_sampled(module):
+            attached.replace(module, "forward", partial(attached.forward, module))
+        elif is_sampled(getattr(module, "in_proj", None)) and hasattr(module, "project") and hasattr(module, "rows"):
+            attached.replace(module, "project", partial(attached.project, module))
+    for p in density:
+        if p.requires_grad:
+            attached.hooks.append(p.register_post_accumulate_grad_hook(attached.take_gradient))
+    return attached

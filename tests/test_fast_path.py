@@ -79,6 +79,47 @@ def test_twenty_training_steps(arch, encoder, texts, density):
     assert all(not torch.equal(p, q) for p, q in zip(trained[1], start))
 
 
+CONTEXTS = {  # M vectors stand where X is; C class names
+    "shared, at the beginning": ("X X X {}.", False),
+    "shared, in the middle": ("a X {} X X.", False),
+    "shared, at the end": ("{} X X X.", False),
+    "of each class, at the beginning": ("X X X {}.", True),
+    "of each class, around the name": ("a X X {} X.", True),
+}
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("template, of_each_class", CONTEXTS.values(), ids=CONTEXTS.keys())
+def test_learned_prompt_vectors(template, of_each_class, share_prefix):
+    model = model_of(VIT)
+    tokens = clip.tokenize([template.format(name) for name in ("cat", "dog", "very large dog")])
+    places = tokens == clip.tokenize("X")[0, 1]
+    assert (places.sum(dim=1) == 3).all()
+    vector_at = torch.where(places, places.cumsum(dim=1) - 1, -1)
+    if of_each_class:
+        vector_at = torch.where(places, vector_at + 3 * torch.arange(3)[:, None], -1)
+    vectors = torch.randn(int(vector_at.max()) + 1, 64, dtype=torch.float64, requires_grad=True)
+    prompts = PackedPrompts(tokens, share_prefix, vector_at)
+    if share_prefix:
+        agreed = {("X", False): 4, ("X", True): 1, ("{", False): 1, ("a", False): 3, ("a", True): 2}
+        assert prompts.prefix == agreed[template[0], of_each_class]
+    features = model.encode_text(prompts, vectors)
+    expected = encode_text(model, tokens, vector_at, vectors)
+    torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-11)
+    weight = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((x * weight).sum(), [vectors, *model.transformer.parameters()])
+        for x in (features, expected)
+    ]
+    for gradient, reference in zip(*gradients):
+        assert reference.abs().max() > 0
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(features, model.encode_text(tokens))
+    for arguments in ((tokens, vectors), (prompts,)):
+        with pytest.raises(ValueError, match="vector_at"):
+            model.encode_text(*arguments)
+
+
 def flops(function, *args):
     with FlopCounterMode(display=False) as counter:
         function(*args)

@@ -133,7 +133,7 @@ def test_the_low_precision_copy_of_a_weight_is_always_its_cast():
     torch.manual_seed(0)
     layer = nn.Linear(64, 64)
     optimizer = SO(layer.parameters(), lr=0.1, density_ratio=0.01, T=2)
-    attach(layer, optimizer)
+    attached = attach(layer, optimizer)
 
     def forward():
         with torch.autocast("cpu", torch.bfloat16):
@@ -144,7 +144,8 @@ def test_the_low_precision_copy_of_a_weight_is_always_its_cast():
     for _ in range(7):
         forward().float().square().sum().backward()
         optimizer.step()
-        copy, _ = optimizer.casts[layer.weight]
+        copy, version = attached.casts[layer.weight]
+        assert version == layer.weight._version
         assert torch.equal(copy, layer.weight.bfloat16())
     layer.load_state_dict({name: t + 1 for name, t in layer.state_dict().items()})
     forward()
@@ -170,7 +171,7 @@ def test_a_support_drawn_anew_before_backward_is_an_error():
     layer(torch.ones(2, 8)).sum().backward()
     optimizer.step()
     layer(torch.ones(2, 8))
-    with pytest.raises(RuntimeError, match="drawn anew"):
+    with pytest.raises(RuntimeError, match="drawn again"):
         late.backward()
 
 

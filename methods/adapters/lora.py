@@ -71,13 +71,14 @@ class Branches:
         with torch.autocast(weight.device.type, enabled=False):
             return weight + self.scaled_B(self.parts) @ torch.cat(list(self.A.values()))
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """The layer's output [..., out] of x [..., in], or those `rows` of it that make up one or more parts."""
-        rows = slice(0, self.layer.out_features) if rows is None else rows
+    def forward(self, x: Tensor, parts: str | None = None) -> Tensor:
+        """The layer's output [..., out] of x [..., in], or only these neighbouring `parts` of it."""
+        parts = self.parts if parts is None else parts
+        start = self.parts.index(parts) * self.height
+        rows = slice(start, start + len(parts) * self.height)
         if not torch.is_grad_enabled():
             return F.linear(x, self.merged()[rows], self.layer.bias[rows])
         y = F.linear(x, self.layer.weight[rows], self.layer.bias[rows])
-        parts = self.parts[rows.start // self.height : rows.stop // self.height]
         inner = [F.linear(self.dropout(x), self.A[part]) for part in parts if part in self.A]
         return y + F.linear(torch.cat(inner, dim=-1), self.scaled_B(parts)) if inner else y
 
@@ -94,14 +95,19 @@ class LoRA(Adapters):
         self.generators = (self.generator, dropout.generator)
         scaling = hparams.alpha / math.sqrt(hparams.rank)
         chosen = hparams.lora_on.split(",")
-        self.branches, parameters = [], {}
+        self.branches, self.replaced, parameters = [], [], {}
         for name, block in select_blocks(experiment.model, hparams).items():
-            for layer, parts in ((block.attn.in_proj, "qkv"), (block.attn.out_proj, "o")):
+            attn = block.attn
+            for layer, parts, owner, method in (
+                (attn.in_proj, "qkv", attn, "project"),
+                (attn.out_proj, "o", attn.out_proj, "forward"),
+            ):
                 if not set(parts) & set(chosen):
                     continue
                 branches = Branches(layer, parts, chosen, hparams.rank, scaling, dropout)
                 branches.start(self.generator)
-                layer.forward = branches.forward
+                setattr(owner, method, branches.forward)
+                self.replaced.append((owner, method))
                 self.branches.append(branches)
                 for part in branches.A:
                     parameters[f"{name}.attn.{part}.lora_A"] = branches.A[part]
@@ -114,8 +120,8 @@ class LoRA(Adapters):
         return ((branches.layer.weight, branches.merged()) for branches in self.branches)
 
     def remove(self) -> None:
-        for branches in self.branches:
-            del branches.layer.forward  # the class's own shows again
+        for owner, method in self.replaced:
+            delattr(owner, method)  # the class's method shows again
 
 
 def prepare(experiment: Experiment[Hparams]) -> LoRA:

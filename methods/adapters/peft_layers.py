@@ -53,6 +53,9 @@ class PeftAdapters(Adapters):
             if dropout > 0:
                 layer.lora_dropout[ADAPTER] = SeededDropout(dropout, generator)
             layer.forward = partial(_forward, layer)
+        self.attentions = [block.attn for block in blocks.values()]
+        for attention in self.attentions:
+            attention.project = partial(_project, attention)
         # AdaLoRA's constants, which peft makes trainable where it moves them to another device or type, stay frozen.
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
         model.requires_grad_(False)
@@ -67,12 +70,18 @@ class PeftAdapters(Adapters):
         for name, layer in self.layers.items():
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, layer.base_layer)
+        for attention in self.attentions:
+            del attention.project  # the class's method shows again
         del self.model.peft_config
 
 
-def _forward(layer: nn.Module, x: Tensor, rows: slice | None = None) -> Tensor:
+def _project(attention: nn.Module, x: Tensor, parts: str) -> Tensor:
+    """Replaces `Attention.project` where `in_proj` is a peft layer."""
+    return _forward(attention.in_proj, x, attention.rows(parts))
+
+
+def _forward(layer: nn.Module, x: Tensor, rows: slice = slice(None)) -> Tensor:
     """A peft layer's output, or those `rows` of it."""
-    rows = slice(None) if rows is None else rows
     if not torch.is_grad_enabled():
         return F.linear(x, merged(layer)[rows], layer.base_layer.bias[rows])
     return type(layer).forward(layer, x)[..., rows]
