@@ -18,8 +18,8 @@ from support.server import PAGE, files_in, offer, original, snapshot, tar_of, zi
 
 import datasets
 from clip.download import CHUNK
-from datasets import archives, download
-from datasets.sources import SOURCES
+from datasets.acquire import archives, download
+from datasets.acquire.sources import SOURCES
 from datasets.specs import SPECS
 
 WITH_SPLIT = sorted(SPLIT_FILES)
@@ -152,7 +152,7 @@ def test_a_web_page_does_not_harm_what_has_come(world, data_root, run_download, 
     path = world.has_archive("dtd", archive)
     world.cuts[path] = 1000
     run_download("dtd")
-    world.monkeypatch.setattr("download_server.Handler.do_GET", lambda handler: _send(handler, PAGE))
+    world.monkeypatch.setattr("support.server.Handler.do_GET", lambda handler: _send(handler, PAGE))
     assert run_download("dtd")[0] == 2
     assert (data_root / "dtd" / "dtd-r1.0.1.tar.gz.part").read_bytes() == archive[:1000]
 
@@ -420,7 +420,7 @@ def test_processes_that_want_the_same_dataset_make_one_download(world, data_root
         time.sleep(0.1)
         unpack(archive, folder)
 
-    world.monkeypatch.setattr("datasets.arrange.unpack", slow_unpack)
+    world.monkeypatch.setattr("datasets.acquire.arrange.unpack", slow_unpack)
 
     def work():
         start.wait()
