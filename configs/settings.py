@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import datasets
-from clip.download import file_sha256
+from common import file_sha256
 from methods import METHODS
 from methods.adaptation import ENCODERS, POSITIONS
 from optimizers.ablations import GRADIENTS, MOMENTS, SUPPORTS

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from clip.download import is_web_page
+from fetching import is_web_page
 
 from ..task import DatasetError
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-# The packages import none of each other, but one download for weights and data is worth this exception.
-from clip.download import fetch, has_checksum, is_web_page
+from fetching import fetch, has_checksum, is_web_page
 
 from ..specs import SPECS, Layout, locate, names_sha256
 from ..splits import list_imagenet, read_json_split, read_split
