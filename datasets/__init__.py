@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from datasets.digits import TEMPLATES as DIGITS_TEMPLATES
-from datasets.digits import DigitsTask, split_digits
-from datasets.fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
-from datasets.folder import TEMPLATES as FOLDER_TEMPLATES
-from datasets.folder import FolderTask, read_folder
-from datasets.images import (
+from .digits import TEMPLATES as DIGITS_TEMPLATES
+from .digits import DigitsTask, split_digits
+from .fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
+from .folder import TEMPLATES as FOLDER_TEMPLATES
+from .folder import FolderTask, read_folder
+from .images import (
     augmented_loader,
     batches_per_epoch,
     default_workers,
@@ -22,10 +22,10 @@ from datasets.images import (
     test_loader,
     training_loader,
 )
-from datasets.recorded import import_coop, replay, to_json
-from datasets.specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
-from datasets.splits import ImageNetListing, Split, list_imagenet, read_split
-from datasets.task import DatasetError, Item, Task, check_images_exist, note, printable
+from .recorded import import_coop, replay, to_json
+from .specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
+from .splits import ImageNetListing, Split, list_imagenet, read_split
+from .task import DatasetError, Item, Task, check_images_exist, note, printable
 
 __all__ = [
     "CLASSES",

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from datasets.splits import Split
-from datasets.task import Item, Task
+from .splits import Split
+from .task import Item, Task
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of the number {}.",)

@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from datasets.task import Item, Task
+from .task import Item, Task
 
 T = TypeVar("T")
 

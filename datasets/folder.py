@@ -19,9 +19,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from datasets.manifest import PARTS, check_names, divide, likewise, read_manifest
-from datasets.splits import Split, read_text
-from datasets.task import DatasetError, Item, Task, note, read_upright_image
+from .manifest import PARTS, check_names, divide, likewise, read_manifest
+from .splits import Split, read_text
+from .task import DatasetError, Item, Task, note, read_upright_image
 
 TEMPLATES = ("a photo of a {}.",)
 

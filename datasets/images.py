@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from datasets.task import DatasetError, Item, Task, read_image
+from .task import DatasetError, Item, Task, read_image
 
 # read_image is defined beside Task, which needs it too.
 __all__ = ["augmented_loader", "batches_per_epoch", "default_workers", "read_image", "test_loader", "training_loader"]

@@ -11,8 +11,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from datasets.splits import Split, check_path, parse_json, read_text
-from datasets.task import DatasetError, Item, enumerated, note
+from .splits import Split, check_path, parse_json, read_text
+from .task import DatasetError, Item, enumerated, note
 
 # What the parts may be called, in manifests and as folders.
 PARTS = {

@@ -13,8 +13,8 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-from datasets.splits import check_path, parse_json
-from datasets.task import DatasetError, Item, Task
+from .splits import check_path, parse_json
+from .task import DatasetError, Item, Task
 
 
 def to_json(task: Task) -> str | None:

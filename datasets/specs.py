@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.task import DatasetError
+from .task import DatasetError
 
 RELEASED_TEMPLATES = ("a photo of a {}.",)
 

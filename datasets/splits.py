@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 
-from datasets.specs import SPECS, Found
-from datasets.task import DatasetError, Item, enumerated
+from .specs import SPECS, Found
+from .task import DatasetError, Item, enumerated
 
 # The extensions that torchvision's ImageFolder takes for images; the published draws were made from its
 # listing.

@@ -12,7 +12,9 @@ import pytest
 
 import clip
 from clip import download
-from clip.download import CHUNK, MODELS, fetch, fetch_model
+from clip.download import MODELS, fetch_model
+from common import UserError
+from fetching import CHUNK, fetch
 
 CONTENT = random.Random(0).randbytes(2 * CHUNK + 12_345)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -89,8 +91,8 @@ def assert_complete(target):
 
 
 def error_of(url, target, sha256=SHA256) -> str:
-    """The message of the WeightsError that fetch raises; it must be one line."""
-    with pytest.raises(clip.WeightsError) as caught:
+    """The message of the UserError that fetch raises; it must be one line."""
+    with pytest.raises(UserError) as caught:
         fetch(url, target, sha256)
     message = str(caught.value)
     assert "\n" not in message
@@ -259,7 +261,8 @@ def test_models_are_fetched_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "fetch", lambda *arguments: asked.append(arguments) or arguments[1])
     assert fetch_model("ViT-L/14@336px", tmp_path) == tmp_path / "ViT-L-14-336px.pt"
     sha256 = MODELS["ViT-L/14@336px"][1]
-    assert asked == [(f"{download.PREFIX}/{sha256}/ViT-L-14-336px.pt", tmp_path / "ViT-L-14-336px.pt", sha256)]
+    url, target = f"{download.PREFIX}/{sha256}/ViT-L-14-336px.pt", tmp_path / "ViT-L-14-336px.pt"
+    assert asked == [(url, target, sha256, clip.WeightsError)]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fetch_model("RN50") == tmp_path / ".cache" / "clip" / "RN50.pt"
 

@@ -15,8 +15,8 @@ from PIL import Image
 from support.fabricate import FOLDERS, SPLIT_FILES, VARIANTS, error_of_build, fabricate, fabricate_variant, picture
 
 import datasets
-from datasets import doctor
-from datasets.sources import SOURCES
+from datasets.acquire import doctor
+from datasets.acquire.sources import SOURCES
 from datasets.specs import SPECS
 from datasets.splits import imagenet_classes, read_json_split
 

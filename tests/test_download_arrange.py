@@ -15,7 +15,7 @@ from support.fabricate import FOLDERS, SPLIT_FILES, fabricate
 from support.server import PAGE, files_in, original, tar_of, zip_of
 
 import datasets
-from datasets.archives import unpack
+from datasets.acquire.archives import unpack
 from datasets.splits import imagenet_classes
 
 ESCAPES = ["../evil", "a/../../evil", "/evil", "\\evil", "..\\evil", "C:\\evil", "C:evil", "//host/share/evil"]

@@ -15,8 +15,8 @@ from pathlib import Path
 import gdown
 import pytest
 
-from datasets import download
-from datasets.sources import SOURCES
+from datasets.acquire import download
+from datasets.acquire.sources import SOURCES
 from datasets.specs import SPECS
 from support.fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from scipy.io import loadmat
 from tqdm import tqdm
 
-from datasets.archives import check_space, explained, member_names, unpack_tar
-from datasets.arrange import archives_below, arrange_folder, is_missing, put, unpacked, walk
-from datasets.task import DatasetError
+from ..task import DatasetError
+from .archives import check_space, explained, member_names, unpack_tar
+from .arrange import archives_below, arrange_folder, is_missing, put, unpacked, walk
 
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")

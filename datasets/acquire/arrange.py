@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from datasets.archives import SUFFIXES, is_archive, member_names, unpack, why_no_archive
-from datasets.splits import IMAGE_EXTENSIONS
+from ..splits import IMAGE_EXTENSIONS
+from .archives import SUFFIXES, is_archive, member_names, unpack, why_no_archive
 
 _DEPTH = 4  # Kaggle's ImageNet lies as deep as this: ILSVRC/Data/CLS-LOC/train
 _NO_ARCHIVES = (*IMAGE_EXTENSIONS, ".json", ".txt", ".csv", ".xml", ".mat", ".part", ".lock", ".md", ".pdf")

@@ -15,8 +15,9 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from clip.download import is_web_page
-from datasets.task import DatasetError
+from fetching import is_web_page
+
+from ..task import DatasetError
 
 SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)

@@ -1,0 +1,267 @@
+"""Fetches, verifies, unpacks and arranges datasets. It can be interrupted, and run again, at any time.
+
+python -m datasets.download dtd eurosat --root_path $DATA
+python -m datasets.download all --root_path $DATA        # what needs your hand is told step by step
+
+The addresses in datasets/acquire/sources.py were collected from public code and issue reports and have not been tried
+live.
+Exit code 0: all that was asked for is ready; 2: something is missing, and the output says what; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+from fetching import fetch, has_checksum, is_web_page
+
+from ..specs import SPECS, Layout, locate, names_sha256
+from ..splits import list_imagenet, read_json_split, read_split
+from ..task import DatasetError, Task, check_images_exist
+from .archives import check_space, is_archive, why_no_archive
+from .arrange import archives_below, arrange_folder, holds, is_missing, unpacked
+from .imagenet import arrange_imagenet
+from .sources import SOURCES, SPLITS, Archive
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes the named datasets ready below --root_path and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m datasets.download", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "names", nargs="+", choices=(*SOURCES, "all"), metavar="NAME", help=f"all, or of: {', '.join(SOURCES)}"
+    )
+    parser.add_argument("--root_path", required=True, type=Path, help="the folder that holds the datasets")
+    arguments = parser.parse_args(argv)
+    root = arguments.root_path.expanduser()
+    names = tuple(SOURCES) if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
+    ready, failed = {}, {}
+    try:
+        for name in names:
+            try:
+                ready[name] = prepare(name, root)
+            except (DatasetError, OSError) as error:
+                failed[name] = _in_a_line(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+    for name, state in ready.items():
+        print(f"{name}: ready, {state}")
+    for name, problem in failed.items():
+        print(f"error: {name}: {problem}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def prepare(name: str, root: Path) -> str:
+    """Make dataset `name` ready below `root` and return what lies where.
+
+    What is there already, in any layout that `locate` knows, is used; where nothing is missing, nothing is written and
+    no network is asked. Raises DatasetError with what is missing and what to do.
+    """
+    try:
+        return check(name, root)
+    except DatasetError:
+        pass
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{name}.lock"):
+        problems = []
+        for bring in (_bring_split, _bring_images):
+            try:
+                bring(name, root)
+            except DatasetError as error:  # the images may come though the split does not, and the other way round
+                problems.append(str(error))
+        if problems:
+            raise DatasetError("; ".join(problems))
+        return check(name, root)
+
+
+def check(name: str, root: Path) -> str:
+    """Say where dataset `name` lies if it is whole: split readable, every image of it there. DatasetError otherwise."""
+    missing = _missing_parts(name, _layout(name, root), root)
+    if missing:
+        raise DatasetError(f"{missing[0]} is missing")
+    found = locate(name, root)
+    if name == "imagenet":
+        return f"{len(list_imagenet(found.images).test):,} validation images in {found.images}"
+    split = read_split(name, found)
+    try:
+        check_images_exist(Task(name, split.class_names, (), split.train, split.val, split.test, found.images))
+    except DatasetError as error:
+        raise DatasetError(
+            f"{error} If so, move {found.images} away and run again; copies with renamed images do not fit the split"
+        ) from error
+    return f"{len(split.train) + len(split.val) + len(split.test):,} images in {found.images}"
+
+
+def _layout(name: str, root: Path) -> Layout:
+    """Where the dataset lies or shall lie: where most of it is, else in a folder that exists, else as CoOp has it."""
+    layouts = SPECS[name].layouts
+
+    def rank(layout: Layout) -> tuple[int, bool]:
+        return -len(_missing_parts(name, layout, root)), (root / layout.folder).is_dir()
+
+    return max(layouts, key=rank)
+
+
+def _parts(name: str, layout: Layout, root: Path) -> tuple[Path, ...]:
+    """The folders that must be there."""
+    images = root / layout.folder / layout.images
+    return tuple(images / part for part in SOURCES[name].parts or (layout.holds,))
+
+
+def _missing_parts(name: str, layout: Layout, root: Path) -> list[Path]:
+    return [part for part in _parts(name, layout, root) if is_missing(part)]
+
+
+def _bring_images(name: str, root: Path) -> None:
+    """Arrange what lies in the dataset's folders; if that is not enough, download the images."""
+    layout, source = _layout(name, root), SOURCES[name]
+    folder = root / layout.folder
+    if name == "imagenet":
+        folder.mkdir(parents=True, exist_ok=True)
+        arrange_imagenet(folder, folder / layout.images)
+    else:
+        _arrange(name, root, layout)
+        if _missing_parts(name, layout, root) and source.archives:
+            _download(name, folder)
+            _arrange(name, root, layout)
+    missing = _missing_parts(name, layout, root)
+    if missing:
+        _print_steps(name, root, folder)
+        raise DatasetError(f"{missing[0]} is missing; do the steps above and run again")
+
+
+def _arrange(name: str, root: Path, layout: Layout) -> None:
+    """Move the missing parts into place, from folders or else from archives in any of the dataset's folders."""
+    places = dict.fromkeys(root / other.folder for other in SPECS[name].layouts if (root / other.folder).is_dir())
+
+    def called(part: Path) -> tuple[str, ...]:
+        return (part.name, SOURCES[name].called)
+
+    for place in places:
+        for part in _missing_parts(name, layout, root):
+            arrange_folder(place, part, called(part))
+    for archive in [archive for place in places for archive in archives_below(place)]:
+        missing = _missing_parts(name, layout, root)
+        names = tuple(word for part in missing for word in called(part) if word)
+        if missing and holds(archive, names):
+            check_space(name, root / layout.folder, SOURCES[name].unpacked_gb)
+            with unpacked(archive, root / layout.folder, names) as tree:
+                for part in missing:
+                    arrange_folder(tree, part, called(part))
+            print(f"{archive} is no longer needed and may be deleted")
+
+
+def _download(name: str, folder: Path) -> None:
+    """Download the first of the dataset's archives that can be had; why the others cannot is told on stderr."""
+    source = SOURCES[name]
+    started = sum(path.stat().st_size for path in folder.glob("*.part")) / 1e9
+    check_space(name, folder, max(source.download_gb - started, 0) + source.unpacked_gb)
+    for archive in source.archives:
+        part = folder / f"{archive.file}.part"
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            _fetch(archive, folder / archive.file)
+            return
+        except DatasetError as error:
+            if part.exists() and part.stat().st_size > before:
+                raise  # it comes, so go on with it later: another source would start from nothing
+            print(f"{name}: {error}", file=sys.stderr)
+
+
+def _fetch(archive: Archive, target: Path) -> None:
+    if archive.url.startswith("drive:"):
+        fetch_from_drive(archive.url.removeprefix("drive:"), target)
+    else:
+        fetch(archive.url, target, archive.checksum, DatasetError)
+    if not is_archive(target):
+        raise DatasetError(why_no_archive(target))
+
+
+def fetch_from_drive(file_id: str, target: Path) -> None:
+    """Download a Google Drive file with gdown, which resumes too; `target` appears when the file is whole."""
+    try:
+        import gdown
+    except ImportError:
+        raise DatasetError(
+            "downloads from Google Drive need the package gdown; pip install -r requirements.txt"
+        ) from None
+    address = f"https://drive.google.com/file/d/{file_id}/view"
+    remedy = f"open it in a browser, now or in a day, download the file and put it at {target}"
+    arriving = target.with_name(f"{target.name}.drive")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        gdown.download(id=file_id, output=str(arriving), resume=True, timeout=60)
+    except (gdown.DownloadError, OSError) as error:  # OSError: requests' errors, and the disk's
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DatasetError(f"Google Drive did not give {address} ({_in_a_line(error)}); {remedy}") from error
+    with open(arriving, "rb") as file:
+        web_page = is_web_page(file.read(1024))
+    if web_page:
+        arriving.unlink()
+        raise DatasetError(f"Google Drive sent a web page (a quota or a virus scan) for {address}; {remedy}")
+    arriving.replace(target)
+
+
+def _bring_split(name: str, root: Path) -> None:
+    """Download the split file unless it lies in one of the dataset's folders: from GitHub, else from Google Drive."""
+    source, file = SOURCES[name].split, SPECS[name].split_file
+    if source is None or any((root / layout.folder / file).is_file() for layout in SPECS[name].layouts):
+        return
+    target = root / _layout(name, root).folder / file
+    new = target.with_name(f"{file}.new")
+    new.unlink(missing_ok=True)
+    for from_drive in (False, True):
+        try:
+            if from_drive:
+                fetch_from_drive(source.drive, new)
+            else:
+                fetch(f"{SPLITS}/{file}", new, None if source.reported else source.sha256, DatasetError)
+            _check_split(name, new, source.sha256)
+            new.replace(target)
+            print(f"split file in {target}")
+            return
+        except DatasetError as error:
+            new.unlink(missing_ok=True)
+            print(f"{name}: {str(error).replace(str(new), str(target))}", file=sys.stderr)
+    raise DatasetError(f"split file {target} could not be fetched, for the reasons above; run again or put it there")
+
+
+def _check_split(name: str, path: Path, sha256: str) -> None:
+    """A split with other bytes than the known ones is taken if its classes and numbers are the published ones."""
+    if has_checksum(path, sha256):
+        return
+    split, spec = read_json_split(path), SPECS[name]
+    here = (len(split.train), len(split.val), len(split.test))
+    if here != spec.sizes or names_sha256(split.class_names) != spec.names_sha256:
+        raise DatasetError(
+            f"{path} has {len(split.class_names)} classes and {here[0]}/{here[1]}/{here[2]} train/val/test images; "
+            f"these are not the published {spec.classes} and {'/'.join(map(str, spec.sizes))}, or have other names"
+        )
+    print(f"note: the split of {name} has the published classes and numbers, but other bytes than the known copy")
+
+
+def _print_steps(name: str, root: Path, folder: Path) -> None:
+    """What the user can do by hand; the next run finds and arranges what was put there."""
+    source = SOURCES[name]
+    lines = [archive.url.replace("drive:", "https://drive.google.com/uc?id=") for archive in source.archives]
+    print(
+        f"\n{name} needs your hand:\n"
+        f"  1. Get the images, about {source.download_gb:g} GB (the addresses were collected, not tried):\n"
+        + "".join(f"       {line}\n" for line in (*lines, *source.hints))
+        + f"  2. Put the archives or the unpacked folders, as they are and under any name, into\n       {folder}\n"
+        f"  3. Run again: python -m datasets.download {name} --root_path {root}\n",
+        file=sys.stderr,
+    )
+
+
+def _in_a_line(error: Exception) -> str:
+    """An error's message in one line; the operating system's with a remedy."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left ({error.filename or 'disk full'}); free space and run again to go on"
+    return " ".join(str(error).split())
