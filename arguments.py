@@ -1,7 +1,8 @@
 """Reads what one command asks for, in layers: later ones win.
 
-Defaults of the dataclasses < a method's published values for this dataset and number of shots < for the digits
-configs/digits.yaml < --config FILE < command line. --print_config shows the outcome and where each value comes from.
+Defaults of the dataclasses < the YAML file beside the method's own, with values that were published for some datasets
+or numbers of shots < for the digits configs/digits.yaml < --config FILE < command line. --print_config shows what comes
+out and where each value is from.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from methods import METHODS
 from settings import LENGTHS, Hparams, Settings, check_data, check_output, choose_device
 
 QUICK_START = Path(__file__).resolve().parent / "configs" / "digits.yaml"
-SECTIONS = ("methods", "datasets")  # of config files: settings for one method, for one dataset
+SECTIONS = ("methods", "by_shots", "datasets")  # of config files: settings for one method, number of shots, dataset
 GROUPS = ("data", "model", "method", "training", "machine", "output")  # of --help
 
 
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     if "config" in given:
         path = Path(given.pop("config"))
         layers.insert(0, (f"--config {path}", read_config(path)))
-    method, dataset = (_last(layers, name, getattr(Settings, name)) for name in ("method", "dataset"))
+    method, dataset = _last(layers, "method"), _last(layers, "dataset")
     if method not in METHODS:
         raise UserError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
     if given.pop("help", False):
@@ -82,9 +83,13 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     _reject_foreign_flags(given, method)
     if dataset == "digits":
         layers.insert(0, ("configs/digits.yaml", read_config(QUICK_START)))
+    published = Path(METHODS[method].__file__).with_suffix(".yaml")
+    if published.is_file():
+        layers.insert(0, (f"published, {published.name}", read_config(published)))
+    chosen = {"methods": method, "by_shots": _last(layers, "shots"), "datasets": dataset}
     values = Layers(method)
     for source, layer in layers:
-        for part in _sections(source, layer, method, dataset):
+        for part in _sections(source, layer, chosen):
             values.add(*part)
     config = values.config()
     if shows:
@@ -93,8 +98,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     return _evaluated(_checked(config), given) if config.settings.eval_only else _checked(config)
 
 
-def _last(layers: Sequence[tuple[str, dict]], name: str, default: str) -> str:
-    return [default, *(layer[name] for _, layer in layers if name in layer)][-1]
+def _last(layers: Sequence[tuple[str, dict]], name: str) -> Any:
+    """Return the value that a common setting has in the last layer that names it outside of a section."""
+    return [getattr(Settings, name), *(layer[name] for _, layer in layers if name in layer)][-1]
 
 
 class Layers:
@@ -107,15 +113,13 @@ class Layers:
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
 
-    def add(self, source: str, layer: dict[str, Any], below: bool = False) -> None:
-        """Put a layer on top of the others or, `below`, under them. A value replaces all ways of saying the same."""
+    def add(self, source: str, layer: dict[str, Any]) -> None:
+        """Put a layer on top of the others. A value replaces all ways of saying the same."""
         for name, value in self._with_complements(source, layer).items():
             same = self.kind.alternatives(name)
             twice = [other for other in same if other in layer]
             if len(twice) > 1:
                 raise UserError(f"{source}: {twice[0]} and {twice[1]} say the same thing twice; give only one")
-            if below and any(other in self.values for other in same):
-                continue
             self.values |= dict.fromkeys(same) | {name: value}
             self.sources |= dict.fromkeys(same, source)
 
@@ -139,7 +143,6 @@ class Layers:
         for source, names in unused.items():
             note(f"{source}: {self.method} has no settings {', '.join(names)}; they are ignored")
         settings = Settings(**{name: value for name, value in self.values.items() if name in self.common})
-        self.add(f"published for {self.method}", self.kind.published(settings), below=True)
         hparams = self.kind(**{name: value for name, value in self.values.items() if name in self.own})
         return Config(settings, hparams, _search(self.values.get("search", {}), hparams, self.method))
 
@@ -309,9 +312,11 @@ def _section(content: Any, where: str, known: dict[str, dict]) -> dict[str, Any]
     return settings
 
 
-def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) -> dict[str, dict]:
+def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) -> dict[str | int, dict]:
     names = METHODS if kind == "methods" else datasets.available_datasets()
-    if not isinstance(content, dict) or not content.keys() <= set(names):
+    if kind == "by_shots" and not (isinstance(content, dict) and all(isinstance(shots, int) for shots in content)):
+        raise UserError(f"{where} must hold settings under numbers of shots")
+    if kind != "by_shots" and not (isinstance(content, dict) and content.keys() <= set(names)):
         raise UserError(f"{where} must hold settings under the names {', '.join(names)}")
     parts = {}
     for name, part in content.items():
@@ -320,12 +325,13 @@ def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) ->
     return parts
 
 
-def _sections(source: str, layer: dict[str, Any], method: str, dataset: str) -> list[tuple[str, dict]]:
-    """Return a layer as several: its general settings, then those for the method, then those for the dataset."""
+def _sections(source: str, layer: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, dict]]:
+    """Return a layer as several: its general settings, then those for the method, the shots and the dataset that are
+    `chosen`."""
     parts = [(source, {name: value for name, value in layer.items() if name not in SECTIONS})]
-    for section, chosen in zip(SECTIONS, (method, dataset)):
-        own = layer.get(section, {}).get(chosen)
-        parts += _sections(f"{source}, {section}: {chosen}", own, method, dataset) if own else []
+    for section in SECTIONS:
+        own = layer.get(section, {}).get(chosen[section])
+        parts += _sections(f"{source}, {section}: {chosen[section]}", own, chosen) if own else []
     return parts
 
 

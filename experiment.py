@@ -66,6 +66,7 @@ class Experiment(Generic[H]):
             settings.image_cache_mb,
             start,
             pin_memory=self.device.type == "cuda",
+            drop_last=hparams.drop_last,
         )
 
     def image_features(self, items: Sequence[Item], label: str) -> Tensor:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -273,11 +273,6 @@ class Hparams(Options):
     """Base of a method's own settings, its hyperparameters. All of them identify a run and are recorded."""
 
     @classmethod
-    def published(cls, settings: Settings) -> dict[str, Any]:
-        """Return published values that depend on the dataset or the number of shots; they replace the defaults."""
-        return {}
-
-    @classmethod
     def alternatives(cls, name: str) -> tuple[str, ...]:
         """Return the hyperparameters that say the same thing in different ways, `name` being one of them."""
         return (name,)
@@ -298,6 +293,9 @@ LENGTHS = ("n_iters", "total_iters", "epochs")
 @dataclass(frozen=True)
 class Training(Hparams):
     """Hyperparameters of every method that `train.fit` trains. The defaults are SO's."""
+
+    # Whether an epoch leaves out its last batch if that is smaller than the others (and not the only one).
+    drop_last: ClassVar[bool] = False
 
     lr: float = option(2e-4, "initial learning rate", "training", above=0)
     n_iters: int | None = option(2000, "iterations per shot: n_iters x shots in all", "training", kind=int, at_least=1)
@@ -332,8 +330,8 @@ class Training(Hparams):
         return dataclasses.replace(self, total_iters=self.n_iters * shots)
 
     def batches_per_epoch(self, images: int) -> int:
-        """Return the number of batches in a pass over this many images; the last, smaller one counts."""
-        return datasets.batches_per_epoch(images, self.batch_size)
+        """Return the number of batches in a pass over this many images, at least 1."""
+        return max(1, datasets.batches_per_epoch(images, self.batch_size, self.drop_last))
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -28,10 +28,10 @@ def tokenize_classes(class_names: Sequence[str], template: str) -> Tensor:
     return clip.tokenize([template.format(name.replace("_", " ")) for name in class_names])
 
 
-def encode_text(model: clip.CLIP, prompts: Tensor | PackedPrompts) -> Tensor:
+def encode_text(model: clip.CLIP, prompts: Tensor | PackedPrompts, vectors: Tensor | None = None) -> Tensor:
     """Return unit text features [P, E] in float32 of token ids [P, 77] or packed prompts, with gradients where the
-    weights have them."""
-    return F.normalize(model.encode_text(prompts).float(), dim=-1)
+    weights have them. `vectors` [V, D] stand in the places that the packed prompts keep for them."""
+    return F.normalize(model.encode_text(prompts, vectors).float(), dim=-1)
 
 
 def encode_image(model: clip.CLIP, images: Tensor) -> Tensor:

@@ -28,9 +28,12 @@ Transform = Callable[[Image.Image], torch.Tensor]
 _MANY_IMAGES = 500  # from here on decoding takes seconds, and a progress bar is welcome
 
 
-def batches_per_epoch(n_items: int, batch_size: int) -> int:
-    """Number of batches in one pass over `n_items`; the last, partial one counts."""
-    return -(-n_items // batch_size)
+def batches_per_epoch(n_items: int, batch_size: int, drop_last: bool = False) -> int:
+    """Return the number of batches in one pass over `n_items`, including the last, partial one.
+
+    With `drop_last` a partial one does not count, unless it is the only one.
+    """
+    return max(1, n_items // batch_size) if drop_last and n_items else -(-n_items // batch_size)
 
 
 def default_workers() -> int:
@@ -54,6 +57,7 @@ def training_loader(
     cache_mb: int = 2048,
     start: int = 0,
     pin_memory: bool = False,
+    drop_last: bool = False,
 ) -> DataLoader:
     """Return a loader of the training batches `start`, ..., `iterations` - 1.
 
@@ -67,7 +71,7 @@ def training_loader(
     if not 0 <= start <= iterations:
         raise ValueError(f"start must lie between 0 and iterations = {iterations}, not at {start}")
     data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
-    batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start)
+    batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start, drop_last)
     return _loader(data, workers, pin_memory, batch_sampler=batches)
 
 
@@ -190,9 +194,10 @@ class _OrderedData(Dataset):
 class _TrainingBatches(Sampler):
     """The keys (epoch, position) of all batches of a run: one sampler, so that workers never restart."""
 
-    def __init__(self, n_items: int, batch_size: int, iterations: int, seed: int, start: int):
+    def __init__(self, n_items: int, batch_size: int, iterations: int, seed: int, start: int, drop_last: bool):
         self.n_items = n_items
         self.batch_size = batch_size
+        self.per_epoch = batches_per_epoch(n_items, batch_size, drop_last)
         self.iterations = iterations
         self.seed = seed
         self.start = start
@@ -203,7 +208,7 @@ class _TrainingBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         ordered_epoch, order = None, []
         for iteration in range(self.start, self.iterations):
-            epoch, batch = divmod(iteration, batches_per_epoch(self.n_items, self.batch_size))
+            epoch, batch = divmod(iteration, self.per_epoch)
             if epoch != ordered_epoch:
                 ordered_epoch, order = epoch, self._order(epoch)
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]

@@ -6,7 +6,8 @@ freezes everything but what it trains and returns an Adaptation.
 
 from . import zero_shot
 from .adapters import adalora, dora, lora, relora
-from .heads import linear_probe, tip_adapter, tip_adapter_f
+from .heads import gda, linear_probe, tip_adapter, tip_adapter_f
+from .prompts import coop
 from .weights import adam, prolip, so, so_ablation
 
 METHODS = {
@@ -20,6 +21,8 @@ METHODS = {
     "linear_probe": linear_probe,
     "tip_adapter": tip_adapter,
     "tip_adapter_f": tip_adapter_f,
+    "gda": gda,
+    "coop": coop,
     "zero_shot": zero_shot,
     "so_ablation": so_ablation,
 }

@@ -57,7 +57,7 @@ class ProLIP(Adaptation):
 
 def prepare(experiment: Experiment[Hparams]) -> ProLIP:
     model, hparams = experiment.model, experiment.hparams
-    per_epoch = max(1, hparams.batches_per_epoch(len(experiment.task.train)))  # an evaluation has no training images
+    per_epoch = hparams.batches_per_epoch(len(experiment.task.train))
     if experiment.task.train and hparams.total_iters % per_epoch:
         raise UserError(
             f"prolip trains in whole epochs, here of {per_epoch} iterations, but {hparams.total_iters} were asked for; "
