@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.plain import DenseSO
 from benchmarks.step import ARCHITECTURES
 from clip.model import CLIP
-from methods.adaptation import select_matrices
+from methods.choice import Blocks, select_matrices
 from optimizers import SO
 
 DENSITIES = (5e-5, 5e-4, 2e-3)
@@ -28,7 +28,7 @@ def weights_of(backbone: str, device: str) -> list[nn.Parameter]:
     """Random parameters and gradients in the shapes of the matrices that SO trains."""
     with torch.device("meta"):
         model = CLIP(ARCHITECTURES[backbone])
-    shapes = [p.shape for p in select_matrices(model, "both", "all").values()]
+    shapes = [p.shape for p in select_matrices(model, Blocks()).values()]
     torch.manual_seed(0)
     params = [nn.Parameter(0.02 * torch.randn(shape, device=device)) for shape in shapes]
     for p in params:

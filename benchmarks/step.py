@@ -23,7 +23,7 @@ import utils
 from benchmarks.plain import DenseSO, encode_image, encode_text
 from clip.layouts import PackedPrompts
 from clip.model import CLIP, Architecture
-from methods.adaptation import select_matrices
+from methods.choice import Blocks, select_matrices
 from optimizers import SO, attach
 from run_utils import peak_memory_mb
 
@@ -55,7 +55,7 @@ class Side:
         torch.manual_seed(0)
         self.args, self.device = args, torch.device(args.device)
         self.model = CLIP(ARCHITECTURES[args.backbone]).to(self.device)
-        self.params = list(select_matrices(self.model, args.encoder, "all").values())
+        self.params = list(select_matrices(self.model, Blocks(encoder=args.encoder)).values())
         generator = torch.Generator().manual_seed(1)
         R = self.model.arch.resolution
         self.images = torch.randn(args.batch_size, 3, R, R, generator=generator).to(self.device)
@@ -88,7 +88,7 @@ class Fast(Side):
         self.prompts = PackedPrompts(self.tokens)
 
     def step(self):
-        with utils.autocast(self.device, self.args.precision):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             image, text = self.model.encode_image(self.images), self.model.encode_text(self.prompts)
         loss = self.loss(image, text)
         self.optimizer.zero_grad()

@@ -1,9 +1,9 @@
-"""Sparse deltas: what an adaptation changed in a CLIP, as flat indices and new values.
+"""Sparse deltas: the weights that an adaptation changed in a CLIP, as flat indices and new values.
 
-A delta is one safetensors file. For each changed tensor, under OpenAI's name of it, it holds `NAME.indices`
-(int32, row-major, ascending) and `NAME.values` (float32, the new weights). Its metadata name the format, the base
-weights by their SHA-256 (`weights_sha256`) and what the writer adds. On the same base it gives the adapted
-weights bit for bit.
+A delta is one safetensors file. For each changed tensor, named as OpenAI names it, it holds `NAME.indices` (int32,
+row-major, ascending) and `NAME.values` (float32, the new weights). Its metadata hold the format, the SHA-256 of the
+base weights (`weights_sha256`) and what the writer adds. Applied to the same base weights, it gives the adapted weights
+bit for bit.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ FORMAT = "clip-sparse-delta-1"
 
 
 def snapshot(model: CLIP) -> dict[str, Tensor]:
-    """Copies, in main memory, of all weights that require a gradient, under OpenAI's names."""
+    """Return copies, in main memory, of all weights that require a gradient, under OpenAI's names."""
     return {
         name: tensor.detach().to("cpu", copy=True)
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -29,7 +29,7 @@ def snapshot(model: CLIP) -> dict[str, Tensor]:
 
 
 def difference(before: dict[str, Tensor], model: CLIP) -> dict[str, tuple[Tensor, Tensor]]:
-    """(indices, values) of each tensor in `before` that differs from the model's now, bit for bit."""
+    """Return (indices, new values) of each tensor in `before` whose bits differ from the model's."""
     after, changes = model.state_dict(), {}
     for name, old in before.items():
         new = after[name].cpu().contiguous()
@@ -43,7 +43,7 @@ def difference(before: dict[str, Tensor], model: CLIP) -> dict[str, tuple[Tensor
 def save_delta(
     changes: dict[str, tuple[Tensor, Tensor]], path: Path, base_sha256: str, metadata: dict[str, str]
 ) -> None:
-    """Writes a delta atomically; folders are made."""
+    """Write a delta atomically; make its folder if needed."""
     tensors = {f"{name}.indices": indices for name, (indices, _) in changes.items()}
     tensors |= {f"{name}.values": values for name, (_, values) in changes.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,15 +52,15 @@ def save_delta(
 
 @torch.no_grad()
 def apply_delta(model: CLIP, path: Path, base_sha256: str) -> dict[str, str]:
-    """Changes the model's weights as the delta says and returns the delta's metadata.
+    """Change the model's weights as the delta says and return the delta's metadata.
 
-    `base_sha256` is `weights_sha256` of the model as it is. Raises WeightsError, the model untouched, if the
-    delta belongs to other weights or is damaged.
+    `base_sha256` is `weights_sha256` of the model as it is. Raise WeightsError, without a change, if the delta belongs
+    to other weights or is damaged.
     """
     tensors, metadata = read_adapted(path, FORMAT, base_sha256)
     weights = model.state_dict()
     names = sorted({name.rpartition(".")[0] for name in tensors})
-    for name in names:  # all of them, before the first weight changes
+    for name in names:  # check all of them before the first weight changes
         if not _fits(tensors.get(f"{name}.indices"), tensors.get(f"{name}.values"), weights.get(name)):
             raise WeightsError(f"{path} is damaged: its entry for {name!r} fits no weight; save it again")
     apply_changes(model, {name: (tensors[f"{name}.indices"], tensors[f"{name}.values"]) for name in names})
@@ -69,16 +69,16 @@ def apply_delta(model: CLIP, path: Path, base_sha256: str) -> dict[str, str]:
 
 @torch.no_grad()
 def apply_changes(model: CLIP, changes: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Sets the weights that `difference` found, in place."""
+    """Set the weights that `difference` found, in place."""
     weights = model.state_dict()
     for name, (indices, values) in changes.items():
         weights[name].view(-1)[indices.long().to(model.device)] = values.to(model.device)
 
 
 def read_adapted(path: Path, expected_format: str, base_sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file that was made on base weights, a delta or another of this program.
+    """Return tensors and metadata of a file of adapted weights: a delta or another format of this program.
 
-    Raises WeightsError if it is missing, unreadable, of another format or made on other base weights.
+    Raise WeightsError if it is missing, unreadable, of another format or made on other base weights.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -87,9 +87,9 @@ def read_adapted(path: Path, expected_format: str, base_sha256: str) -> tuple[di
     except FileNotFoundError:
         raise WeightsError(f"there is no file {path}; save one with --save_path") from None
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path} is no readable file of adapted weights ({error}); save it again") from error
+        raise WeightsError(f"{path} is not a readable file of adapted weights ({error}); save it again") from error
     if metadata.get("format") != expected_format:
-        raise WeightsError(f"{path} is not a {expected_format} of this program (format {metadata.get('format')})")
+        raise WeightsError(f"{path} has the format {metadata.get('format')}, not {expected_format}; use another file")
     base = metadata.get("base_sha256", "")
     if base != base_sha256:
         raise WeightsError(
@@ -100,7 +100,7 @@ def read_adapted(path: Path, expected_format: str, base_sha256: str) -> tuple[di
 
 
 def checkpoint_metadata(checkpoint: Path) -> dict[str, str]:
-    """What a run wrote beside its weights: run_id, method and settings; empty for other files and for none."""
+    """Return what a run wrote into its weight file: run_id, method and settings. Empty for other or missing files."""
     try:
         with safetensors.safe_open(checkpoint, "pt") as file:
             return file.metadata() or {}
@@ -109,7 +109,7 @@ def checkpoint_metadata(checkpoint: Path) -> dict[str, str]:
 
 
 def _fits(indices: Tensor | None, values: Tensor | None, weight: Tensor | None) -> bool:
-    """Whether this is a change of `weight` that `difference` could have made."""
+    """Return whether `difference` could have made this change of `weight`."""
     if indices is None or values is None or weight is None:
         return False
     return (

@@ -1,7 +1,7 @@
-"""What can be wrong with weights."""
+"""The error type of this package."""
 
 from common import UserError
 
 
 class WeightsError(UserError):
-    """A mistake in weight files that the user can correct; the message is one line with the remedy."""
+    """A weight file that is missing, damaged or belongs to something else. The message names it and the remedy."""

@@ -1,8 +1,8 @@
-"""How the tokens of a batch are arranged, and which of them attention lets see which.
+"""How the tokens of a batch are arranged, and which tokens attention lets each of them see.
 
-A layout answers what a transformer block cannot know: `attend` (queries, keys and values of all tokens), `used` (the
-one token of each picture or prompt that the feature is read at) and `attend_used` (queries of that token alone).
-Everything else in a block works on each token by itself. Notation: B images or prompts, T tokens, D width, H heads.
+A transformer block leaves three things to a layout: `attend` is attention among all tokens, `used` picks the token of
+each image or prompt that the embedding is computed from, and `attend_used` is attention with only that token's query.
+Everything else in a block works on each token separately. Notation: B images or prompts, T tokens, D width, H heads.
 """
 
 from typing import Protocol
@@ -13,14 +13,16 @@ from torch import Tensor
 
 
 class Layout(Protocol):
+    """The three functions of a layout."""
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        """Attention of all tokens, all arguments and the result [..., D]."""
+        """Return the attention of all tokens; all arguments and the result are [..., D]."""
 
     def used(self, x: Tensor) -> Tensor:
-        """The used token of each picture or prompt: [..., D] to [B, D]."""
+        """Return the used token of each image or prompt: [..., D] to [B, D]."""
 
     def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        """Attention of the used tokens' queries [B, D] to all keys and values [..., D]: [B, D]."""
+        """Return the attention [B, D] of the used tokens' queries [B, D] to all keys and values [..., D]."""
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:  # [B, T, D] -> [B, H, T, D/H]
@@ -32,10 +34,10 @@ def _join_heads(x: Tensor) -> Tensor:  # [B, H, T, D/H] -> [B, T, D]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, all [B, H, T, D/H]; `mask` is True where a query sees a key."""
+    """Return softmax(q k^T / sqrt(d)) v, all [B, H, T, D/H]; `mask` is True where a query sees a key."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and not is_causal:
         # On a CPU the fused kernel's backward is slow in bf16: forward and backward of ViT-B/16's attention on
-        # 4 pictures take 25 ms with it and 11 ms as matrix products (benchmarks/RESULTS.md).
+        # 4 images take 25 ms with it and 11 ms as matrix products (benchmarks/RESULTS.md).
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
@@ -43,8 +45,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_c
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
-class Pictures:
-    """Image tokens [B, T, D]: every token sees every other of its picture; the class token, the first, is used."""
+class Images:
+    """Image tokens [B, T, D]. Each token sees all tokens of its image; the first, the class token, is used."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         q, k, v = (_split_heads(x, heads) for x in (q, k, v))
@@ -57,28 +59,29 @@ class Pictures:
         return self.attend(q.unsqueeze(1), k, v, heads).squeeze(1)
 
 
-PICTURES = Pictures()
+IMAGES = Images()
 
 
 class PackedPrompts:
-    """Prompts without padding, their common beginning held once: token ids [T], then activations [T, D].
+    """Prompts without padding and with their common beginning only once: token ids [T], then activations [T, D].
 
-    Text attention is causal and the feature is read at the end-of-text token, whose id is the largest. So nothing
-    after it matters, and a beginning that all prompts share ("<start> a photo of a") has the same activations, and
-    one sum of gradients, for all of them. The T tokens are the prefix, then the rest of each prompt up to its end.
-    ImageNet's 1000 class names take 4,170 tokens instead of the 77,000 of padded prompts.
+    Text attention is causal, and the embedding is computed from the end-of-text token, whose id is the largest. So the
+    tokens after it do not matter, and a beginning that all prompts share ("<start> a photo of a") has the same
+    activations in all of them. The T tokens are this prefix, then the rest of each prompt up to its end. ImageNet's
+    1000 class names take 4,170 tokens instead of 77,000 in padded prompts.
 
-    Only attention needs the prompts apart: it pads their rests to the longest, [B, S], and drops the padding again.
+    Only attention needs separate prompts: it pads their rests to the longest, [B, S], and removes the padding again.
 
-    Learned prompt vectors, as CoOp trains them, stand where `vector_at` says so; `CLIP.encode_text` gets the vectors.
+    Learned prompt vectors (as in CoOp) may replace tokens: `vector_at` says where, and `CLIP.encode_text` gets them.
     """
 
     def __init__(self, tokens: Tensor, share_prefix: bool = True, vector_at: Tensor | None = None):
-        """Pack one prompt or more: `tokens` [B, context] are int64 ids as `clip.tokenize` makes them.
+        """Pack one prompt or more.
 
-        Without `share_prefix` each prompt keeps a beginning of its own: where dropout makes them differ. `vector_at`
-        [B, context], int64: -1 where a token's own embedding is used, else the row of the learned vectors that replaces
-        it. The token there is a placeholder, such as the one of "X"; a beginning is shared only if both agree.
+        `tokens` [B, context]: int64 ids as `clip.tokenize` makes them. `share_prefix`: False where dropout makes the
+        activations of a common beginning differ. `vector_at` [B, context], int64: -1 where a token keeps its own
+        embedding, else the row of the learned vector that replaces it; its token is a placeholder, such as that of "X".
+        A beginning is shared where tokens and `vector_at` agree.
         """
         lengths = tokens.argmax(dim=1) + 1  # [B], end-of-text included
         vector_at = torch.full_like(tokens, -1) if vector_at is None else vector_at
@@ -98,16 +101,16 @@ class PackedPrompts:
         self.positions = pack(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
         rows = pack(vector_at)
         self.vector_places = (rows >= 0).nonzero().view(-1)  # which of the T tokens vectors replace
-        self.vector_rows = rows[self.vector_places]  # and which vectors these are
+        self.vector_rows = rows[self.vector_places]  # the vectors that replace them
         self.slots = is_token.view(-1).nonzero().view(-1)  # [T - prefix], each token's place in the padded [B * S]
         self.ends = self.prefix + rests.cumsum(dim=0) - 1  # [B], each prompt's end-of-text token among the T
-        # Which keys (prefix, then padded rest) a query sees; padding stands last, where no token looks.
+        # Which keys (prefix, then padded rest) a query sees. Padding is last, so no token sees it.
         keys = torch.arange(self.prefix + self.shape[1], device=tokens.device)
         self.causal = keys <= self.prefix + columns[:, None]  # [S, prefix + S]
         self.until_end = (keys < lengths[:, None])[:, None, None]  # [B, 1, 1, prefix + S]
 
     def to(self, device: torch.device) -> "PackedPrompts":
-        """Moves the indices to `device`, in place, if they are elsewhere."""
+        """Move the indices to `device`, in place, and return self."""
         if self.ids.device != device:
             for name, value in vars(self).items():
                 if isinstance(value, Tensor):

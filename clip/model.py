@@ -1,5 +1,6 @@
-"""CLIP's two towers (Radford et al., "Learning Transferable Visual Models From Natural Language
-Supervision", 2021, figure 3), with OpenAI's parameter names, in float32.
+"""CLIP's two towers, with OpenAI's parameter names, in float32.
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
 
 Notation in shape comments: B images or prompts, T tokens, D width, H heads, E embedding size.
 """
@@ -11,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layouts import PICTURES, Layout, PackedPrompts
+from .layouts import IMAGES, Layout, PackedPrompts
 
-HEAD_WIDTH = 64  # every CLIP attention head is 64 wide; so heads = width / 64
+HEAD_WIDTH = 64  # of every attention head in CLIP; so heads = width / 64
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that distinguishes one CLIP from another; `clip.weights.read_architecture` derives it from shapes.
+    """The numbers in which CLIPs differ; `clip.weights.read_architecture` derives them from shapes.
 
-    A ViT has an integer `vision_layers` and a `patch_size`; a modified ResNet has a tuple of four block
-    counts and `patch_size` None.
+    A ViT has an integer `vision_layers` and a `patch_size`. A modified ResNet has a tuple of four block counts and
+    `patch_size` None.
     """
 
     embed_dim: int
@@ -40,14 +41,14 @@ class Architecture:
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the GELU approximation that OpenAI's weights were trained with."""
+    """The GELU approximation that OpenAI's weights were trained with: x * sigmoid(1.702 x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _QuickGELU.apply(x)
 
 
 class _QuickGELU(torch.autograd.Function):
-    """Keeps its input alone for backward; the plain expression keeps three tensors of that size."""
+    """The same with only its input kept for backward; the plain expression keeps three tensors of that size."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -92,12 +93,12 @@ class Attention(nn.Module):
         return slice(start, start + len(parts) * self.width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """All tokens [..., D] to [..., D]."""
+        """Map all tokens [..., D] to [..., D]."""
         q, k, v = self.project(x, "qkv").chunk(3, dim=-1)
         return self.out_proj(layout.attend(q, k, v, self.heads))
 
     def forward_used(self, x: Tensor, layout: Layout) -> Tensor:
-        """Tokens [..., D] to the output [B, D] of the one used token of each picture or prompt."""
+        """Map all tokens [..., D] to the output [B, D] of the used token of each image or prompt."""
         q = self.project(layout.used(x), "q")
         k, v = self.project(x, "kv").chunk(2, dim=-1)
         return self.out_proj(layout.attend_used(q, k, v, self.heads))
@@ -105,7 +106,7 @@ class Attention(nn.Module):
 
 def _use_openai_names(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     for kind in ("weight", "bias"):
-        if f"{prefix}in_proj.{kind}" in state_dict:  # not if a method has put a layer of its own there
+        if f"{prefix}in_proj.{kind}" in state_dict:  # not if a method has put another layer there
             state_dict[f"{prefix}in_proj_{kind}"] = state_dict.pop(f"{prefix}in_proj.{kind}")
 
 
@@ -116,7 +117,7 @@ def _use_module_names(module: nn.Module, state_dict: dict, prefix: str, *_) -> N
 
 
 class Block(nn.Module):
-    """One pre-norm residual block: attention, then an MLP four times as wide."""
+    """A pre-norm residual block: attention, then an MLP four times as wide."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -136,15 +137,15 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def forward_used(self, x: Tensor, layout: Layout) -> Tensor:
-        """The same for the one used token of each picture or prompt: [..., D] to [B, D]."""
+        """Map all tokens [..., D] to the output [B, D] of the used token of each image or prompt."""
         x = layout.used(x) + self.attn.forward_used(self.ln_1(x), layout)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, from all tokens [..., D] to the one token [B, D] that the feature is read at.
+    """A stack of blocks, from all tokens [..., D] to the used token [B, D] of each image or prompt.
 
-    Of the other tokens the last block needs keys and values alone, and computes no more of them.
+    For the other tokens the last block computes only keys and values: nothing else of them is needed.
     """
 
     def __init__(self, width: int, layers: int, heads: int):
@@ -166,7 +167,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images [B, 3, R, R] to embeddings [B, E], read off the class token."""
+    """An image tower from [B, 3, R, R] to embeddings [B, E], computed from the class token."""
 
     def __init__(self, resolution: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int):
         super().__init__()
@@ -184,12 +185,12 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, D]
         class_token = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # [B, T, D]
-        x = self.transformer(self.ln_pre(x), PICTURES)
+        x = self.transformer(self.ln_pre(x), IMAGES)
         return self.ln_post(x) @ self.proj
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck whose stride is an average pool, before the last convolution and on the shortcut."""
+    """A ResNet bottleneck with average pools for strides, before the last convolution and on the shortcut."""
 
     expansion = 4
 
@@ -223,7 +224,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Pools a feature map [B, D, R, R] into [B, E] by attention whose one query is the mean token."""
+    """Attention pooling of a feature map [B, D, R, R] into [B, E]; the only query is the mean token."""
 
     def __init__(self, side: int, width: int, heads: int, embed_dim: int):
         super().__init__()
@@ -247,7 +248,7 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet: a stem of three convolutions, average pools for strides, attention pooling."""
+    """CLIP's ResNet: three convolutions, four stages with average pools for strides, attention pooling."""
 
     def __init__(self, resolution: int, width: int, layers: tuple[int, ...], heads: int, embed_dim: int):
         super().__init__()
@@ -276,7 +277,7 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers. A new instance has random weights as for training from scratch; `clip.load` fills them."""
+    """Both towers. A new instance has random weights, as for training from scratch; `clip.load` replaces them."""
 
     def __init__(self, arch: Architecture):
         super().__init__()
@@ -303,14 +304,14 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Preprocessed images [B, 3, R, R] to embeddings [B, E], not normalised."""
+        """Map preprocessed images [B, 3, R, R] to embeddings [B, E], not normalised."""
         return self.visual(images)
 
     def encode_text(self, tokens: Tensor | PackedPrompts, vectors: Tensor | None = None) -> Tensor:
-        """Token ids [B, context] from `clip.tokenize` to embeddings [B, E], not normalised.
+        """Map token ids [B, context] from `clip.tokenize` to embeddings [B, E], not normalised.
 
-        Prompts that are encoded again and again are better packed once: `PackedPrompts(tokens)`. `vectors` [V, D]
-        replace the embeddings of the tokens that the prompts' `vector_at` says; positions are added afterwards.
+        Pack prompts that are encoded again and again only once: `PackedPrompts(tokens)`. `vectors` [V, D] replace the
+        embeddings of some tokens, as the prompts' `vector_at` says; positional embeddings are added afterwards.
         """
         prompts = tokens if isinstance(tokens, PackedPrompts) else PackedPrompts(tokens)
         prompts = prompts.to(self.device)

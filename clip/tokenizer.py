@@ -10,8 +10,6 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-import ftfy
-import regex
 import torch
 from torch import Tensor
 
@@ -21,14 +19,15 @@ MERGES = 49152 - 256 - 2  # the file holds more; CLIP uses these
 WORD_END = "</w>"
 
 # The two special tokens, English contractions, runs of letters, single digits, runs of other symbols.
-PIECES = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
+PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def _byte_symbols() -> dict[int, str]:
-    """One printable character per byte: Latin-1's printable ones stand for themselves, the other 68 bytes
-    (blanks and controls) for the code points from 256 up. The order is that of the vocabulary."""
+    """Return one printable character for each byte, in the order of the vocabulary.
+
+    Latin-1's printable characters stand for themselves, the other 68 bytes (blanks and controls) are mapped to the code
+    points from 256 up.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     symbols = {byte: chr(byte) for byte in printable}
@@ -36,15 +35,14 @@ def _byte_symbols() -> dict[int, str]:
     return symbols
 
 
-def _clean(text: str) -> str:
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return regex.sub(r"\s+", " ", text).strip().lower()
-
-
 class Tokenizer:
-    """Byte-pair encoding over printable stand-ins for UTF-8 bytes; a word's last symbol carries `</w>`."""
+    """Byte-pair encoding of UTF-8 bytes, each written as a printable character; a word's last symbol ends in `</w>`."""
 
     def __init__(self, merge_file: Path):
+        import ftfy  # these two take a while to import, and only the tokenizer needs them
+        import regex
+
+        self._fix, self._blanks, self._pieces = ftfy.fix_text, regex.compile(r"\s+"), regex.compile(PIECES, regex.I)
         lines = gzip.decompress(merge_file.read_bytes()).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]  # line 0 is a version header
         self.byte_symbols = _byte_symbols()
@@ -56,11 +54,15 @@ class Tokenizer:
         self.cache: dict[str, list[int]] = {START: [self.ids[START]], END: [self.ids[END]]}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without start and end tokens and without a length limit."""
-        return [i for piece in PIECES.findall(_clean(text)) for i in self._encode_piece(piece)]
+        """Return the token ids of `text`, without start and end tokens and without a length limit."""
+        return [i for piece in self._pieces.findall(self._clean(text)) for i in self._encode_piece(piece)]
+
+    def _clean(self, text: str) -> str:
+        text = html.unescape(html.unescape(self._fix(text))).strip()
+        return self._blanks.sub(" ", text).strip().lower()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, up to the lower-casing and blanks that encoding does not keep."""
+        """Return the text of token ids; case and blanks are lost in encoding."""
         bytes_of = {symbol: byte for byte, symbol in self.byte_symbols.items()}
         text = "".join(self.symbols[i] for i in ids).replace(WORD_END, " ")
         return bytes(b for c in text for b in ([bytes_of[c]] if c in bytes_of else c.encode())).decode(
@@ -73,7 +75,7 @@ class Tokenizer:
         return self.cache[piece]
 
     def _merge(self, piece: str) -> list[str]:
-        """Joins the adjacent pair of the lowest rank, everywhere it occurs, until no pair has a rank."""
+        """Join the adjacent pair of the lowest rank, everywhere it occurs, until no pair has a rank."""
         symbols = [self.byte_symbols[byte] for byte in piece.encode("utf-8")]
         symbols[-1] += WORD_END
         while len(symbols) > 1:
@@ -94,16 +96,15 @@ class Tokenizer:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Tokenizer:
-    """The one tokenizer of all CLIP models, built on first use."""
+    """Return the tokenizer that all CLIP models share, built on first use."""
     return Tokenizer(Path(__file__).parent / "bpe_simple_vocab_16e6.txt.gz")
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False) -> Tensor:
-    """Token ids of one or several texts.
+    """Return the token ids of one or several texts: int64 [number of texts, context_length].
 
-    Returns an int64 tensor [number of texts, context_length]: start token, content, end token, then zeros.
-    A text with more than context_length - 2 tokens raises ValueError, or with `truncate` is cut so that its
-    last id is the end token.
+    Each row is start token, content, end token, then zeros. A text with more than context_length - 2 tokens raises
+    ValueError; with `truncate` it is cut, and its last id is the end token.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     bpe = tokenizer()

@@ -1,13 +1,12 @@
-"""Weight files: reading every format that CLIP comes in, the architecture from shapes, saving, hashing.
+"""Weight files: read every format that CLIP comes in, find the architecture from shapes, save, hash.
 
-No reader here runs code from a file. TorchScript archives, OpenAI's own format, are not executed: their
-tensors are picked out of the archive by an unpickler that knows tensors and nothing else.
+No reader here runs code from a file. TorchScript archives, OpenAI's own format, are not executed: an unpickler that
+knows only tensors reads the tensors out of the archive.
 """
 
 import hashlib
 import math
 import pickle
-import uuid
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from common import replacing
 
 from .errors import WeightsError
 from .model import CLIP, HEAD_WIDTH, Architecture
@@ -24,9 +25,9 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor of a safetensors file, a TorchScript archive or a saved state dict, types as stored.
+    """Return the tensors of a safetensors file, a TorchScript archive or a saved state dict by name, types as stored.
 
-    Raises WeightsError if the file is none of these.
+    Raise WeightsError if the file is none of these.
     """
     try:
         if path.suffix == ".safetensors":
@@ -38,13 +39,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise WeightsError(f"there is no weight file {path}") from None
     except PermissionError:
-        raise WeightsError(f"the weight file {path} may not be read; change its permissions") from None
+        raise WeightsError(f"no permission to read the weight file {path}; change its permissions") from None
     except Exception as error:  # a damaged archive or pickle raises almost anything
         reason = (str(error) or type(error).__name__).split("\n")[0]
-        if "weights_only" in reason:  # torch advises to load it all the same, which may run code
-            reason = "damaged, or more than tensors in it"
+        if "weights_only" in reason:  # torch then advises to load the file in a way that may run code
+            reason = "damaged, or it holds more than tensors"
         raise WeightsError(
-            f"{path} is no readable weight file ({reason}); expected OpenAI's .pt, a saved state dict or .safetensors"
+            f"{path} is not a readable weight file ({reason}); use OpenAI's .pt, a saved state dict or .safetensors"
         ) from error
     if isinstance(tensors, dict):
         tensors = {name: t for name, t in tensors.items() if str(name).split(".")[-1] not in NOT_WEIGHTS}
@@ -60,7 +61,7 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-# The storage types of TorchScript's pickle. Types only: a pickle can neither call nor change them.
+# The storage types of TorchScript's pickle. They are dtypes, which a pickle can neither call nor change.
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -76,12 +77,14 @@ STORAGES = {
 
 
 class _Module:
-    """Stands for any module of a TorchScript archive; unpickling fills its attributes."""
+    """A stand-in for any module of a TorchScript archive; unpickling fills its attributes."""
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads the pickle of a TorchScript archive: modules become `_Module`, tensors are rebuilt from the
-    archive's records, and any other class or function is refused."""
+    """A reader for the pickle of a TorchScript archive.
+
+    Modules become `_Module`, tensors are rebuilt from the archive's records, other classes and functions are rejected.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, folder: str):
         super().__init__(archive.open(f"{folder}/data.pkl"))
@@ -96,9 +99,9 @@ class _TensorUnpickler(pickle.Unpickler):
             return OrderedDict
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        if module == "torch.jit._pickle":  # typed lists: the list itself, whatever its type tag
+        if module == "torch.jit._pickle":  # a typed list: take the list and ignore its type tag
             return lambda value, *tag: value
-        raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        raise pickle.UnpicklingError(f"rejected {module}.{name}")
 
     def persistent_load(self, saved_id) -> Tensor:
         _, dtype, key, _, _ = saved_id
@@ -126,8 +129,10 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def read_architecture(weights: dict[str, Tensor]) -> Architecture:
-    """The architecture that these tensors' names and shapes belong to. KeyError, IndexError or ValueError if they
-    are no CLIP's."""
+    """Return the architecture that these tensors' names and shapes belong to.
+
+    Raise KeyError, IndexError or ValueError if they do not belong to a CLIP.
+    """
 
     def count(prefix: str) -> int:
         depth = prefix.count(".")
@@ -163,22 +168,25 @@ def read_architecture(weights: dict[str, Tensor]) -> Architecture:
     )
     for width in (arch.text_width, arch.vision_width * (1 if arch.is_vit else 32)):
         if width % HEAD_WIDTH:
-            raise ValueError(f"a width of {width}, where every head is {HEAD_WIDTH} wide")
+            raise ValueError(f"a width of {width} is not a multiple of {HEAD_WIDTH}, the width of a head")
     return arch
 
 
 def build_model(weights: dict[str, Tensor], source: str, device: str | torch.device = "cpu") -> CLIP:
-    """The CLIP that these weights belong to, in float32 on `device`. `source` names them in errors."""
+    """Return the CLIP that these weights belong to, in float32 on `device`.
+
+    `source` names them in the WeightsError that is raised if they fit no CLIP.
+    """
     try:
         arch = read_architecture(weights)
     except KeyError as error:
-        raise WeightsError(f"{source} holds no CLIP in OpenAI's naming: {error} is missing") from None
+        raise WeightsError(f"{source} is not a CLIP with OpenAI's names: {error} is missing") from None
     except (IndexError, ValueError) as error:
-        raise WeightsError(f"{source} holds no CLIP: a tensor of an impossible shape ({error})") from None
-    with torch.device("meta"):  # allocate nothing that the weights replace anyway
+        raise WeightsError(f"{source} is not a CLIP: a tensor has an impossible shape ({error})") from None
+    with torch.device("meta"):  # allocate nothing: the weights replace all of it
         model = CLIP(arch)
 
-    def own(tensor: Tensor) -> Tensor:  # row-major, as deltas index it, however the file lays it out
+    def own(tensor: Tensor) -> Tensor:  # row-major, because deltas index rows, whatever the layout in the file
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -191,7 +199,7 @@ def build_model(weights: dict[str, Tensor], source: str, device: str | torch.dev
 
 
 def save_weights(model: CLIP, path: str | Path, half: bool = False) -> None:
-    """Writes all weights under OpenAI's names as safetensors, in float32 or half precision, atomically."""
+    """Write all weights under OpenAI's names as safetensors, in float32 or half precision, atomically."""
     tensors = {
         name: tensor.detach().to("cpu", torch.float16 if half and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in model.state_dict().items()
@@ -200,19 +208,16 @@ def save_weights(model: CLIP, path: str | Path, half: bool = False) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that is never half a file: written beside `path`, then renamed. Unlike
-    `safetensors.torch.save_file`, which makes private files, it heeds the umask."""
-    part = Path(f"{path}.{uuid.uuid4().hex}.part")  # processes of two hosts may have the same number
-    try:
+    """Write a safetensors file atomically. Its permissions follow the umask; `save_file` would make it private."""
+    with replacing(path) as part:
         part.write_bytes(save(tensors, metadata))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def weights_sha256(model: CLIP) -> str:
-    """SHA-256 over all weights' names, shapes and float32 bytes, in the order of the names: the same for the
-    same weights, from whichever file format they came."""
+    """Return the SHA-256 of all weights' names, shapes and float32 bytes, in the order of the names.
+
+    It is the same for the same weights in every file format.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

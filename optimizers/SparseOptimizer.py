@@ -1,13 +1,13 @@
 """SO, the sparse optimizer: Adam with a sparse random gradient and a sparse, importance-pruned state.
 
 Paper: Mrabah, Richet, Ben Ayed, Granger, "Sparsity Outperforms Low-Rank Projections in Few-Shot Adaptation",
-ICCV 2025 (arXiv 2504.12436). This file needs torch alone and can be copied into any project:
+ICCV 2025 (arXiv 2504.12436). This file needs only torch and can be copied into any project:
 
     from SparseOptimizer import SO
     optimizer = SO(model.parameters(), lr=3e-4, density_ratio=5e-4, T=10)
 
-Words: the *support* S of a tensor are the k entries whose gradient is used, random and redrawn every T steps;
-the *kept set* K are the k entries that have a first and a second moment. k = max(1, int(numel * density_ratio)).
+Words: the *support* S of a tensor are the k entries whose gradient is used; they are random and drawn again every T
+steps. The *kept set* K are the k entries that have a first and a second moment. k = max(1, int(numel * density_ratio)).
 Entries are flat indices in row-major order. Shapes: n tensors updated as one batch, k entries of each.
 """
 
@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 def draw_support(
     numel: int, k: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """k distinct indices out of range(numel), uniform without replacement: int64 [k] on `device`.
+    """Return k distinct indices out of range(numel), uniform without replacement: int64 [k] on `device`.
 
-    The numbers come from the generator's own device, so a CPU generator gives the same draws for every `device`.
-    Costs O(k log k): draws with repeats, keeps first occurrences and tops up; only when k is a good part of
-    numel is it a permutation. ValueError unless 1 <= k <= numel.
+    The numbers are drawn on the generator's device, so a CPU generator gives the same draws for every `device`. The
+    cost is O(k log k): draw with repeats, keep first occurrences and draw the missing ones. If k is at least a quarter
+    of numel, it is a permutation. Raise ValueError unless 1 <= k <= numel.
     """
     if not 1 <= k <= numel:
         raise ValueError(f"cannot draw {k} distinct indices out of {numel}")
@@ -42,7 +42,7 @@ def draw_support(
 
 
 def _first_occurrences(x: Tensor) -> Tensor:
-    """x without the repeats of earlier elements, in order. (A sorted `unique`, cut off, would favour small ones.)"""
+    """Return x without repeats, in order. (The first k of a sorted `unique` would favour small values.)"""
     values, positions = x.sort(stable=True)
     is_first = torch.ones_like(values, dtype=torch.bool)
     is_first[1:] = values[1:] != values[:-1]
@@ -50,7 +50,7 @@ def _first_occurrences(x: Tensor) -> Tensor:
 
 
 def find(sorted_rows: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """For each query [n, q], its position in the same row of `sorted_rows` [n, k] and whether it is there at all."""
+    """Return for each query [n, q] its position in the same row of `sorted_rows` [n, k], and whether it is there."""
     positions = torch.searchsorted(sorted_rows, queries).clamp_(max=sorted_rows.shape[1] - 1)
     return positions, sorted_rows.gather(1, positions) == queries
 
@@ -58,14 +58,13 @@ def find(sorted_rows: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
 def merge(
     kept: Tensor, support: Tensor, m: Tensor, v: Tensor, grad: Tensor, beta1: float, beta2: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The moments of U = K union S.
+    """Return the moments of U = K union S: indices, m, v and `is_twin`, all [n, k + k'].
 
-    `kept` [n, k] and `support` [n, k'] have sorted, distinct indices in each row; `m` and `v` belong to `kept`,
-    `grad` to `support`. Returns indices, m, v and `is_twin`, all [n, k + k']. An entry that is in both K and S stands
-    there twice with the same moments; `is_twin` marks the second.
+    `kept` [n, k] and `support` [n, k'] have sorted, distinct indices in each row; `m` and `v` belong to `kept`, `grad`
+    to `support`. An entry in both K and S appears twice with the same moments; `is_twin` marks the second.
     """
     at, in_kept = find(kept, support)
-    # The gradients of S n K to their places in K; the others go to a last column that is cut off.
+    # Gradients of entries in both S and K go to their places in K; the others go to a last column that is cut off.
     places = torch.where(in_kept, at, kept.shape[1])
     grad_of_kept = grad.new_zeros(len(kept), kept.shape[1] + 1).scatter_(1, places, grad)[:, :-1]
     m = beta1 * m + (1 - beta1) * grad_of_kept
@@ -77,7 +76,7 @@ def merge(
 
 
 def prune(indices: Tensor, m: Tensor, v: Tensor, is_twin: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the k entries with the largest |m|, twins left out: (indices, m, v), [n, k], indices sorted."""
+    """Return the k entries of each row with the largest |m|, without twins: sorted indices, m, v, all [n, k]."""
     best = m.abs().masked_fill(is_twin, -1).topk(k, dim=1, sorted=False).indices
     kept, order = indices.gather(1, best).sort(dim=1)
     best = best.gather(1, order)
@@ -85,48 +84,48 @@ def prune(indices: Tensor, m: Tensor, v: Tensor, is_twin: Tensor, k: int) -> tup
 
 
 def adam_update(m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float) -> Tensor:
-    """What Adam subtracts from the weights (Kingma and Ba 2015, algorithm 1), bias corrected for step 1, 2, ..."""
+    """Return what Adam subtracts from the weights in step 1, 2, ... (Kingma and Ba 2015, algorithm 1)."""
     return lr / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt() + eps)
 
 
 def at_flat(tensor: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A view of `tensor` and an index into it such that view[index] are its entries at flat row-major `indices`."""
+    """Return a view of `tensor` and an index such that view[index] are its entries at flat row-major `indices`."""
     if tensor.is_contiguous():
         return tensor.view(-1), (indices,)
     return tensor, torch.unravel_index(indices, tensor.shape)
 
 
 class SO(Optimizer):
-    """Adam on a sparse random gradient, with moments for the k most important entries of each tensor alone.
+    """Adam on a sparse random gradient, with moments only for the k most important entries of each tensor.
 
     One step on one tensor W whose step counter is t = 1, 2, ...:
 
-    1. before steps 1, T + 1, 2T + 1, ... the support S is drawn anew: k entries, uniform without replacement;
+    1. before steps 1, T + 1, 2T + 1, ... draw the support S: k entries, uniform without replacement;
     2. g = gradient at S (plus weight_decay * W there, coupled as in Adam);
-    3. over U = K union S the moments decay; those in S take up g, those new in S start from zero;
-    4. the entries of U are updated as by Adam;
+    3. decay the moments of U = K union S, and add g to those in S; entries new in S start from zero;
+    4. update the entries of U as Adam does;
     5. K becomes the k entries of U with the largest |m|; the moments of the others are forgotten.
 
-    Works on parameters of any rank, 16-bit ones included (their moments are float32). Parameters without a
-    gradient are left out, and their step counter stands still.
+    Parameters may have any rank and 16 bits (their moments are float32). Parameters without a gradient are not updated,
+    and their step counter does not change.
 
     Args:
-        params: tensors or parameter groups. Every option below but the seed may be set per group and, except for
-            `dense`, changed during the run.
+        params: tensors or parameter groups. A group may have its own value of every option below except `seed`, and
+            change it during the run, except `dense`.
         lr: learning rate. 2e-4 is published for CLIP.
         betas: decay of the first and of the second moment.
         eps: added to the denominator.
         weight_decay: coupled L2 penalty, on S only.
-        density_ratio: fraction of each tensor's entries in S and in K (the paper's kappa), in (0, 1]; 1 is Adam.
+        density_ratio: fraction of each tensor's entries in S and in K (kappa in the paper), in (0, 1]; 1 is Adam.
             Published: 5e-5 to 5e-4. A change takes effect at the next draw.
         T: steps between two draws of the support, at least 1. Published: 5 to 10.
         dense: True makes the group plain Adam, for tensors that are small or new, such as a classifier.
-        prune_first: True prunes before the update (steps 5, 4 on K alone), as the paper's equation has it;
-            the code released with the paper, and its published runs, update first.
-        seed: of the generator that draws the supports; it is the optimizer's own, and `state_dict` holds its state.
+        prune_first: True does step 5 before step 4, which then updates only K, as in the paper's equation. The code
+            released with the paper, and its published runs, update first.
+        seed: of the optimizer's own generator, which draws the supports; `state_dict` holds its state.
 
-    Memory: 2 indices and 2 moments for each of the k entries of a tensor. Raises ValueError for options out of
-    range and complex parameters, RuntimeError for sparse gradients.
+    Memory: 2 indices and 2 moments for each of the k entries of a tensor. Raises ValueError for options out of range
+    and complex parameters, RuntimeError for sparse gradients.
     """
 
     def __init__(
@@ -143,8 +142,8 @@ class SO(Optimizer):
         seed: int = 0,
     ):
         self.generator = torch.Generator().manual_seed(seed)
-        self.gradients: dict[Tensor, Tensor] = {}  # of the coming step: parameter -> values [k] at its support
-        self.is_drawn = False  # whether the supports of the coming step are drawn
+        self.gradients: dict[Tensor, Tensor] = {}  # for the next step: parameter -> values [k] at its support
+        self.is_drawn = False  # whether the supports of the next step are drawn
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -158,7 +157,8 @@ class SO(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
-        """Adds a group; options it does not name take the constructor's values. ValueError if one is out of range."""
+        """Add a group; options that it does not name have the constructor's values. Raise ValueError if one is out of
+        range, without a change."""
         super().add_param_group(param_group)
         self.is_drawn = False
         try:
@@ -169,14 +169,14 @@ class SO(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of all parameters that have a gradient; returns the closure's loss, if a closure is given."""
+        """Update all parameters that have a gradient; return the closure's loss, if a closure is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with_grad = [[p for p in group["params"] if p.grad is not None and p.numel()] for group in self.param_groups]
         if any(p.grad.is_sparse for params in with_grad for p in params):
-            raise RuntimeError("SO needs strided gradients; it takes the sparse part of them itself")
+            raise RuntimeError("SO needs dense gradients; use layers without sparse=True")
         self.draw_supports()
         for group, params in zip(self.param_groups, with_grad):
             if group["dense"]:
@@ -191,14 +191,17 @@ class SO(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients, those at the support included."""
+        """Forget all gradients, also those at the support."""
         super().zero_grad(set_to_none)
         self.gradients.clear()
 
     @torch.no_grad()
     def draw_supports(self) -> None:
-        """Draws the supports that are due before the coming step. `step` does so itself; who needs S before the
-        gradient exists (`sampled_gradients.py`) calls this before the forward pass, as often as is convenient."""
+        """Draw the supports that are due before the next step; do nothing if they are drawn.
+
+        `step` calls it. Code that needs S before the gradient exists may call it earlier, and may then give the values
+        at S to `add_gradient` instead of setting `.grad`.
+        """
         if self.is_drawn:
             return
         self.is_drawn = True
@@ -211,7 +214,7 @@ class SO(Optimizer):
         state = self.state[p]
         if not state:
             state.update(step=0, drawn_after=-1)
-        # Drawn for this step already: then it had no gradient yet, and its counter stands still.
+        # The second case: p was drawn for this step before, but had no gradient, so its counter did not change.
         if state["step"] % group["T"] != 0 or state["drawn_after"] == state["step"]:
             return
         k = max(1, int(p.numel() * group["density_ratio"]))
@@ -223,7 +226,7 @@ class SO(Optimizer):
             state["v"] = torch.zeros_like(state["m"])
 
     def add_gradient(self, p: Tensor, values: Tensor) -> None:
-        """Adds to the gradient of `p` the values [k] at its support."""
+        """Add values [k] to the gradient of `p` at its support."""
         values = values.to(_moment_dtype(p))
         self.gradients[p] = self.gradients[p] + values if p in self.gradients else values
 
@@ -272,11 +275,11 @@ class SO(Optimizer):
             state["kept"], state["m"], state["v"] = moments
 
     def state_dict(self) -> dict:
-        """As every optimizer's, plus the state of the generator: a run resumes in the middle of an interval."""
+        """Return the usual state and the generator's, so that a run can resume between two draws."""
         return super().state_dict() | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restores what `state_dict` returned. ValueError if it is another optimizer's or of other shapes."""
+        """Restore what `state_dict` returned. Raise ValueError if it is of another optimizer or of other shapes."""
         if "generator" not in state_dict:
             raise ValueError("this state_dict has no generator state; it was not made by SO")
         params = [p for group in self.param_groups for p in group["params"]]
@@ -289,8 +292,7 @@ class SO(Optimizer):
                     f"this state_dict was made for other shapes: parameter {index} has {p.numel()} entries"
                 )
         super().load_state_dict(state_dict)
-        # The base class casts all state to the parameter's type, which rounds indices above 2**24: take them
-        # over unchanged.
+        # The base class casts all state to the parameter's type, which rounds indices above 2**24: copy it unchanged.
         for index, p in zip(saved, params):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
@@ -310,18 +312,18 @@ class SO(Optimizer):
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:
-    """Moments in 16 bits would lose small updates, so they have at least 32."""
+    """Return the type of the moments: at least 32 bits, because 16 would lose small updates."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
 def entries(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The entries of `tensor` at flat row-major `indices`, whatever its strides."""
+    """Return the entries of `tensor` at flat row-major `indices`, for any strides."""
     view, index = at_flat(tensor, indices)
     return view[index]
 
 
 def check_group(group: dict) -> None:
-    """ValueError if an option of a parameter group is out of range."""
+    """Raise ValueError if an option of a parameter group is out of range."""
     betas, T = group["betas"], group["T"]
     checks = {
         "lr": (group["lr"] >= 0, "at least 0"),
@@ -335,4 +337,4 @@ def check_group(group: dict) -> None:
         if not holds:
             raise ValueError(f"SO: {name} must be {range_}, not {group[name]}")
     if any(p.is_complex() for p in group["params"]):
-        raise ValueError("SO: complex parameters are not supported; optimise their real view (torch.view_as_real)")
+        raise ValueError("SO: complex parameters are not supported; pass their real view (torch.view_as_real)")

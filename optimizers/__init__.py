@@ -1,4 +1,4 @@
-"""SO, the sparse optimizer, weight gradients at its support alone, and SO's ablations."""
+"""SO, the sparse optimizer; weight gradients only at its support; SO's ablations."""
 
 from .ablations import SOAblation
 from .sampled_gradients import attach

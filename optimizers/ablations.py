@@ -1,7 +1,7 @@
-"""SO with one of its choices replaced: what the paper's ablation table compares (arXiv 2504.12436).
+"""SO with one of its choices replaced, as in the paper's ablation table (arXiv 2504.12436).
 
-Written to be read beside the definition of SO in SparseOptimizer.py, one tensor at a time, and not for speed. It needs
-dense gradients: `attach` does not work with it.
+Written to be compared with the definition of SO in SparseOptimizer.py: it updates one tensor at a time and is not made
+for speed. It needs dense gradients, so `attach` does not work with it.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,43 +18,44 @@ SUPPORTS = ("dynamic", "static")
 
 
 class SOAblation(Optimizer):
-    """SO, with other ways to choose the support S and the kept set K. Without options it is SO.
+    """SO with other ways to choose the support S and the kept set K. Without options it is SO.
 
     One step on one tensor W of n entries whose step counter is t = 1, 2, ...; k = max(1, int(n * density_ratio)):
 
-    1. Before steps 1, T + 1, 2T + 1, ... S is chosen anew.
+    1. Before steps 1, T + 1, 2T + 1, ... choose S.
        gradient="random": k entries, uniform without replacement, as SO does;
        gradient="importance": the k entries with the largest magnitude in this step's gradient;
-       gradient="dense": S is all of W, always; T and `support` have no effect.
-       support="dynamic": as said; support="static": S is chosen before step 1 and stays.
+       gradient="dense": S is always all of W; T and `support` have no effect.
+       support="dynamic": every T steps; support="static": only before step 1.
     2. g = gradient at S, plus weight_decay * W there.
-    3. The moments decay over U = K union S; those in S take up g, those new in S start from zero.
-    4. The entries of U are updated as by Adam, bias corrected for step t.
-    5. K is chosen out of U; the moments of the other entries are forgotten.
+    3. Decay the moments of U = K union S, and add g to those in S; entries new in S start from zero.
+    4. Update the entries of U as Adam does, with the bias correction of step t.
+    5. Choose K out of U; the moments of the other entries are forgotten.
        moments="importance": the k entries with the largest |m|, as SO does;
        moments="random": k entries, uniform without replacement, in every step;
        moments="dense": nothing is forgotten: m and v have the size of W, g is zero outside S, and all of W is updated;
-       moments="none": no first moment: m = g on S and zero elsewhere (beta1 = 0). So there is nothing to update or to
-       keep outside S: U and K are S, and v lasts until S is chosen anew.
+       moments="none": no first moment: m = g on S and zero elsewhere (beta1 = 0). So nothing outside S is updated or
+       kept: U and K are S, and v lasts until S is chosen again.
 
-    `prune_first` does step 5 before step 4, which then updates K alone; moments "dense" and "none" know no difference.
+    `prune_first` does step 5 before step 4, which then updates only K; moments "dense" and "none" are the same with it.
 
     gradient="dense" with moments="dense" is Adam; gradient="dense" with moments="none" is Adam with beta1 = 0.
 
-    How the paper's "no momentum" is defined is not known here. This reading leaves out the first moment and nothing
-    else. Plain gradient descent on S would be another, but at SO's learning rates it hardly moves a weight, while the
-    published accuracy without momentum gains nine points from 1 shot to 4. A consequence: in the first step after a
-    draw v holds one gradient alone, and the step is lr / sqrt(1 - beta2), where SO's first step on a new entry is
-    (1 - beta1) times that (both once t is large).
+    The definition of the paper's "no momentum" is not known here. This one leaves out only the first moment. Plain
+    gradient descent on S would be another, but with SO's learning rates it hardly changes a weight, while the published
+    accuracy without momentum gains nine points from 1 shot to 4. A consequence: in the first step after a draw v holds
+    only one gradient, and the step is lr / sqrt(1 - beta2); SO's first step on a new entry is (1 - beta1) times that
+    (both for large t).
 
     Args:
         params: tensors or parameter groups: contiguous, in float32 or float64.
-        lr, betas, eps, weight_decay, density_ratio, T, prune_first: as SO's; all but lr stay as they are.
+        lr, betas, eps, weight_decay, density_ratio, T, prune_first: as for SO, but only lr may change during the run.
         gradient, moments, support: see above.
-        seed: of the generator for all draws; those of S are SO's with the same seed, but with moments="random".
+        seed: of the generator for all draws; with the same seed S is SO's, except with moments="random".
 
-    Memory, in entries per tensor: indices for S (none with a dense gradient) and K, m and v of K; with moments="dense"
-    m and v of W. Parameters without a gradient are left out. Raises ValueError for options out of range.
+    Memory, in entries per tensor: indices of S (none with a dense gradient) and of K, m and v of K; with
+    moments="dense" m and v of W. Parameters without a gradient are not updated. Raises ValueError for options out of
+    range.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class SOAblation(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
-        """Adds a group; options it does not name take the constructor's values."""
+        """Add a group; options that it does not name have the constructor's values."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_group(group)
@@ -88,7 +89,7 @@ class SOAblation(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of all parameters that have a gradient; returns the closure's loss, if a closure is given."""
+        """Update all parameters that have a gradient; return the closure's loss, if a closure is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -100,7 +101,7 @@ class SOAblation(Optimizer):
         return loss
 
     def _update(self, weights: Tensor, grad: Tensor, state: dict, group: dict) -> None:
-        """One step on one tensor, seen as flat: `weights` and `grad` [n]."""
+        """Do one step on one flattened tensor: `weights` and `grad` [n]."""
         moments, (beta1, beta2) = group["moments"], group["betas"]
         if moments == "none":
             beta1 = 0.0
@@ -123,7 +124,7 @@ class SOAblation(Optimizer):
             state["kept"], state["m"], state["v"] = support.clone(), torch.zeros_like(g), torch.zeros_like(g)
         before = (state["kept"], support, state["m"], state["v"], g)
         union, m, v, is_twin = (row[0] for row in merge(*(x[None] for x in before), beta1, beta2))
-        # Each entry once: of all of U, or of S alone, which stands after K.
+        # Each entry once: of all of U, or only of S, which comes after K.
         once = slice(len(state["kept"]), None) if moments == "none" else ~is_twin
         union, m, v = union[once], m[once], v[once]
 
@@ -133,14 +134,14 @@ class SOAblation(Optimizer):
             chosen = draw_support(len(union), k, self.generator, union.device)
         else:
             chosen = torch.arange(len(union), device=union.device)
-        chosen = chosen[union[chosen].argsort()]  # in the order of the weights, as merge wants them
+        chosen = chosen[union[chosen].argsort()]  # `merge` needs sorted indices
         state["kept"], state["m"], state["v"] = union[chosen], m[chosen], v[chosen]
         if group["prune_first"]:
             union, m, v = state["kept"], state["m"], state["v"]
         weights[union] -= adam_update(m, v, *adam)
 
     def _support(self, grad: Tensor, state: dict, k: int, group: dict) -> Tensor:
-        """The flat indices in S for the coming step, ascending: chosen anew if that is due."""
+        """Return the flat indices in S for the next step, ascending; choose them if that is due."""
         if group["gradient"] == "dense":
             return torch.arange(len(grad), device=grad.device)
         steps = state.get("step", 0)
@@ -153,13 +154,13 @@ class SOAblation(Optimizer):
         return state["support"]
 
     def state_dict(self) -> dict:
-        """As every optimizer's, plus the state of the generator."""
+        """Return the usual state and the generator's."""
         return super().state_dict() | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restores what `state_dict` returned, so that a run goes on as if it had not been interrupted."""
+        """Restore what `state_dict` returned, so that a run resumes as if it had not been interrupted."""
         super().load_state_dict(state_dict)
-        # The base class casts all state to the parameter's type, which rounds large indices: take it over unchanged.
+        # The base class casts all state to the parameter's type, which rounds large indices: copy it unchanged.
         params = [p for group in self.param_groups for p in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, p in zip(saved, params):

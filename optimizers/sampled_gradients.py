@@ -102,13 +102,13 @@ class Attached:
             hook.remove()
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """Replace a linear layer's forward."""
+        """Return a linear layer's output. `attach` puts this in the place of its forward."""
         if not _needs_gradient(layer):
             return type(layer).forward(layer, x)
         return self._sampled(layer, x, slice(0, layer.out_features))
 
     def project(self, module: nn.Module, x: Tensor, parts: str) -> Tensor:
-        """Replace `project` of a module that applies only some output rows of its `in_proj`."""
+        """Return some output rows of `in_proj`. `attach` puts this in the place of the module's `project`."""
         if not _needs_gradient(module.in_proj):
             return type(module).project(module, x, parts)
         return self._sampled(module.in_proj, x, module.rows(parts))

@@ -11,7 +11,7 @@ import clip
 from benchmarks.plain import DenseSO, encode_image, encode_text
 from clip.layouts import PackedPrompts
 from clip.model import CLIP, Architecture
-from methods.adaptation import select_matrices
+from methods.choice import Blocks, select_matrices
 from optimizers import SO, attach
 
 TEXT = dict(embed_dim=32, context_length=77, vocab_size=49408, text_width=64, text_layers=3)
@@ -47,7 +47,7 @@ def test_features(arch, texts):
 @pytest.mark.parametrize("arch, encoder", [(VIT, "both"), (VIT, "vision"), (RESNET, "text")])
 def test_twenty_training_steps(arch, encoder, texts, density):
     plain = model_of(arch)
-    select_matrices(plain, encoder, "all")
+    select_matrices(plain, Blocks(encoder=encoder))
     fast = copy.deepcopy(plain)
     trained = [[p for p in model.parameters() if p.requires_grad] for model in (plain, fast)]
     dense = DenseSO(trained[0], lr=1e-3, density_ratio=density, T=5)
@@ -152,7 +152,7 @@ def test_a_shared_prefix_is_computed_once_and_padding_never():
 
 def test_frozen_parts_are_outside_the_graph():
     model = model_of(VIT)
-    select_matrices(model, "text", "top1")
+    select_matrices(model, Blocks(encoder="text", position="top1"))
     assert not model.encode_image(torch.randn(1, 3, 32, 32, dtype=torch.float64)).requires_grad
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
