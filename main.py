@@ -30,6 +30,7 @@ import run_utils
 import train
 import utils
 from clip.delta import checkpoint_metadata
+from common import note, printable
 from configs.arguments import ignored
 from configs.settings import one_by_one
 from methods import MethodError
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
     try:
         settings = run_utils.parse(argv)
         if unused := ignored(argv, settings.method):
-            datasets.note(f"the method {settings.method} has no use for {', '.join(unused)}")
+            note(f"the method {settings.method} has no use for {', '.join(unused)}")
         records = [run_once(run, task) for run, task in single_runs(settings)]
         return records[0] if settings.eval_datasets is None else records
     except MISTAKES as error:
@@ -202,7 +203,7 @@ def note_other_split(settings: run_utils.Settings, task: datasets.Task) -> None:
     if "test" not in task.parts_to_record or settings.classes == "new":
         return
     if checkpoint_metadata(settings.checkpoint).get("test_sha256") != task.test_sha256:
-        datasets.note(
+        note(
             f"{settings.checkpoint} was trained on another split of {settings.root_path}: some of its training images "
             "may be tested on here. --split with the split.json of its run leaves them out"
         )
@@ -220,7 +221,7 @@ def report(record: dict, run: run_utils.Run) -> None:
 
 
 def fail(message: str) -> int:
-    print(f"error: {datasets.printable(message)}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
 
