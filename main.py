@@ -69,6 +69,7 @@ def read_data(config: Config) -> Task:
         order=settings.draw,
         classes=settings.classes,
         split=settings.split,
+        test_part=settings.test_part,
     )
     datasets.check_images_exist(task)
     for template in task.templates:

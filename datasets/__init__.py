@@ -1,13 +1,14 @@
 """Datasets for few-shot adaptation: `build` makes a Task from a name, a folder, a number of shots and a seed.
 
-Example: `build("dtd", "/data", shots=4, seed=1)`. The loaders of batches are in `images.py`.
+Example: `build("dtd", "/data", shots=4, seed=1)`. The loaders of batches are in `images.py`; `acquire/` downloads
+datasets and examines them.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from common import note
 
 from .digits import TEMPLATES as DIGITS_TEMPLATES
 from .digits import DigitsTask, split_digits
@@ -18,18 +19,19 @@ from .images import (
     augmented_loader,
     batches_per_epoch,
     default_workers,
-    read_image,
     test_loader,
     training_loader,
 )
 from .recorded import import_coop, replay, to_json
 from .specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
 from .splits import ImageNetListing, Split, list_imagenet, read_split
-from .task import DatasetError, Item, Task, check_images_exist, note, printable
+from .task import DatasetError, Item, Task, check_images_exist, note_untested, read_image
 
 __all__ = [
     "CLASSES",
     "ORDERS",
+    "PROMPTS",
+    "TEST_PARTS",
     "DatasetError",
     "Item",
     "Task",
@@ -40,25 +42,26 @@ __all__ = [
     "check_images_exist",
     "default_workers",
     "is_test_only",
-    "note",
-    "printable",
     "read_image",
     "test_loader",
     "to_json",
     "training_loader",
 ]
 
+PROMPTS = ("released", "specific")
+TEST_PARTS = ("test", "val")
+
 _TASKS = {"digits": DigitsTask, "folder": FolderTask}
 _TEMPLATES = {"digits": DIGITS_TEMPLATES, "folder": FOLDER_TEMPLATES}
 
 
 def available_datasets() -> tuple[str, ...]:
-    """The names that `build` knows: published ones, the embedded `digits`, and `folder`, the user's own."""
+    """Return the names that `build` knows: published datasets, the embedded `digits`, and `folder` (your images)."""
     return (*SPECS, "digits", "folder")
 
 
 def is_test_only(name: str) -> bool:
-    """Whether dataset `name` has nothing to train with."""
+    """Return whether dataset `name` has no training images."""
     return name in SPECS and SPECS[name].is_test_only
 
 
@@ -73,25 +76,31 @@ def build(
     order: str = "released",
     classes: str = "all",
     split: str | Path | None = None,
+    test_part: str = "test",
 ) -> Task:
     """Read dataset `name` below `root_path` and draw `shots` training images per class.
 
-    Validation images are drawn too, min(shots, 4) per class. The test part stays whole. With `shots` None it is all
-    that is read. `digits` needs no folder and ignores `root_path`; for `folder` it is one's own folder or manifest.
-    No image is opened here.
+    min(shots, 4) validation images per class are drawn too. The test part is never reduced. With `shots` None, it is
+    the only part in the task. `digits` needs no folder and ignores `root_path`; for `folder`, `root_path` is your own
+    folder or manifest. No image is opened here.
 
-    `prompts` is "released" (`a photo of a {}.` for every dataset, as in the published runs) or "specific"
-    (the dataset's own templates); `templates`, if any, replace them. `order` "coop" draws as CoOp does. `classes`
-    restricts the task to the "base" or the "new" half of its classes, after the draw. `split` is the file of an
-    earlier run's images, to take instead of a draw.
+    `prompts` is "released" (`a photo of a {}.` for every dataset, as in the published runs) or "specific" (the
+    dataset's own templates); `templates`, if any, replace them. `order` "coop" draws as CoOp does. `classes` keeps only
+    the "base" or the "new" half of the classes, after the draw. `split` is a file with the images of an earlier run,
+    used instead of a draw. `test_part` "val" evaluates the whole validation part instead of the test part: settings can
+    be chosen on it without touching the test images.
 
     Raises ValueError for bad arguments and DatasetError for data that are missing, misplaced or malformed.
     """
-    known = {"name": available_datasets(), "prompts": ("released", "specific"), "order": ORDERS, "classes": CLASSES}
-    for argument, value in {"name": name, "prompts": prompts, "order": order, "classes": classes}.items():
-        if value not in known[argument]:
-            word = "dataset" if argument == "name" else argument
-            raise ValueError(f"unknown {word} {value!r}; known are {', '.join(known[argument])}")
+    for argument, value, known in (
+        ("dataset", name, available_datasets()),
+        ("prompts", prompts, PROMPTS),
+        ("order", order, ORDERS),
+        ("classes", classes, CLASSES),
+        ("test_part", test_part, TEST_PARTS),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {argument} {value!r}; known are {', '.join(known)}")
     if shots is not None and shots < 1:
         raise ValueError(f"shots must be at least 1, not {shots}")
     specific = _TEMPLATES[name] if name in _TEMPLATES else SPECS[name].templates
@@ -99,25 +108,26 @@ def build(
     root = Path(root_path or "").expanduser()
 
     if name == "imagenet":
-        listing, image_root = _list_imagenet(root, shots)
-        train, val = _draw_imagenet(listing, shots, seed, order)
-        task = Task(name, listing.class_names, templates, train, val, listing.test, image_root)
-        pool = listing.labels
+        parts, image_root = _list_imagenet(root, shots)
+        train, val = _draw_imagenet(parts, shots, seed, order)
     else:
         parts, image_root = _read(name, root)
         if shots and not parts.train:
-            raise DatasetError(f"{name} has a test part alone; train on another data set and evaluate on this one")
+            raise DatasetError(f"{name} has only a test part; train on another dataset and evaluate on this one")
         if shots:
             _note_repeats(name, parts, shots, order)
         train, val = draw(parts.train, parts.val, shots, seed, order) if shots else ((), ())
-        kind = _TASKS.get(name, Task)
-        task = kind(name, parts.class_names, templates, train, val, parts.test, image_root)
-        pool = parts.labels
-    return _choose(task, pool, classes, split, shots)
+    test = parts.val if test_part == "val" else parts.test
+    if not test:
+        raise DatasetError(f"--test_part {test_part}: {name} has no validation part; use --test_part test")
+    note_untested(image_root or name, parts.class_names, test)
+    kind = _TASKS.get(name, Task)
+    task = kind(name, parts.class_names, templates, train, val, test, image_root, test_part)
+    return _choose(task, parts.labels, classes, split, shots)
 
 
 def _read(name: str, root: Path) -> tuple[Split, Path | None]:
-    """The parts of a dataset and its image root."""
+    """Return the parts of a dataset other than imagenet, and its image root."""
     if name == "digits":
         return split_digits(), None
     if name == "folder":
@@ -129,16 +139,19 @@ def _read(name: str, root: Path) -> tuple[Split, Path | None]:
 
 
 def _choose(
-    task: Task, pool: Callable[[], dict[str, int]], classes: str, split: str | Path | None, shots: int | None
+    task: Task, labels: Callable[[], dict[str, int]], classes: str, split: str | Path | None, shots: int | None
 ) -> Task:
-    """The chosen half of the classes, and a recorded split if there is one; `pool()` are the labels of all images
-    that may be drawn. CoOp's files know all classes, this program's those of the run."""
+    """Keep the chosen half of the classes, and replace the draw by a recorded split if there is one.
+
+    `labels()` are the labels, by path, of all images that may be drawn. CoOp's files have all classes, a split.json has
+    those of its run.
+    """
     path = Path(split).expanduser() if split else None
     if path and not path.is_file():
-        raise DatasetError(f"--split {path} is no file; every run writes a split.json into its folder")
+        raise DatasetError(f"--split {path} is not a file; every run that draws images writes a split.json")
     from_coop = path is not None and path.suffix == ".pkl"
     if from_coop:
-        task = import_coop(task, path, pool())
+        task = import_coop(task, path, labels())
     if classes != "all":
         task = base_or_new(task, classes)
         if len(task.class_names) < 2 or not task.test:
@@ -147,19 +160,24 @@ def _choose(
     if path and not from_coop:
         task = replay(task, path)
     if path:
-        tested = {item.path for item in task.test} & {item.path for item in (*task.train, *task.val)}
+        used = task.train if task.test_part == "val" else (*task.train, *task.val)
+        tested = {item.path for item in task.test} & {item.path for item in used}
         if tested:
-            raise DatasetError(f"--split {path} trains on images of the test part, {min(tested)} for one")
+            raise DatasetError(
+                f"--split {path} trains on images of the {task.test_part} part, for example {min(tested)}; use another"
+            )
         most = max(Counter(item.label for item in task.train).values(), default=0)
         if most != shots:
             raise DatasetError(f"--split {path} has up to {most} training images per class; give --shots {most}")
         if {item.label for item in task.train} != set(range(len(task.class_names))):
-            raise DatasetError(f"--split {path} has no training images for some of the classes of {task.name}")
+            raise DatasetError(
+                f"--split {path} has no training images for some classes of {task.name}; check --classes"
+            )
     return task
 
 
 def _list_imagenet(root: Path, shots: int | None) -> tuple[ImageNetListing, Path]:
-    """ImageNet has no split file: train and val come from its train folder, test is its val folder."""
+    """List ImageNet, which has no split file: train and val are drawn from its train folder, test is its val folder."""
     found = locate("imagenet", root)
     image_root = found.images
     listing = list_imagenet(image_root, with_train=shots is not None)
@@ -169,7 +187,7 @@ def _list_imagenet(root: Path, shots: int | None) -> tuple[ImageNetListing, Path
     for wnid, names in zip(listing.wnids, listing.train):
         if len(names) < needed:
             raise DatasetError(
-                f"{image_root / 'train' / wnid} holds {len(names)} images, but {shots} shots take {needed} "
+                f"{image_root / 'train' / wnid} has {len(names)} images, but {shots} shots need {needed} "
                 f"({shots} train, {val_shots(shots)} val); unpack the class again or ask for fewer shots"
             )
     return listing, image_root
@@ -190,7 +208,7 @@ def _draw_imagenet(
 
 
 def _note_departure(name: str, found: Found, class_names: Sequence[str], sizes: tuple[int, int, int]) -> None:
-    """Say on stderr what the user may not expect: there are two copies, or the split is not the published one."""
+    """Print a note if there are two copies of the dataset, or if its split is not the published one."""
     if found.copies:
         note(f"{name} is read from {found.folder}; {found.copies[0]} is another copy")
     unlike = departure(name, class_names, sizes)
@@ -199,12 +217,12 @@ def _note_departure(name: str, found: Found, class_names: Sequence[str], sizes: 
 
 
 def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:
-    """Say on stderr that classes have fewer images than shots, so that the draw repeats some of them."""
+    """Print a note if classes have fewer images than shots."""
     counts = Counter(item.label for item in split.train)
     label, fewest = min(counts.items(), key=lambda pair: pair[1], default=(0, shots))
     if fewest < shots:
-        rule = "some are drawn twice or more" if order == "released" else "these classes have fewer"
+        rule = "some are drawn twice or more" if order == "released" else "all of them are used, each once"
         note(
             f"{sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
-            f"images ({split.class_names[label]} has {fewest}); as in the published code {rule}"
+            f"images ({split.class_names[label]} has {fewest}); as in the published code, {rule}"
         )

@@ -1,11 +1,9 @@
-"""Few-shot draws: which images a seed picks. Pure functions of (items, shots, seed).
+"""Few-shot draws: which images a seed selects. Pure functions of (items, shots, seed).
 
-The rules are those of the code published with SO and with CLIP-LoRA, so that one seed picks the same images
-there and here: val is drawn before train, both from one generator. CoOp draws train first, which gives other
-picks; its order can be chosen, so that runs compare across papers.
+The rules are those of the code published with SO and with CLIP-LoRA, so that a seed selects the same images there and
+here: val is drawn before train, both from one generator. CoOp draws train first, which selects other images; the order
+"coop" does so too, for comparisons with papers that use it.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
@@ -22,18 +20,18 @@ CLASSES = ("all", "base", "new")
 
 
 def val_shots(shots: int) -> int:
-    """Validation images per class for `shots` training images per class."""
+    """Return the number of validation images per class for `shots` training images per class."""
     return min(shots, 4)
 
 
 def draw(
     train: Sequence[Item], val: Sequence[Item], shots: int, seed: int, order: str = "released"
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """Draw `shots` items per class from `train` and min(shots, 4) from `val`; return them as (train, val).
+    """Draw `shots` items per class from `train` and min(shots, 4) from `val`; return (train, val).
 
-    Classes come in the order in which they first appear in their part. By default a class with fewer items than asked
-    for is drawn with repeats, so that all classes weigh the same in training; otherwise no item occurs twice.
-    `order` "coop" draws train before val, and takes all items of a class that has too few.
+    Classes are in the order in which they first appear in their part. A class with enough items is drawn without
+    repeats. A class with too few is drawn with repeats, so that all classes have the same weight in training. `order`
+    "coop" draws train before val, and takes all items of a class with too few.
     """
     rng = random.Random(seed)
     if order == "coop":
@@ -62,9 +60,9 @@ def draw_disjoint(
 ) -> tuple[list[Sequence[T]], list[Sequence[T]]]:
     """Draw train and val from one pool per class, as for ImageNet; return (train, val), one list per class.
 
-    `images[label]` are the images of a class; each must have at least shots + min(shots, 4) of them. One
-    sample per class in label order: its first `shots` go to train, the rest to val. With `order` "coop" the sample has
-    `shots` images and val stays empty: CoOp takes ImageNet's test images for val, which nothing here may do.
+    `images[label]` are the images of a class; each must have at least shots + min(shots, 4). In label order, one sample
+    is drawn per class: its first `shots` images go to train, the rest to val. With `order` "coop" the sample has only
+    `shots` images, and val is empty: CoOp uses ImageNet's test images as val, which this project never does.
     """
     rng = random.Random(seed)
     size = shots + (val_shots(shots) if order == "released" else 0)
@@ -73,8 +71,10 @@ def draw_disjoint(
 
 
 def base_or_new(task: Task, classes: str) -> Task:
-    """The half of `task` that the base-to-new protocol names: "base" is the first ceil(C / 2) classes, "new" the rest
-    (Zhou et al. 2022, CoCoOp, section 4.1). Labels count from 0 again."""
+    """Return the half of `task` that the base-to-new protocol uses (Zhou et al. 2022, CoCoOp, section 4.1).
+
+    "base" is the first ceil(C / 2) of the C classes, "new" the rest. Labels start from 0 again.
+    """
     middle = math.ceil(len(task.class_names) / 2)
     first, end = (0, middle) if classes == "base" else (middle, len(task.class_names))
     parts = {

@@ -1,31 +1,24 @@
 """The image pipeline: from a Task's items to batches (images, labels). Knows no model and no method.
 
-Training batch i is a pure function of (items, seed, i). Which images it holds follows from a shuffle seeded
-by (seed, epoch), and how image p of the train list is augmented in an epoch from (seed, epoch, p) alone. So
-neither the number of workers, nor a resumed run, nor other random draws of the program change the batches.
-Epochs of training are 0, 1, ...; passes over augmented images for other purposes are -1, -2, ...
+Training batch i is a pure function of (items, seed, i). A shuffle seeded by (seed, epoch) says which images it has, and
+the augmentation of image p of the train list in an epoch depends only on (seed, epoch, p). So the number of workers, a
+resumed run, or other random draws of the program do not change the batches. Epochs of training are 0, 1, ...; passes
+over augmented images for other purposes are -1, -2, ...
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from tqdm import tqdm
 
-from .task import DatasetError, Item, Task, read_image
+from common import note, progress
 
-# read_image is defined beside Task, which needs it too.
-__all__ = ["augmented_loader", "batches_per_epoch", "default_workers", "read_image", "test_loader", "training_loader"]
+from .task import DatasetError, Item, Task
 
 Transform = Callable[[Image.Image], torch.Tensor]
-
-_MANY_IMAGES = 500  # from here on decoding takes seconds, and a progress bar is welcome
 
 
 def batches_per_epoch(n_items: int, batch_size: int, drop_last: bool = False) -> int:
@@ -37,12 +30,12 @@ def batches_per_epoch(n_items: int, batch_size: int, drop_last: bool = False) ->
 
 
 def default_workers() -> int:
-    """Number of loader processes that suits this machine: usable cores - 1, at most 8, and 0 up to two cores.
+    """Return a good number of loader processes for this machine: usable cores - 1, at most 8, and 0 up to two cores.
 
-    One core is left to the main process. With two cores or less a worker would compete with the arithmetic of
-    training itself (or, on a GPU, with the process that feeds it); loading in the main process is as fast.
+    One core is left to the main process. With two cores or fewer, a worker would compete with training itself (or, on a
+    GPU, with the process that feeds it), and loading in the main process is as fast.
     """
-    # Not cpu_count: a container or a batch system often grants fewer cores than the machine has.
+    # Not only cpu_count: a container or a batch system often allows fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores <= 2 else min(cores - 1, 8)
 
@@ -61,15 +54,15 @@ def training_loader(
 ) -> DataLoader:
     """Return a loader of the training batches `start`, ..., `iterations` - 1.
 
-    A batch is (images [b, ...] as `transform` makes them, labels int64 [b]); b is `batch_size` except in the
-    last batch of an epoch. `transform` may draw from torch's CPU generator only, as torchvision's do, and
-    must be picklable where workers are spawned.
+    A batch is (images [b, ...] as `transform` makes them, labels int64 [b]); b is `batch_size` except in the last batch
+    of an epoch. `transform` may draw only from torch's CPU generator, as torchvision's do, and must be picklable if
+    workers are spawned.
 
-    All training images are decoded here, once, so that a damaged file is reported (DatasetError) before
-    training begins. Up to `cache_mb` MB of pixels stay in memory; the rest is decoded anew on every use.
+    All training images are decoded here, once, so that a damaged file is reported (DatasetError) before training
+    begins. Up to `cache_mb` MB of pixels stay in memory; the other images are decoded again on every use.
     """
     if not 0 <= start <= iterations:
-        raise ValueError(f"start must lie between 0 and iterations = {iterations}, not at {start}")
+        raise ValueError(f"start must be between 0 and iterations = {iterations}, not {start}")
     data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
     batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start, drop_last)
     return _loader(data, workers, pin_memory, batch_sampler=batches)
@@ -85,10 +78,10 @@ def augmented_loader(
     cache_mb: int = 2048,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return a loader of all training images in order, `passes` times over, augmented anew in each pass.
+    """Return a loader that passes `passes` times over all training images in order, each time with new augmentations.
 
-    Image p of pass i is item number i * len(task.train) + p; batches may span two passes. No augmentation is that
-    of a training epoch with the same seed. Images, transform and errors are as in `training_loader`.
+    Image p of pass i is item number i * len(task.train) + p; batches may span two passes. The augmentations differ from
+    those of training with the same seed. Images, transform and errors are as in `training_loader`.
     """
     data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
     keys = [(-1 - i, position) for i in range(passes) for position in range(len(task.train))]
@@ -103,39 +96,37 @@ def test_loader(
     workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return a loader of `items` (any of `task`'s) in order: batches (images [b, ...], labels int64 [b])."""
+    """Return a loader of some items of `task`, in order, in batches (images [b, ...], labels int64 [b])."""
     return _loader(_OrderedData(items, task, transform), workers, pin_memory, batch_size=batch_size)
 
 
 def _derive_seed(*parts: str | int) -> int:
-    """A 63-bit seed that is a fixed function of `parts` (unlike Python's hash())."""
+    """Return a 63-bit seed that is a fixed function of `parts` (unlike Python's hash())."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 class _ImageCache:
-    """Decoded training images: as many as fit in `limit` bytes, three bytes a pixel."""
+    """Decoded training images: as many as fit into `limit` bytes, three bytes a pixel."""
 
     def __init__(self, task: Task, limit: int):
         self.task = task
         self.places: dict[str, tuple[int, int, int]] = {}  # path -> (first byte, width, height)
         pixels = bytearray()
         paths = {item.path: item for item in task.train}  # an image drawn twice is kept once
-        no_bar = True if len(paths) < _MANY_IMAGES else None  # None: a bar if stderr is a terminal
-        for item in tqdm(paths.values(), desc="decoding", disable=no_bar):
+        for item in progress(paths.values(), "decoding", "image", delay=1):
             image = task.read(item)
             if len(pixels) + 3 * image.width * image.height <= limit:
                 self.places[item.path] = (len(pixels), image.width, image.height)
                 pixels += image.tobytes()
-        # One tensor for all images: spawned workers get a tensor as shared memory, not as a copy each.
-        # (frombuffer refuses an empty buffer.)
+        # One tensor for all images: spawned workers share its memory instead of copying it.
+        # (frombuffer rejects an empty buffer.)
         self.pixels = torch.frombuffer(pixels or bytearray(1), dtype=torch.uint8)
         left_out = len(paths) - len(self.places)
         if left_out:
-            print(
-                f"note: {left_out} of {len(paths)} training images do not fit in the image cache of "
-                f"{limit // 10**6} MB and are decoded on every use",
-                file=sys.stderr,
+            note(
+                f"{left_out} of {len(paths)} training images do not fit into the image cache of {limit // 10**6} MB "
+                "and are decoded on every use; --image_cache_mb enlarges it"
             )
 
     def read(self, item: Item) -> Image.Image:
@@ -162,7 +153,7 @@ class _TrainingData(Dataset):
             image = self.cache.read(item)
         except DatasetError as error:
             return error
-        # Only the CPU generator: torch.manual_seed would also reseed every GPU, where dropout draws.
+        # Only the CPU generator: torch.manual_seed would also reseed every GPU, from which dropout draws.
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(_derive_seed("augment", self.seed, epoch, position))
         try:
@@ -172,7 +163,7 @@ class _TrainingData(Dataset):
 
 
 class _OrderedData(Dataset):
-    """Items as they come, transformed without randomness."""
+    """Items in order, transformed without randomness."""
 
     def __init__(self, items: Sequence[Item], task: Task, transform: Transform):
         self.items = items
@@ -192,7 +183,7 @@ class _OrderedData(Dataset):
 
 
 class _TrainingBatches(Sampler):
-    """The keys (epoch, position) of all batches of a run: one sampler, so that workers never restart."""
+    """The keys (epoch, position) of all batches of a run. One sampler for all epochs, so that workers never restart."""
 
     def __init__(self, n_items: int, batch_size: int, iterations: int, seed: int, start: int, drop_last: bool):
         self.n_items = n_items
@@ -219,8 +210,8 @@ class _TrainingBatches(Sampler):
         return torch.randperm(self.n_items, generator=generator).tolist()
 
 
-# A DataLoader raises a worker's exception anew with the worker's traceback as its message. The one line of a
-# DatasetError would be lost, so the error travels as a value through the batch, to be raised here.
+# A DataLoader raises a worker's exception again with the worker's traceback as its message. The single line of a
+# DatasetError would be lost, so datasets return the error as a value, and the loader raises it in the main process.
 
 
 def _collate(samples: list) -> list | DatasetError:
@@ -239,8 +230,8 @@ class _Loader(DataLoader):
 
 
 def _loader(data: Dataset, workers: int, pin_memory: bool, **batching: object) -> DataLoader:
-    # A DataLoader draws a seed for its workers whenever it is iterated. From a generator of its own, so that
-    # the program's global generator is the same with and without an evaluation in between.
+    # A DataLoader draws a seed for its workers whenever it is iterated. It has its own generator, so that an evaluation
+    # does not change the program's global generator.
     generator = torch.Generator().manual_seed(0)
     return _Loader(
         data,

@@ -1,6 +1,4 @@
-"""Manifests of one's own data: tables that say which image belongs to which class and part, as CSV or JSON."""
-
-from __future__ import annotations
+"""Manifests of your own images: tables of the class and the part of each image, as CSV or JSON."""
 
 import csv
 import io
@@ -11,10 +9,12 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from .splits import Split, check_path, parse_json, read_text
-from .task import DatasetError, Item, enumerated, note
+from common import note
 
-# What the parts may be called, in manifests and as folders.
+from .splits import Split, check_path, parse_json, read_text
+from .task import DatasetError, Item, enumerated
+
+# The accepted names of the parts, in manifests and as folders.
 PARTS = {
     "train": "train",
     "training": "train",
@@ -29,16 +29,16 @@ _COLUMNS = ("path", "label", "class_name", "part")
 
 
 def read_manifest(path: Path) -> Split:
-    """Read a manifest: a table with one image a row, as CSV with a header line or as a JSON list of objects.
+    """Read a manifest: a table with one image per row, as CSV with a header line or as a JSON list of objects.
 
     Columns: `path` (relative to the manifest's folder, with forward slashes); `class_name`, or `label` (whole numbers
-    from 0), or both; `part` (train, val or test). Labels without class names take them from `classnames.txt` beside
-    the manifest, class names without labels are numbered in sorted order. Without a column `part` the images are
-    divided as those of folders are. A JSON object in the format of CoOp's split files is taken as well. Raises
+    from 0), or both; `part` (train, val or test). If there are only labels, class names come from `classnames.txt`
+    beside the manifest. If there are only class names, they are numbered in sorted order. Without a column `part`, the
+    images are divided like those of folders. A JSON object in the format of CoOp's split files is accepted too. Raises
     DatasetError with file and row.
     """
     if path.suffix.lower() not in (".csv", ".json"):
-        raise DatasetError(f"{path} is neither a folder nor a manifest; a manifest's name ends in .csv or .json")
+        raise DatasetError(f"{path} is not a folder and not a manifest; the name of a manifest ends in .csv or .json")
     found = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     if not found:
         raise DatasetError(f"manifest {path} lists no images")
@@ -49,13 +49,13 @@ def read_manifest(path: Path) -> Split:
         except DatasetError as error:
             wrong.append(str(error))
     if wrong:
-        raise DatasetError(f"{wrong[0]}{likewise([reason.removeprefix(f'manifest {path}, ') for reason in wrong])}")
+        raise DatasetError(f"{wrong[0]}{also([reason.removeprefix(f'manifest {path}, ') for reason in wrong])}")
     for column in ("label", "class_name", "part"):
         lacking = [row for row in rows if row[column] is None]
         if lacking and len(lacking) < len(rows):
             raise DatasetError(f"{lacking[0]['where']}: no {column}, but other rows have one")
     seen: dict[object, str] = {}
-    for row in rows:  # in two parts an image would be trained on and tested on
+    for row in rows:  # an image in two parts could be used for training and for testing
         file = _identity(path.parent / row["path"])
         if file in seen:
             name = f" as {seen[file]!r}" if seen[file] != row["path"] else ""
@@ -65,7 +65,7 @@ def read_manifest(path: Path) -> Split:
 
 
 def _identity(file: Path) -> object:
-    """What all names of a file have in common, links among them; the name where there is no such file."""
+    """Return a key that is equal for all names of a file, including links; the name if there is no such file."""
     try:
         status = os.stat(file)
     except (OSError, ValueError):
@@ -74,7 +74,7 @@ def _identity(file: Path) -> object:
 
 
 def _csv_rows(path: Path) -> list[tuple[str, dict]]:
-    """The rows of a table with commas, semicolons or tabs, each with where it stands; empty ones are left out."""
+    """Return (where, row) for each row of a table with commas, semicolons or tabs, without empty rows."""
     text = read_text(path)
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
@@ -82,13 +82,13 @@ def _csv_rows(path: Path) -> list[tuple[str, dict]]:
     try:
         lines = [(reader.line_num, row) for row in reader if any(field.strip() for field in row)]
     except csv.Error as error:
-        raise DatasetError(f"manifest {path}, line {reader.line_num} is no valid CSV ({error})") from error
+        raise DatasetError(f"manifest {path}, line {reader.line_num} is not valid CSV ({error})") from error
     names = [name.strip().lower().replace(" ", "_") for name in lines[0][1]] if lines else []
     names = ["class_name" if name in ("classname", "class") else name for name in names]
     if "path" not in names or not set(names) <= set(_COLUMNS) or len(set(names)) < len(names):
         raise DatasetError(
-            f"manifest {path}: the first line must name the columns, out of {', '.join(_COLUMNS)}, and path must be "
-            f"there once; it is {header.strip()[:80]!r}"
+            f"manifest {path}: the first line must name the columns: path and some of {', '.join(_COLUMNS[1:])}, each "
+            f"once; it is {header.strip()[:80]!r}"
         )
     for number, row in lines:
         if len(row) != len(names):
@@ -97,13 +97,13 @@ def _csv_rows(path: Path) -> list[tuple[str, dict]]:
 
 
 def _json_rows(path: Path) -> list[tuple[str, object]]:
-    """The rows of a list of objects, or of CoOp's {part: [[path, label, class name], ...]}, with where they stand."""
+    """Return (where, row) for each row of a list of objects, or of CoOp's {part: [[path, label, class name], ...]}."""
     content = parse_json(path, "correct it there")
     if isinstance(content, list):
         return [(f"manifest {path}, row {number}", row) for number, row in enumerate(content, start=1)]
     if not isinstance(content, dict) or not all(isinstance(rows, list) for rows in content.values()):
         raise DatasetError(
-            f"manifest {path} is neither a list of objects nor an object with the lists train, val, test"
+            f"manifest {path} must be a list of objects, or an object with the lists train, val and test"
         )
     found = []
     for part, rows in content.items():
@@ -116,7 +116,7 @@ def _json_rows(path: Path) -> list[tuple[str, object]]:
 
 
 def _check_row(row: object, where: str) -> dict:
-    """One row with all of the columns, None where it has nothing, a label as a number; and `where`."""
+    """Return one row with `where` and all columns: None for empty ones, and a label as a number."""
     if not isinstance(row, dict) or not row.keys() <= set(_COLUMNS):
         raise DatasetError(f"{where}: expected the fields {', '.join(_COLUMNS)}, found {json.dumps(row)[:80]}")
     row = {name: value.strip() if isinstance(value, str) and name != "path" else value for name, value in row.items()}
@@ -128,23 +128,23 @@ def _check_row(row: object, where: str) -> dict:
     check_path(row["path"], where)
     row["path"] = str(PurePosixPath(row["path"]))  # ./a.jpg is a.jpg
     if not isinstance(row["class_name"], (str, type(None))):
-        raise DatasetError(f"{where}: class_name {json.dumps(row['class_name'])[:80]} is no text")
+        raise DatasetError(f"{where}: class_name {json.dumps(row['class_name'])[:80]} is not text")
     if row["label"] is not None:
         try:
-            label = int(str(row["label"]))  # through text, so that true and 1.5 are no labels
+            label = int(str(row["label"]))  # through text: int() alone would accept true and 1.5
         except ValueError:
             label = -1
         if label < 0:
             raise DatasetError(
-                f"{where}: label {row['label']!r} is no whole number from 0; a name belongs into the column class_name"
+                f"{where}: label {row['label']!r} is not a whole number from 0; names belong in the column class_name"
             )
         row["label"] = label
     elif row["class_name"] is None:
-        raise DatasetError(f"{where}: neither label nor class_name")
+        raise DatasetError(f"{where}: no label and no class_name; give one of them")
     if row["part"] is not None:
         part = PARTS.get(str(row["part"]).lower())
         if part is None:
-            raise DatasetError(f"{where}: part {row['part']!r} is none of train, val, test")
+            raise DatasetError(f"{where}: part {row['part']!r} must be train, val or test")
         row["part"] = part
     return row
 
@@ -162,14 +162,14 @@ def _split_rows(rows: list[dict], path: Path) -> Split:
     }
     untrained = set(range(len(names))) - {item.label for item in items["train"]}
     if untrained:
-        raise DatasetError(f"manifest {path}: class {names[min(untrained)]!r} has no image in train")
+        raise DatasetError(f"manifest {path}: class {names[min(untrained)]!r} has no image in train; add one")
     if not items["test"]:
         raise DatasetError(f"manifest {path} has no image in test; some rows need the part test")
     return Split(names, items["train"], items["val"], items["test"])
 
 
 def _names_of_labels(rows: list[dict], path: Path) -> tuple[str, ...]:
-    """The class names in label order; rows without labels get them."""
+    """Return the class names in label order; give labels to rows that have none."""
     if rows[0]["label"] is None:
         names = sorted({row["class_name"] for row in rows})
         labels = {name: label for label, name in enumerate(names)}
@@ -204,48 +204,46 @@ def _names_beside(path: Path, classes: int) -> list[str]:
     return lines
 
 
-# --- what folders need as well
+# --- shared with folder.py
 
 
 def check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
-    """The class names, if a text encoder can tell them apart; DatasetError says `where` they come from."""
+    """Return the class names; raise DatasetError, with `where` they come from, if two of them make the same prompt."""
     seen: dict[str, str] = {}
     same = []
     for name in names:
         prompt = " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
         if not prompt or not name.isprintable():
-            raise DatasetError(f"{where}: {name!r} cannot be read as a class name; give it another in classnames.txt")
+            raise DatasetError(f"{where}: {name!r} is not usable as a class name; write another in classnames.txt")
         if prompt in seen:
             same.append(f"{seen[prompt]!r} and {name!r}")
         seen[prompt] = name
     if same:
-        raise DatasetError(
-            f"{where}: the classes {same[0]} read the same in a prompt{likewise(same)}; merge or rename them"
-        )
+        raise DatasetError(f"{where}: the classes {same[0]} give the same prompt{also(same)}; merge or rename them")
     return tuple(names)
 
 
-def likewise(wrong: Sequence[str]) -> str:
-    """In brackets what shares the mistake of the first, so that all can be mended at once."""
-    return f" (likewise {enumerated(wrong[1:])})" if len(wrong) > 1 else ""
+def also(wrong: Sequence[str]) -> str:
+    """Return, in brackets, what has the same mistake as the first, so that all can be corrected at once."""
+    return f" (also {enumerated(wrong[1:])})" if len(wrong) > 1 else ""
 
 
 def divide(images: Mapping[str, Sequence[str]], source: str) -> tuple[tuple[Item, ...], ...]:
-    """Divide the images of each class into train, val and test as `divide_class` does, and say so on stderr.
+    """Divide the images of each class into train, val and test as `divide_class` does, and print a note about it.
 
-    The keys of `images` name the classes in label order; `source` says where they come from.
+    The keys of `images` are the class names in label order; `source` is where they come from, for messages.
     """
     parts: tuple[list[Item], ...] = ([], [], [])
     single = [repr(name) for name, paths in images.items() if len(paths) < 2]
     if single:
         raise DatasetError(
-            f"{source}: class {single[0]} has one image{likewise(single)}; each needs two, to train and to test"
+            f"{source}: class {single[0]} has one image{also(single)}; each needs two, for training and for testing"
         )
     for label, paths in enumerate(images.values()):
         for part, chosen in zip(parts, divide_class(paths)):
             part += [Item(path, label) for path in chosen]
     note(
-        f"{source} names no train, val and test parts; its images are divided 50/20/30 % per class, always in the same "
+        f"{source} has no train, val and test parts; its images are divided 50/20/30 % per class, always in the same "
         "way, and the run's split.json lists them"
     )
     return tuple(map(tuple, parts))
@@ -254,8 +252,8 @@ def divide(images: Mapping[str, Sequence[str]], source: str) -> tuple[tuple[Item
 def divide_class(paths: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Divide the images of a class, two or more, into 50 % train, 20 % val and 30 % test.
 
-    The proportions are those of CoOp's splits. The division depends on the paths alone: not on the run's seed, on
-    their order, on what the class is called, or on other classes, which may be added later.
+    The proportions are those of CoOp's splits. The division depends only on the paths: not on the run's seed, on their
+    order, on the class name, or on other classes, which may be added later.
     """
     shuffled = random.Random(0).sample(sorted(paths), len(paths))
     test, val = round(0.3 * len(paths)), round(0.2 * len(paths))

@@ -1,6 +1,4 @@
-"""The table of datasets: where each one lies, what its split looks like, how its prompts read."""
-
-from __future__ import annotations
+"""The table of datasets: the folders, the split file, the prompts and the published numbers of each."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,10 +12,10 @@ RELEASED_TEMPLATES = ("a photo of a {}.",)
 
 @dataclass(frozen=True)
 class Layout:
-    """One place where a dataset may lie below the data root.
+    """One place below the data root where a dataset may be.
 
-    `images` is the image folder inside `folder`, "" where the split's paths start at `folder` itself.
-    With `holds`, a folder counts as the image folder only if it has a subfolder of this name.
+    `images` is the image folder inside `folder`; it is "" if the split's paths start at `folder` itself. With `holds`,
+    a folder is accepted as the image folder only if it has a subfolder of this name.
     """
 
     folder: str
@@ -29,10 +27,9 @@ class Layout:
 class Spec:
     """One dataset. `layouts` are tried in order: CoOp's, the released SO code's, torchvision's.
 
-    `split_file` is CoOp's split (None: the dataset brings its own). `templates` are the dataset-specific
-    prompts. `classes` and `sizes` (images in train, val and test before any draw) are those of the published
-    split, ImageNet's those of its folders; `names_sha256` is the SHA-256 of the class names in label order, joined
-    by newlines.
+    `split_file` is CoOp's split (None: the dataset has its own). `templates` are the dataset-specific prompts.
+    `classes` and `sizes` (images in train, val and test before any draw) are those of the published split; ImageNet's
+    are those of its folders. `names_sha256` is that of the published class names, see `names_sha256`.
     """
 
     layouts: tuple[Layout, ...]
@@ -44,7 +41,7 @@ class Spec:
 
     @property
     def is_test_only(self) -> bool:
-        """Whether there is nothing to train with: the variants of ImageNet that test its models."""
+        """Return whether there are no training images, as in the variants of ImageNet that test its models."""
         return self.sizes[0] == 0
 
 
@@ -70,8 +67,8 @@ SPECS = {
         names_sha256="571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60",
     ),
     "sun397": Spec(
-        # $DATA/SUN397 is the dataset folder of the released code, but torchvision's image folder.
-        # The images lie in one-letter folders, so a subfolder `a` tells the second from the first.
+        # $DATA/SUN397 is the dataset folder of the released code, but the image folder of torchvision.
+        # Images are in one-letter folders, so a subfolder `a` identifies torchvision's.
         layouts=(*_layouts("SUN397", "sun397", "SUN397"), Layout("SUN397", "", holds="a")),
         split_file="split_zhou_SUN397.json",
         templates=("a photo of a {}.",),
@@ -151,8 +148,8 @@ SPECS = {
         sizes=(7639, 1898, 3783),
         names_sha256="d22e81fba7ebebf0fb154d6bc7c3b2c11a31a31d102b6873aa4f37413abaefc1",
     ),
-    # The four variants of ImageNet, to test its models on: one folder per class, no split. An archive that was
-    # unpacked into the data root itself is found as well.
+    # The four variants of ImageNet, to test its models on: one folder per class, no split file. An archive unpacked
+    # into the data root itself is found too.
     "imagenet_v2": Spec(
         layouts=(
             Layout("imagenetv2", "imagenetv2-matched-frequency-format-val"),
@@ -193,10 +190,10 @@ SPECS = {
 
 @dataclass(frozen=True)
 class Found:
-    """Where a dataset was found. `split` is None for a dataset that brings its own split.
+    """Where a dataset was found. `split` is None for a dataset that has its own split.
 
-    `copies` are the folders of other, complete copies, which are not used. `problems` says what is missing, with the
-    remedy; its place is then None, which never is the case in what `locate` returns.
+    `copies` are the folders of other complete copies, which are not used. `problems` says what is missing, with the
+    remedy; the path of what is missing is None. What `locate` returns has no problems.
     """
 
     folder: Path | None = None
@@ -215,10 +212,10 @@ def locate(name: str, root: Path) -> Found:
 
 
 def search(name: str, root: Path) -> Found:
-    """Find what there is of dataset `name` below `root`.
+    """Find the folders and the split file of dataset `name` below `root`, as far as they exist.
 
-    The first layout that has both the image folder and the split file wins. If none has both, the split file
-    may lie in any of the candidate folders, and the first image folder is taken.
+    The first layout that has both the image folder and the split file is used. If none has both, the split file may be
+    in any of the candidate folders, and the first image folder is used.
     """
     if not root.is_dir():
         problem = f"data folder {root} does not exist; --root_path names the folder that holds the datasets"
@@ -242,36 +239,39 @@ def search(name: str, root: Path) -> Found:
         if not splits:
             problems.append(
                 f"{name}: split file {spec.split_file} not found in {_listed(folders)}; "
-                "it is one of the split files published with CoOp, DATASETS.md says where to get it"
+                "it was published with CoOp, and DATASETS.md says where to get it"
             )
     complete = [place for place in existing if not spec.split_file or place[0] / spec.split_file in splits]
     folder, images = (complete or existing or [(folders[0], None)])[0]
     split = folder / spec.split_file if complete and spec.split_file else next(iter(splits), None)
-    # Different copies, as in dtd and DTD on a disk that tells letter cases apart.
+    # Different copies, such as dtd and DTD on a disk that distinguishes upper and lower case.
     copies = tuple(other for other, inside in complete[1:] if not inside.samefile(images))
     return Found(folder, images, split, copies, tuple(problems))
 
 
 def names_sha256(class_names: Sequence[str]) -> str:
-    """SHA-256 of class names in label order, joined by newlines."""
+    """Return the SHA-256 of class names in label order, joined by newlines."""
     return hashlib.sha256("\n".join(class_names).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def departure(name: str, class_names: Sequence[str], sizes: tuple[int, int, int]) -> str | None:
-    """How a split with these classes and numbers of train, val and test images differs from the published one, if it
-    does."""
-    spec, classes = SPECS[name], len(class_names)
+    """Return how a split differs from the published one in its classes or its numbers of train, val and test images.
+
+    None if it does not differ.
+    """
+    spec = SPECS[name]
+    classes = len(class_names)
     if (classes, sizes) == (spec.classes, spec.sizes):
         if names_sha256(class_names) == spec.names_sha256:
             return None
         return (
-            f"class names, or an order of them, that are not the published ones, the first is {class_names[0]!r}; "
-            "results do not compare with published ones"
+            f"other class names than the published ones, or another order (the first is {class_names[0]!r}); results "
+            "cannot be compared with published ones"
         )
     here, published = ("/".join(map(str, three)) for three in (sizes, spec.sizes))
     return (
-        f"{classes} classes and {here} train/val/test images, the published split {spec.classes} and {published}; "
-        "results do not compare with published ones"
+        f"{classes} classes and {here} train/val/test images, but the published split has {spec.classes} and "
+        f"{published}; results cannot be compared with published ones"
     )
 
 

@@ -1,7 +1,5 @@
 """Readers of the three kinds of split: CoOp's JSON files, FGVC Aircraft's text files, ImageNet's folders."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass
@@ -11,14 +9,13 @@ from pathlib import Path, PureWindowsPath
 from .specs import SPECS, Found
 from .task import DatasetError, Item, enumerated
 
-# The extensions that torchvision's ImageFolder takes for images; the published draws were made from its
-# listing.
+# The extensions that torchvision's ImageFolder accepts; the published draws were made from its listing.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The full parts of a dataset, before any draw; `class_names` in label order."""
+    """The whole parts of a dataset, before any draw; `class_names` in label order."""
 
     class_names: tuple[str, ...]
     train: tuple[Item, ...]
@@ -26,35 +23,39 @@ class Split:
     test: tuple[Item, ...]
 
     def labels(self) -> dict[str, int]:
-        """The labels of the images that may be drawn, by path."""
+        """Return the labels, by path, of the images that may be drawn."""
         return {item.path: item.label for item in (*self.train, *self.val)}
 
 
 @dataclass(frozen=True)
 class ImageNetListing:
-    """ImageNet's folders: `train[label]` are the file names of a class, `test` all validation images."""
+    """ImageNet's folders: `train[label]` are the file names of a class, `test` are all images of its val folder.
+
+    There is no validation part.
+    """
 
     wnids: tuple[str, ...]
     class_names: tuple[str, ...]
     train: tuple[tuple[str, ...], ...]
     test: tuple[Item, ...]
+    val: tuple[Item, ...] = ()
 
     def labels(self) -> dict[str, int]:
-        """The labels of the images that may be drawn, by path."""
+        """Return the labels, by path, of the images that may be drawn."""
         classes = enumerate(zip(self.wnids, self.train))
         return {f"train/{wnid}/{name}": label for label, (wnid, names) in classes for name in names}
 
 
 def read_split(name: str, found: Found) -> Split:
-    """The parts of a published dataset; not of imagenet, which has no val part: both draws come from train."""
+    """Return the parts of a published dataset except imagenet, which has no val part (see `list_imagenet`)."""
     if found.split is not None:
         return read_json_split(found.split)
     if not SPECS[name].is_test_only:
         return read_fgvc_split(found.folder)
     split, classes = list_imagenet_variant(found.images), SPECS[name].classes
-    if len(split.class_names) != classes:  # among fewer classes the right one is easier to find
+    if len(split.class_names) != classes:  # with fewer classes the accuracy would be too high
         raise DatasetError(
-            f"{found.images} holds {len(split.class_names)} class folders instead of {classes}; unpack it again"
+            f"{found.images} has {len(split.class_names)} class folders instead of {classes}; unpack it again"
         )
     return split
 
@@ -62,8 +63,8 @@ def read_split(name: str, found: Found) -> Split:
 def read_json_split(path: Path) -> Split:
     """Read a split in CoOp's format: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
 
-    Raises DatasetError if the file is not JSON or departs from that: paths must stay inside the image folder,
-    the labels must count up from 0, and each must have one name and at least one training image.
+    Raises DatasetError if the file is not JSON or has another format: paths must stay inside the image folder, labels
+    must count up from 0, and each must have one name and at least one training image.
     """
     content = parse_json(path, "download it again")
     if not isinstance(content, dict):
@@ -74,25 +75,25 @@ def read_json_split(path: Path) -> Split:
     if labels != set(range(len(names))):
         wrong = min(labels ^ set(range(len(names))))
         raise DatasetError(
-            f"split file {path}: train must have the labels 0 to {len(names) - 1} without gaps, "
-            f"label {wrong} breaks this; get the published file"
+            f"split file {path}: train must have the labels 0 to {len(names) - 1} without gaps, but label {wrong} is "
+            f"{'missing' if wrong < len(names) else 'there'}; get the published file"
         )
     _check_apart(f"split file {path}", train, val, test)
     return Split(tuple(names[label] for label in range(len(names))), train, val, test)
 
 
 def _check_apart(where: str, *parts: tuple[Item, ...]) -> None:
-    """Refuse parts that share images, which would be trained on and tested on."""
+    """Raise DatasetError if two parts share images, which would be used for training and for testing."""
     paths = [{item.path for item in part} for part in parts]
     shared = (paths[0] & paths[1]) | (paths[0] & paths[2]) | (paths[1] & paths[2])
     if shared:
         raise DatasetError(
-            f"{where} lists {min(shared)!r} in two parts ({len(shared)} images in all); get the published file"
+            f"{where} lists {min(shared)!r} in two parts ({len(shared)} such images); get the published file"
         )
 
 
 def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> tuple[Item, ...]:
-    """Check one part of a JSON split and return its items; class names are collected in `names`."""
+    """Check one part of a JSON split and return its items; add its class names to `names`."""
     rows = content.get(part)
     if not isinstance(rows, list) or not rows:
         raise DatasetError(f"split file {path} has no list of images under {part!r}; get the published file")
@@ -111,10 +112,10 @@ def _read_part(path: Path, content: dict, part: str, names: dict[int, str]) -> t
 
 
 def parse_json(path: Path, remedy: str) -> object:
-    """The content of a JSON file; DatasetError with the remedy if it is none."""
+    """Return the content of a JSON file; raise DatasetError with this remedy if it is not JSON."""
     text = read_text(path)
     if text.lstrip().startswith("<"):
-        raise DatasetError(f"file {path} is a web page, as servers send under a quota, and not JSON; {remedy}")
+        raise DatasetError(f"file {path} is a web page (perhaps about a quota) and not JSON; {remedy}")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
@@ -123,32 +124,31 @@ def parse_json(path: Path, remedy: str) -> object:
 
 
 def check_path(path: str, where: str) -> None:
-    """Refuse a path that leaves the folder it starts from; `where` says in which file it stands."""
-    # A Windows path knows all dangerous forms: it splits at both slashes and sees drives as well as roots.
+    """Raise DatasetError if a path leaves the folder it starts from; `where` names the file that lists it."""
+    # A Windows path recognises all dangerous forms: both slashes, drives and roots.
     parsed = PureWindowsPath(path)
-    is_name = "\0" not in path and not any("\ud800" <= c < "\udc80" for c in path)  # JSON can write what no name can be
+    is_name = "\0" not in path and not any("\ud800" <= c < "\udc80" for c in path)  # JSON can contain such characters
     if not parsed.parts or parsed.anchor or ".." in parsed.parts or not is_name:
         raise DatasetError(f"{where}: {path!r} is not a relative path inside the image folder")
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, without the mark that some editors put before it; whatever keeps it from being read
-    becomes a DatasetError."""
+    """Return the UTF-8 text of a file, without a byte order mark; raise DatasetError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DatasetError(f"file {path} does not exist; see DATASETS.md for what belongs there") from error
     except OSError as error:
-        raise DatasetError(f"file {path} cannot be read ({error.strerror})") from error
+        raise DatasetError(f"file {path} cannot be read ({error.strerror}); change its permissions") from error
     except UnicodeDecodeError as error:
-        raise DatasetError(f"file {path} is not UTF-8 text; save it as UTF-8, or get it again") from error
+        raise DatasetError(f"file {path} is not UTF-8 text; save it as UTF-8 or get it again") from error
 
 
 def read_fgvc_split(folder: Path) -> Split:
     """Read FGVC Aircraft's own split: `variants.txt` and `images_variant_{train,val,test}.txt` in `folder`.
 
-    A label is the rank of its line in variants.txt. The other files have one line per image: its id, a blank,
-    and the variant's name, which may hold blanks itself. Raises DatasetError with file and line.
+    A label is the number of its line in variants.txt, from 0. The other files have one line per image: its id, a space,
+    and the variant's name, which may contain spaces. Raises DatasetError with file and line.
     """
     files = ["variants.txt", *(f"images_variant_{part}.txt" for part in ("train", "val", "test"))]
     lacking = [file for file in files if not (folder / file).is_file()]
@@ -181,16 +181,16 @@ def read_fgvc_split(folder: Path) -> Split:
 
 
 def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """ImageNet's 1000 WordNet ids in sorted order and the class names beside them; two pairs share a name."""
+    """Return ImageNet's 1000 WordNet ids, sorted, and their class names; two pairs of classes share a name."""
     lines = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
     wnids, names = zip(*(line.split(" ", 1) for line in lines))
     return wnids, names
 
 
 def list_imagenet(image_root: Path, with_train: bool = True) -> ImageNetListing:
-    """List `image_root`/train (if asked for) and `image_root`/val, each with one folder per WordNet id.
+    """List `image_root`/val, and `image_root`/train unless `with_train` is False; each has one folder per WordNet id.
 
-    Raises DatasetError if the folders are not exactly the 1000 classes or val is still one flat folder.
+    Raises DatasetError if the folders are not exactly the 1000 classes or if val is not sorted into folders.
     """
     wnids, names = imagenet_classes()
     train = list_imagenet_part(image_root / "train") if with_train else ()
@@ -202,7 +202,7 @@ def list_imagenet(image_root: Path, with_train: bool = True) -> ImageNetListing:
 
 
 def list_imagenet_part(folder: Path) -> tuple[tuple[str, ...], ...]:
-    """The image names of each class in `folder`, ImageNet's train or val; DatasetError as for `list_imagenet`."""
+    """Return the image names of each class in `folder`, ImageNet's train or val; errors as in `list_imagenet`."""
     wnids, _ = imagenet_classes()
     _check_class_folders(folder, wnids)
     listed = tuple(_list_images(folder / wnid) for wnid in wnids)
@@ -212,19 +212,19 @@ def list_imagenet_part(folder: Path) -> tuple[tuple[str, ...], ...]:
 
 
 def list_imagenet_variant(image_root: Path) -> Split:
-    """List a variant of ImageNet, one folder per class in `image_root`, as a test part alone.
+    """List a variant of ImageNet, one folder per class in `image_root`, as a split that has only a test part.
 
-    The folders are WordNet ids, or the labels 0 to 999 as ImageNetV2's archive has them. Where they are fewer than
-    1000 (ImageNet-A and -R), the labels count up over the classes that are there, in WordNet order. Raises
-    DatasetError if a folder is neither.
+    The folders are WordNet ids or, in ImageNetV2's archive, the labels 0 to 999. If there are fewer than 1000
+    (ImageNet-A and -R), labels count up over the classes that exist, in WordNet order. Raises DatasetError if a folder
+    has another name.
     """
     wnids, names = imagenet_classes()
-    folders = {entry.name for entry in _scan(image_root) if not entry.name.startswith(".") and entry.is_dir()}
+    folders = {entry.name for entry in scan(image_root) if not entry.name.startswith(".") and entry.is_dir()}
     labels = {wnid: label for label, wnid in enumerate(wnids)} | {str(label): label for label in range(len(wnids))}
     unknown = folders - labels.keys()
     if unknown:
-        raise DatasetError(f"{image_root}: the folder {min(unknown)} is none of ImageNet's classes; unpack it again")
-    present = sorted(folders, key=labels.__getitem__)  # by number: as text, 10 comes before 2
+        raise DatasetError(f"{image_root}: the folder {min(unknown)} is not a class of ImageNet; unpack it again")
+    present = sorted(folders, key=labels.__getitem__)  # by number: as text, 10 would come before 2
     for first, second in pairwise(present):
         if labels[first] == labels[second]:
             raise DatasetError(f"{image_root}: the folders {first} and {second} are the same class; remove one")
@@ -234,43 +234,42 @@ def list_imagenet_variant(image_root: Path) -> Split:
         for image in _list_images(image_root / folder)
     )
     if not test:
-        raise DatasetError(f"{image_root} holds no class folders with images; unpack the archive again")
+        raise DatasetError(f"{image_root} has no class folders with images; unpack the archive again")
     return Split(tuple(names[labels[folder]] for folder in present), (), (), test)
 
 
 def _check_class_folders(folder: Path, wnids: tuple[str, ...]) -> None:
     folders, images = [], 0
-    for entry in _scan(folder):
+    for entry in scan(folder):
         if entry.name.lower().endswith(IMAGE_EXTENSIONS):
             images += 1
         elif not entry.name.startswith(".") and entry.is_dir():
             folders.append(entry.name)
     if images and not folders:
         raise DatasetError(
-            f"{folder} holds its images unsorted; move them into one folder per WordNet id (n01440764, ...): "
-            "the ILSVRC2012 development kit has the labels in its ground-truth file and their WordNet ids in "
-            "meta.mat"
+            f"{folder} has its images unsorted; move them into one folder per WordNet id (n01440764, ...): the "
+            "ILSVRC2012 development kit has the labels in its ground-truth file, and their WordNet ids in meta.mat"
         )
     missing, unknown = set(wnids) - set(folders), set(folders) - set(wnids)
     if missing or unknown:
         wrong = sorted(missing or unknown)
-        example = f"{'missing' if missing else 'not among them'}: {enumerated(wrong)}"
+        example = f"{'missing' if missing else 'unknown'}: {enumerated(wrong)}"
         raise DatasetError(
-            f"{folder} holds {len(folders)} class folders instead of ImageNet's {len(wnids)} ({example}); "
-            "unpack it again"
+            f"{folder} has {len(folders)} class folders instead of ImageNet's {len(wnids)} ({example}); unpack it again"
         )
 
 
 def _list_images(folder: Path) -> tuple[str, ...]:
-    """Sorted names of the images in a folder, judged by name alone: a stat per file would take minutes."""
-    return tuple(sorted(e.name for e in _scan(folder) if e.name.lower().endswith(IMAGE_EXTENSIONS)))
+    """Return the sorted names of the images in a folder. Only names are checked: a stat per file takes minutes."""
+    return tuple(sorted(e.name for e in scan(folder) if e.name.lower().endswith(IMAGE_EXTENSIONS)))
 
 
-def _scan(folder: Path) -> list[os.DirEntry]:
+def scan(folder: Path) -> list[os.DirEntry]:
+    """Return what a folder contains; raise DatasetError if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except FileNotFoundError as error:
         raise DatasetError(f"folder {folder} does not exist; DATASETS.md says what belongs there") from error
     except OSError as error:
-        raise DatasetError(f"folder {folder} cannot be listed ({error.strerror})") from error
+        raise DatasetError(f"folder {folder} cannot be listed ({error.strerror}); change its permissions") from error

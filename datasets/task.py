@@ -1,11 +1,8 @@
-"""What the harness knows of a dataset once it is read: items, a task, and how an item becomes a picture."""
-
-from __future__ import annotations
+"""A dataset once it is read: items, a task, and how the file of an item becomes an image."""
 
 import hashlib
 import os
 import struct
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,24 +11,16 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-
-class DatasetError(Exception):
-    """A mistake in the data that the user can mend: its message, one line, names the file and the remedy."""
+from common import UserError, note
 
 
-def printable(text: str) -> str:
-    """The text on one line that every terminal can show: file names may hold anything."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def note(text: str) -> None:
-    """Say on stderr, on one line, what a user may want to know and need not mend."""
-    print(f"note: {printable(text)}", file=sys.stderr)
+class DatasetError(UserError):
+    """A mistake in the data that the user can correct. The message is one line that names the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One labelled image. `path` is relative to the image root and has forward slashes on every system."""
+    """One labelled image. `path` is relative to the image root, with forward slashes on every system."""
 
     path: str
     label: int
@@ -41,9 +30,10 @@ class Item:
 class Task:
     """A few-shot classification task.
 
-    `class_names` stand in label order and keep their underscores; two classes may share a name. `templates`
-    are format strings with one `{}`; the first is the one to train with. `train` and `val` are few-shot
-    draws, `test` is the whole test part. `image_root` is None where the images do not lie in a folder.
+    `class_names` are in label order and keep their underscores; two classes may share a name. `templates` are format
+    strings with one `{}`; the first is used for training. `train` and `val` are few-shot draws. `test` are the images
+    that are evaluated: the whole test part of the dataset or, with `test_part` "val", its whole validation part.
+    `image_root` is None if the images are not files in a folder.
     """
 
     name: str
@@ -53,21 +43,22 @@ class Task:
     val: tuple[Item, ...]
     test: tuple[Item, ...]
     image_root: Path | None
+    test_part: str = "test"
 
     # The parts that split.json lists. The test part of a published dataset needs no list: it is never drawn.
     parts_to_record = ("train", "val")
     if_missing = "is the dataset unpacked completely? python -m datasets.doctor says what is missing"
 
     def read(self, item: Item) -> Image.Image:
-        """Return the RGB picture of `item`; raise DatasetError if its file is missing or damaged."""
+        """Return the RGB image of `item`; raise DatasetError if its file is missing or damaged."""
         return read_image(self.image_root / item.path)
 
     @property
     def split_sha256(self) -> str:
-        """SHA-256 (64 hex digits) over which images carry which labels, in order, in the three parts.
+        """Return the SHA-256 (64 hex digits) of which images have which labels, in order, in train, val and test.
 
-        Hashed is the UTF-8 text made of one line `part TAB label TAB path NEWLINE` per item, where part is
-        train, val or test: first all train items, then val, then test, each in its own order.
+        Hashed is the UTF-8 text of one line `part TAB label TAB path NEWLINE` per item, where part is train, val or
+        test: first all items of train, then val, then test, each in its own order.
         """
         digest = hashlib.sha256()
         for part, items in (("train", self.train), ("val", self.val), ("test", self.test)):
@@ -78,23 +69,21 @@ class Task:
 
     @property
     def data_sha256(self) -> str | None:
-        """SHA-256 of whatever else of the data a result follows from. None for a published dataset, which its name
-        and its split determine."""
+        """Return the SHA-256 of all other data that a result depends on; None if name and split determine them."""
         return None
 
     @property
     def test_sha256(self) -> str:
-        """As `split_sha256`, over the test part alone."""
+        """Return the same hash as `split_sha256`, of `test` only."""
         return replace(self, train=(), val=()).split_sha256
 
     def fingerprint(self, items: Sequence[Item]) -> str:
-        """SHA-256 of how the images are read and of their paths, labels, sizes and times of change: another one if any
-        of them changes.
+        """Return the SHA-256 of how images are read and of the items' paths, labels, sizes and modification times.
 
         Raises DatasetError if an image is missing.
         """
         digest = hashlib.sha256(type(self).__name__.encode())
-        image_root = self.image_root.resolve()  # however it was written
+        image_root = self.image_root.resolve()  # one folder has one fingerprint, whether its path is relative or not
         for item in items:
             path = image_root / item.path
             try:
@@ -121,9 +110,9 @@ def check_images_exist(task: Task) -> None:
 
 
 def missing_images(image_root: Path, items: Iterable[Item]) -> tuple[list[str], dict[str, str]]:
-    """The paths among `items` that lead to no file; and of their folders those that cannot be listed, with the reason.
+    """Return the paths of `items` without a file, and those of their folders that cannot be listed, with the reason.
 
-    Whole folders are listed instead of asking for each file: 50,000 images take a moment, on a network disk too.
+    Whole folders are listed instead of asking for each file: this is fast for 50,000 images, also on a network disk.
     """
     listed: dict[str, set[str]] = {}
     denied: dict[str, str] = {}
@@ -145,13 +134,25 @@ def missing_images(image_root: Path, items: Iterable[Item]) -> tuple[list[str], 
     return missing, {folder: reason for folder, reason in denied.items() if folder in folders}
 
 
+def note_untested(source: object, class_names: Sequence[str], test: Sequence[Item]) -> None:
+    """Print a note if no image of some classes is evaluated; `source` is where the images come from."""
+    untested = sorted(set(range(len(class_names))) - {item.label for item in test})
+    if untested:
+        note(
+            f"{source}: no images of {len(untested)} classes are evaluated, for example {class_names[untested[0]]}; "
+            "the accuracy is over the images of the others"
+        )
+
+
 def enumerated(things: Sequence[str], most: int = 10) -> str:
-    """The first things separated by commas, and the number of the others."""
+    """Return the first things separated by commas, and the number of the others."""
     more = len(things) - most
     return ", ".join(things[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-# What Pillow's decoders raise on damaged files, for want of a common base class.
+# --- decoding
+
+# Pillow's decoders raise all of these on damaged files; they have no common base class.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -167,21 +168,22 @@ _DECODE_ERRORS = (
 def read_image(path: str | Path) -> Image.Image:
     """Decode the image file `path` completely and return it in RGB mode, as the published loaders do.
 
-    A missing, empty, truncated or unreadable file raises DatasetError with its name; no other image takes its
-    place.
+    A missing, empty, truncated or unreadable file raises DatasetError with its name; no other image replaces it.
     """
     return _decode(path, lambda image: image.convert("RGB"), "unpack or download it again")
 
 
 def read_upright_image(path: str | Path) -> Image.Image:
-    """As `read_image`, for images of any origin: turned as the EXIF data say, transparency laid on white, 16 bits
-    scaled to 8. Of animations and of files with several pages the first picture counts. Images of 32 bits a
-    channel, whose range of values nothing tells, raise DatasetError.
+    """Decode an image of any origin as `read_image` does: turned upright, without transparency, with 8 bits.
+
+    It is turned as its EXIF data say, transparent areas become white, and 16 bits are scaled to 8. Only the first
+    image of an animation or of a file with several pages is used. An image with 32 bits a channel, whose range of
+    values is unknown, raises DatasetError.
     """
     return _decode(path, _to_upright_rgb, "replace or remove it")
 
 
-# EXIF's orientation -> how to turn the picture back.
+# EXIF's orientation -> how to turn the image back.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -194,8 +196,8 @@ _TURNS = {
 
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # Pillow turns a TIFF itself, and forgets its orientation then
-    # Not ImageOps.exif_transpose: it writes the other EXIF data anew, and stumbles over odd ones.
+    image.load()  # Pillow turns a TIFF itself while loading, and then removes its orientation
+    # Not ImageOps.exif_transpose: it also rewrites the other EXIF data, and fails on unusual ones.
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     upright = _eight_bits(image)
     return upright if turn is None else upright.transpose(turn)
@@ -203,10 +205,10 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     if has_16_bits(image):
-        levels = np.asarray(image).astype(np.int64)  # convert would cut off everything above 255
+        levels = np.asarray(image).astype(np.int64)  # convert() would clip everything above 255
         return Image.fromarray((levels // 256).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError("nothing tells which of its 32-bit values is white; save it with 8 bits a channel")
+        raise ValueError("it has 32 bits a channel, and which value is white is unknown; save it with 8 bits")
     if is_transparent(image):
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -215,12 +217,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def has_16_bits(image: Image.Image) -> bool:
-    """Whether a picture has 16 bits a channel; Pillow's mode I holds more, except from these formats."""
+    """Return whether an image has 16 bits a channel; Pillow's mode I has more, except from these formats."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether parts of a picture may be transparent."""
+    """Return whether areas of an image may be transparent."""
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
@@ -233,7 +235,7 @@ def _decode(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image], reme
     except PermissionError as error:
         raise DatasetError(f"image {path} may not be read; change its permissions") from error
     except UnidentifiedImageError as error:
-        raise DatasetError(f"image {path} is empty or no image; {remedy}") from error
+        raise DatasetError(f"image {path} is empty or not an image; {remedy}") from error
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(f"image {path} cannot be decoded ({reason}); {remedy}") from error

@@ -1,6 +1,4 @@
-"""Reading zip and tar archives of unknown origin: nothing that they hold is written outside the target folder."""
-
-from __future__ import annotations
+"""Reading zip and tar archives of unknown origin: nothing in them is written outside the target folder."""
 
 import lzma
 import shutil
@@ -15,6 +13,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from common import progress
 from fetching import is_web_page
 
 from ..task import DatasetError
@@ -25,24 +24,24 @@ _UNREADABLE = (NotImplementedError, RuntimeError)  # zip: a compression that Pyt
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is by its content a zip or tar archive, whole at least at its start."""
+    """Return whether a file's content is that of a zip or tar archive, at least at its start."""
     try:
         return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
-    except _BROKEN:  # a compressed tar that is cut off within its first member
+    except _BROKEN:  # a compressed tar that ends within its first member
         return False
 
 
 def why_no_archive(path: Path) -> str:
-    """What a file that looks like an archive by its name alone is instead."""
+    """Return what a file is instead that has the name of an archive, but not the content."""
     with open(path, "rb") as file:
         web_page = is_web_page(file.read(1024))
     if web_page:
-        return f"{path} is a web page and no archive; open it to see what the server wanted, then delete it"
-    return f"{path} is no readable zip or tar archive (perhaps cut off); delete it and fetch it again"
+        return f"{path} is a web page, not an archive; open it to see what the server wanted, then delete it"
+    return f"{path} is not a readable zip or tar archive (perhaps incomplete); delete it and download it again"
 
 
 def member_names(path: Path) -> Iterator[str]:
-    """The names of an archive's members, in the archive's order."""
+    """Yield the names of an archive's members, in the archive's order."""
     with explained(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -55,23 +54,27 @@ def member_names(path: Path) -> Iterator[str]:
 def unpack(path: Path, folder: Path) -> None:
     """Unpack a zip or tar archive into `folder`, with a progress bar.
 
-    Only regular files and folders are written, so no link on the disk can redirect a later member. Raises
-    DatasetError for a damaged archive, and for one with a member that is a device or would leave `folder`.
+    Only regular files and folders are written, so that no link can redirect a later member. Raises DatasetError for a
+    damaged archive, and for one with a member that is a device or would leave `folder`.
     """
     with explained(path):
         if zipfile.is_zipfile(path):
             _unpack_zip(path, folder)
         else:
             with open(path, "rb") as file:
-                bar = tqdm(desc=f"unpack {path.name}", total=path.stat().st_size, unit="B", unit_scale=True)
+                bar = _bytes_bar(path, path.stat().st_size)
                 with bar, tarfile.open(fileobj=file) as archive:
                     unpack_tar(archive, path, folder, lambda: bar.update(file.tell() - bar.n))
 
 
+def _bytes_bar(path: Path, total: int) -> tqdm:
+    return progress(None, f"unpack {path.name}", "B", total=total, unit_scale=True)
+
+
 def unpack_tar(
-    archive: tarfile.TarFile, path: Path, folder: Path, progress: Callable[[], object] = lambda: None
+    archive: tarfile.TarFile, path: Path, folder: Path, after_each: Callable[[], object] = lambda: None
 ) -> None:
-    """Unpack an open tar archive as `unpack` does; `path` names it in errors, `progress` is called per member.
+    """Unpack an open tar archive as `unpack` does; `path` names it in errors, `after_each` is called for each member.
 
     A link inside the archive becomes a copy of the file that it names.
     """
@@ -86,8 +89,8 @@ def unpack_tar(
             base = PureWindowsPath(member.name).parent if member.issym() else ""
             links.append((member, target, PureWindowsPath(base, member.linkname)))
         else:
-            raise DatasetError(f"{path}: {member.name!r} is a device file, which no data set holds; do not use it")
-        progress()
+            raise DatasetError(f"{path}: {member.name!r} is a device file, which no dataset has; do not use it")
+        after_each()
     for member, target, source in links:
         original = _target(folder, _collapsed(source), path)
         if not original.is_file():
@@ -99,12 +102,11 @@ def unpack_tar(
 def _unpack_zip(path: Path, folder: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        total = sum(member.file_size for member in members)
-        with tqdm(desc=f"unpack {path.name}", total=total, unit="B", unit_scale=True) as bar:
+        with _bytes_bar(path, sum(member.file_size for member in members)) as bar:
             for member in members:
                 target = _target(folder, member.filename, path)
                 if stat.S_ISLNK(member.external_attr >> 16):
-                    raise DatasetError(f"{path}: {member.filename!r} is a link, which no data set holds; do not use it")
+                    raise DatasetError(f"{path}: {member.filename!r} is a link, which no dataset has; do not use it")
                 if member.is_dir():
                     target.mkdir(parents=True, exist_ok=True)
                 else:
@@ -113,15 +115,15 @@ def _unpack_zip(path: Path, folder: Path) -> None:
 
 
 def _target(folder: Path, name: str, path: Path) -> Path:
-    """Where member `name` of archive `path` belongs below `folder`; DatasetError if that is elsewhere."""
-    parsed = PureWindowsPath(name)  # splits at both slashes, and sees drives as well as roots
+    """Return the path of member `name` below `folder`; raise DatasetError if it would be elsewhere."""
+    parsed = PureWindowsPath(name)  # recognises both slashes, drives and roots
     if parsed.anchor or ".." in parsed.parts:
         raise DatasetError(f"{path}: the member {name!r} would leave the target folder; do not use this archive")
     return folder.joinpath(*parsed.parts)
 
 
 def _collapsed(path: PureWindowsPath) -> str:
-    """A link's path without the `..` that stay inside the archive; those that leave it remain, to be refused."""
+    """Return a link's path without the `..` that stay inside the archive; those that leave it are kept."""
     parts: list[str] = []
     for part in path.parts:
         if part == ".." and parts and parts[-1] != "..":
@@ -144,19 +146,19 @@ def check_space(name: str, folder: Path, gigabytes: float) -> None:
     free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes:
         raise DatasetError(
-            f"{name} needs about {gigabytes:.1f} GB in {folder}, and {free:.1f} GB are free; "
-            "free space there or give another --root_path"
+            f"{name} needs about {gigabytes:.1f} GB in {folder}, but {free:.1f} GB are free; free some space there or "
+            "give another --root_path"
         )
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns what a broken archive raises into one line. gzip's own error is an OSError without a number."""
+    """Turn the errors of a broken archive into a DatasetError. gzip's own error is an OSError without a number."""
     try:
         yield
     except (*_BROKEN, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise DatasetError(f"archive {path} is damaged or cut off ({error}); delete it and run again") from error
+        raise DatasetError(f"archive {path} is damaged or incomplete ({error}); delete it and run again") from error
     except _UNREADABLE as error:
         raise DatasetError(f"archive {path} cannot be read ({error}); unpack it by hand") from error

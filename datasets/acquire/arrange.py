@@ -1,38 +1,37 @@
-"""Finding a dataset's images in what an archive or the user brought, and moving them where they belong."""
-
-from __future__ import annotations
+"""Find a dataset's images in an unpacked archive or in the user's folders, and move them to their place."""
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from common import note
+
 from ..splits import IMAGE_EXTENSIONS
 from .archives import SUFFIXES, is_archive, member_names, unpack, why_no_archive
 
-_DEPTH = 4  # Kaggle's ImageNet lies as deep as this: ILSVRC/Data/CLS-LOC/train
+_DEPTH = 4  # the deepest known nesting, Kaggle's ImageNet: ILSVRC/Data/CLS-LOC/train
 _NO_ARCHIVES = (*IMAGE_EXTENSIONS, ".json", ".txt", ".csv", ".xml", ".mat", ".part", ".lock", ".md", ".pdf")
 
 
 def is_missing(part: Path) -> bool:
-    """Whether a folder of images is not there, holds none, or lies in a folder of its own name."""
+    """Return whether a folder of images does not exist, has no images, or has them in an inner folder of its name."""
     return not _holds_images(part) or _innermost(part) != part
 
 
 def _innermost(folder: Path) -> Path:
-    """`folder`, or the folder of the same name inside it (cars_train/cars_train), and so on."""
+    """Return `folder`, or the folder of the same name inside it (cars_train/cars_train), and so on."""
     while (folder / folder.name).is_dir():
         folder /= folder.name
     return folder
 
 
 def arrange_folder(tree: Path, target: Path, called: tuple[str, ...]) -> None:
-    """Move the folder of images that lies below `tree` under one of the names `called`, if there is one, to `target`.
+    """Find a folder of images below `tree` that has one of the names `called`, and move it to `target`.
 
-    Text files beside it come along: they are Aircraft's split and others' terms. The images come last, so if they are
-    in place, all is. `target` itself is no find, unless it is nested in itself.
+    Text files beside it are moved too: Aircraft's split, and the terms of others. The images are moved last, so if they
+    are in place, everything is. `target` itself does not count, unless it contains a folder of its own name.
     """
     found = _find_folder(tree, target, called)
     if found is None:
@@ -51,8 +50,7 @@ def arrange_folder(tree: Path, target: Path, called: tuple[str, ...]) -> None:
 def put(found: Path, target: Path) -> Path:
     """Rename folder `found` to `target` and return where it came from.
 
-    What is in the way, be it an empty folder or one around `found`, is set aside; interrupted, the search finds the
-    images there.
+    An existing `target`, empty or around `found`, is renamed first; after an interruption the images are found there.
     """
     if target.is_dir():
         aside = target.with_name(f"{target.name}.aside")
@@ -79,7 +77,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def walk(tree: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """`os.walk` in sorted order, without hidden entries, and not deeper than the nesting that occurs."""
+    """Yield from `os.walk` in sorted order, without hidden entries and not deeper than _DEPTH."""
     for path, folders, files in os.walk(tree):
         folder = Path(path)
         deep = len(folder.relative_to(tree).parts) >= _DEPTH
@@ -88,7 +86,7 @@ def walk(tree: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def archives_below(tree: Path) -> list[Path]:
-    """The archives in a dataset's folder, by content; a file that only has an archive's name is told on stderr."""
+    """Return the archives in a dataset's folder, by content; print a note on files that have only an archive's name."""
     archives = []
     for folder, _, names in walk(tree):
         for name in names:
@@ -98,12 +96,12 @@ def archives_below(tree: Path) -> list[Path]:
             if is_archive(path):
                 archives.append(path)
             elif name.lower().endswith(SUFFIXES):
-                print(f"note: {why_no_archive(path)}", file=sys.stderr)
+                note(why_no_archive(path))
     return archives
 
 
 def holds(archive: Path, called: tuple[str, ...]) -> bool:
-    """Whether an archive has a folder (or an archive of a folder) under one of the names `called`."""
+    """Return whether an archive has a folder (or an archive of a folder) with one of the names `called`."""
     for name in member_names(archive):
         *folders, last = PurePosixPath(name.replace("\\", "/")).parts or ("",)
         if name.endswith("/") or last.lower().endswith(SUFFIXES):
@@ -115,9 +113,9 @@ def holds(archive: Path, called: tuple[str, ...]) -> bool:
 
 @contextmanager
 def unpacked(archive: Path, folder: Path, called: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A temporary folder in `folder` with the content of `archive`; what is not moved out of it is deleted.
+    """Yield a temporary folder in `folder` with the content of `archive`; delete what is not moved out of it.
 
-    An archive inside, that of a folder `called` so, is unpacked too. What an interrupted run left is deleted first.
+    An archive inside it with one of the names `called` is unpacked too. What an interrupted run left is deleted first.
     """
     tree = folder / ".unpacking"
     shutil.rmtree(tree, ignore_errors=True)

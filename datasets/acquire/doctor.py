@@ -1,72 +1,66 @@
-"""Says whether datasets are ready, and if not, what is missing or wrong and the remedy.
+"""Check whether datasets are ready; if not, print what is missing or wrong, and the remedy. Nothing is changed.
 
 python -m datasets.doctor dtd eurosat --root_path $DATA
-python -m datasets.doctor all --root_path $DATA --all         # every image is decoded, not a sample
-python -m datasets.doctor folder --root_path my_pictures      # one's own folder or manifest
+python -m datasets.doctor all --root_path $DATA --all         # decodes every image, not only a sample
+python -m datasets.doctor folder --root_path my_images        # your own folder or manifest
 
-Exit code 0: all that was asked for is ready; 2: something has problems; 130: interrupted. A dataset with other images
-than the published ones works, so it is ready, but with a warning: its results do not compare. Nothing is changed.
+Exit code 0: all datasets are ready; 2: some have problems; 130: interrupted. A dataset with other images than the
+published ones works, so it is ready, but with a warning: its results cannot be compared.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
-import hashlib
 import io
 import os
 import random
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from PIL import ExifTags, Image
-from tqdm import tqdm
+
+from common import Parser, file_sha256, one_line_errors, printable, progress
 
 from ..fewshot import val_shots
 from ..folder import FolderTask, image_endings, read_folder
 from ..images import default_workers
 from ..specs import SPECS, Found, departure, names_sha256, search
 from ..splits import IMAGE_EXTENSIONS, Split, imagenet_classes, list_imagenet_part, read_split
-from ..task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, missing_images, printable
+from ..task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, missing_images, note_untested
 from .sources import SOURCES
 
 PER_CLASS = 3  # images of each class that are decoded without --all
-USUAL_SHOTS = 16  # the most that papers report
+USUAL_SHOTS = 16  # the largest number that papers report
 EXAMPLES = 5  # files that a problem names without --all
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Examines the named datasets below --root_path and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m datasets.doctor", description=__doc__.partition("\n")[0])
-    choices = (*SPECS, "folder", "all")
-    parser.add_argument("names", nargs="+", choices=choices, metavar="NAME", help=f"of: {', '.join(choices)}")
-    parser.add_argument(
-        "--root_path", required=True, type=Path, help="the folder that holds the datasets; for folder, your own"
-    )
-    parser.add_argument("--all", action="store_true", help="decode every image, and name every damaged one")
-    arguments = parser.parse_args(argv)
-    names = tuple(SPECS) if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
-    if "folder" in arguments.names and len(arguments.names) > 1:
-        parser.error("folder stands alone: its --root_path is your own folder, not the one that holds the datasets")
-    root = arguments.root_path.expanduser()
-    try:
+    """Examine the named datasets below --root_path and return the exit code, 0 or 2."""
+    with one_line_errors():
+        parser = Parser(prog="python -m datasets.doctor", description=__doc__)
+        choices = (*SPECS, "folder", "all")
+        parser.add_argument("names", nargs="+", choices=choices, metavar="NAME", help=f"some of {', '.join(choices)}")
+        parser.add_argument(
+            "--root_path", required=True, type=Path, help="the folder with all datasets; for folder, your own images"
+        )
+        parser.add_argument("--all", action="store_true", help="decode every image, and name every damaged one")
+        arguments = parser.parse_args(argv)
+        names = tuple(SPECS) if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
+        if "folder" in arguments.names and len(arguments.names) > 1:
+            parser.error("folder must be the only name: its --root_path is your own folder, not that of all datasets")
+        root = arguments.root_path.expanduser()
         reports = [examine(name, root, arguments.all) for name in names]
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    ill = [report.name for report in reports if report.problems]
-    print(f"{len(reports) - len(ill)} of {len(reports)} ready" + (f"; not ready: {', '.join(ill)}" if ill else ""))
-    return 2 if ill else 0
+        failed = [report.name for report in reports if report.problems]
+        ready = f"{len(reports) - len(failed)} of {len(reports)} ready"
+        print(ready + (f"; not ready: {', '.join(failed)}" if failed else ""))
+        return 2 if failed else 0
 
 
 class Report:
-    """Prints what is found about one dataset, a line each, and counts problems and warnings.
+    """The printed findings about one dataset, one line each, and the numbers of problems and warnings.
 
-    A problem keeps `main.py` from using the dataset, a warning keeps its results from being compared.
+    With a problem, `main.py` cannot use the dataset; with a warning, results cannot be compared with published ones.
     """
 
     def __init__(self, name: str, everything: bool):
@@ -75,23 +69,26 @@ class Report:
         print(name)
 
     def fact(self, topic: str, text: object) -> None:
+        """Print one line."""
         print(printable(f"  {topic}: {text}"))
 
     def warning(self, text: str) -> None:
+        """Print and count a warning."""
         self.warnings += 1
         self.fact("warning", text)
 
     def problem(self, text: str, examples: Sequence[str] = ()) -> None:
-        """One problem in a line; the first of the examples, or with --all every one, follow on lines of their own."""
+        """Print and count a problem; the first examples, or with --all every one, follow on separate lines."""
         self.problems += 1
         self.fact("problem", text)
         shown = examples if self.everything else examples[:EXAMPLES]
         for example in shown:
             print(printable(f"    {example}"))
         if len(shown) < len(examples):
-            print(f"    and {len(examples) - len(shown)} more; --all names them")
+            print(f"    and {len(examples) - len(shown)} more; --all names all of them")
 
     def close(self) -> None:
+        """Print the result."""
         if self.problems:
             state = f"{self.problems} problem{'s' * (self.problems > 1)}"
         else:
@@ -100,7 +97,7 @@ class Report:
 
 
 def examine(name: str, root: Path, everything: bool = False) -> Report:
-    """Print all that is found about dataset `name` below `root`; with `everything` each of its images is decoded."""
+    """Print the findings about dataset `name` below `root`; with `everything`, every image is decoded."""
     report = Report(name, everything)
     try:
         (_examine_folder if name == "folder" else _examine_published)(name, root, report)
@@ -121,7 +118,7 @@ def _examine_published(name: str, root: Path, report: Report) -> None:
     if found.images:
         report.fact("layout", f"images in {found.images}")
     for copy in found.copies:
-        report.fact("note", f"{copy} is another copy, which is not used; remove one of them")
+        report.fact("note", f"{copy} is another copy, which is not used; remove one of the two")
     split = _read_imagenet(found, report, command) if name == "imagenet" else _read(name, found, report, command)
     if split:
         _compare(name, found, split, report, command)
@@ -131,13 +128,13 @@ def _examine_published(name: str, root: Path, report: Report) -> None:
             items = (*split.train, *split.val, *split.test)
         else:
             items = _images_below(found.images, IMAGE_EXTENSIONS)
-            report.fact("note", f"without a split nothing tells which images belong there; {len(items)} are")
+            report.fact("note", f"{len(items)} images found; without a split it is unknown which should be there")
         remedy = f"move {found.images} away and {command}"
         _examine_images(Task(name, (), (), (), (), items, found.images), report, remedy)
 
 
 def _read_imagenet(found: Found, report: Report, command: str) -> Split | None:
-    """All images of both parts, or None if one of them is not as it should be."""
+    """Return all images of both parts; report and return None if one of them is incomplete."""
     if found.images is None:
         return None
     wnids, names = imagenet_classes()
@@ -149,19 +146,19 @@ def _read_imagenet(found: Found, report: Report, command: str) -> Split | None:
                 tuple(Item(f"{part}/{wnid}/{image}", label) for label, (wnid, images) in listed for image in images)
             )
         except DatasetError as error:
-            report.problem(f"{error}; {command}, which arranges what lies there or says what is to be done")
+            report.problem(f"{error}; {command}, which arranges the files or says what to do")
     return Split(names, parts[0], (), parts[1]) if len(parts) == 2 else None
 
 
 def _read(name: str, found: Found, report: Report, command: str) -> Split | None:
-    """The split, or None if it is not there, as `search` has said, or cannot be used, which is reported."""
+    """Return the split; None if it is missing, which `search` reports, or unusable, which is reported here."""
     source = _source(name, found)
     if source is None:
         return None
     try:
         split = read_split(name, found)
     except DatasetError as error:
-        report.problem(f"{error}; to get it again, move {source} away and {command}")
+        report.problem(f"{error}; to download it again, move {source} away and {command}")
         return None
     names = names_sha256(split.class_names)
     others = [other for other in SPECS if SPECS[other].names_sha256 == names]
@@ -172,7 +169,7 @@ def _read(name: str, found: Found, report: Report, command: str) -> Split | None
 
 
 def _source(name: str, found: Found) -> Path | None:
-    """Where the split is read from: a JSON file, folders of images, or FGVC Aircraft's folder of text files."""
+    """Return the place of the split: a JSON file, folders of images, or FGVC Aircraft's folder of text files."""
     spec = SPECS[name]
     if spec.split_file:
         return found.split
@@ -187,21 +184,21 @@ def _compare(name: str, found: Found, split: Split, report: Report, command: str
     same_numbers = (len(split.class_names), sizes) == (SPECS[name].classes, SPECS[name].sizes)
     if found.split:
         known = SOURCES[name].split
-        if _sha256(found.split.read_bytes()) == known.sha256:
+        if file_sha256(found.split) == known.sha256:
             state = "the checksum reported for the published file" if known.reported else "the published file"
         elif known.reported:
-            state = "checksum not known for certain"
+            state = "the published checksum is not known for certain"
         elif unlike:
             state = "not the published file"
         else:
-            state = "other bytes than the copy that is known, but its classes and numbers"
+            state = "other bytes than the published file, but the same classes and numbers"
         report.fact("split", f"{found.split} ({state})")
     counts = f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images"
     report.fact("numbers", counts + (", as published" if same_numbers else ""))
     if same_names:
         report.fact("class names", "as published")
     if unlike:
-        report.warning(f"there are {unlike}; if that is not meant, move {source} away and {command}")
+        report.warning(f"{unlike}; if you do not want this, move {source} away and {command}")
     if found.split:
         listings = Counter(item.path for item in (*split.train, *split.val, *split.test))
         twice = [path for path, count in listings.items() if count > 1]
@@ -210,9 +207,9 @@ def _compare(name: str, found: Found, split: Split, report: Report, command: str
 
 
 def _examine_shots(name: str, split: Split, report: Report) -> None:
-    """Say how many shots the smallest classes allow."""
+    """Print how many shots the smallest classes allow."""
     if name in SPECS and SPECS[name].is_test_only:
-        report.fact("shots", "none, it is there to test on")
+        report.fact("shots", "none, this dataset is only for testing")
         return
     pooled = name == "imagenet"  # validation images come from the same folders
     needed = USUAL_SHOTS + (val_shots(USUAL_SHOTS) if pooled else 0)
@@ -226,16 +223,16 @@ def _examine_shots(name: str, split: Split, report: Report) -> None:
     listed = [f"{split.class_names[label]} {count}" for count, label in small]
     report.fact("shots", f"up to {most} without repeats; classes with fewer than {needed} images: {enumerated(listed)}")
     if most == 0:
-        report.problem(f"too few training images, in {listed[0]}; two are needed, to train and validate")
+        report.problem(f"too few training images ({listed[0]}); two are needed, for training and validation")
 
 
 def _most_pooled_shots(images: int) -> int:
-    """The most shots for which as many images suffice to train and to validate."""
+    """Return the largest number of shots for which this many images are enough for training and validation."""
     return next(shots for shots in range(images, -1, -1) if shots + val_shots(shots) <= images)
 
 
 def _images_below(root: Path, endings: tuple[str, ...]) -> tuple[Item, ...]:
-    """All images below `root`, to be examined for want of a split, with the number of their folder as label."""
+    """Return all images below `root`, which are examined if there is no split; labels are numbers of their folders."""
     items: list[Item] = []
     for label, (folder, _, names) in enumerate(os.walk(root)):
         images = sorted(name for name in names if name.lower().endswith(endings))
@@ -243,7 +240,7 @@ def _images_below(root: Path, endings: tuple[str, ...]) -> tuple[Item, ...]:
     return tuple(items)
 
 
-# --- one's own images
+# --- your own images
 
 
 def _examine_folder(name: str, root: Path, report: Report) -> None:
@@ -251,6 +248,7 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
     try:
         with contextlib.redirect_stderr(notes):
             split, image_root = read_folder(root)
+            note_untested(root, split.class_names, split.test)
     except DatasetError as error:
         report.problem(str(error))
     for line in notes.getvalue().splitlines():
@@ -262,14 +260,14 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
     if split or root.is_dir():
         items = (*split.train, *split.val, *split.test) if split else _images_below(root, image_endings())
         task = FolderTask(name, (), (), (), (), items, image_root)
-        _examine_images(task, report, "put the right files there, or take them out of the folder or the manifest")
+        _examine_images(task, report, "replace them, or remove them from the folder or the manifest")
 
 
 # --- images
 
 
 def _examine_images(task: Task, report: Report, remedy: str) -> None:
-    """Look for missing, empty and damaged images among the test items of `task`, which stand for all of its images."""
+    """Look for missing, empty and damaged images among the test items of `task`, which are all images of a dataset."""
     items = list({item.path: item for item in task.test}.values())
     missing, unlisted = missing_images(task.image_root, items)
     for folder, reason in unlisted.items():
@@ -286,41 +284,41 @@ def _examine_images(task: Task, report: Report, remedy: str) -> None:
     if empty:
         report.problem(f"images of 0 bytes: {len(empty)} of {len(items)}; {remedy}", empty)
     if not missing and not broken:
-        report.fact("images", f"all {len(items)} are there")
+        report.fact("images", f"all {len(items)} exist")
     bad = {*empty, *broken}
     whole = [item for item in there if item.path not in bad]
     chosen = whole if report.everything else _sample(whole)
     complaints, kinds = _decode(task, chosen)
-    seen = f"{len(chosen)} of {len(items)}" + ("" if report.everything else " (a sample; --all decodes every one)")
+    seen = f"{len(chosen)} of {len(items)}" + ("" if report.everything else " (a sample; --all decodes all)")
     if complaints:
         report.problem(f"damaged images: {len(complaints)} among {seen}; {remedy}", complaints)
     elif chosen:
-        report.fact("decoded", f"{seen}, all whole")
+        report.fact("decoded", f"{seen}, none damaged")
     for kind, count in kinds.items():
-        report.fact("note", f"of the images decoded {count} {kind}")
+        report.fact("note", f"of the decoded images, {count} {kind}")
 
 
 def _clue(root: Path, missing: Sequence[str]) -> str:
-    """What explains why images are missing, if it can be seen."""
+    """Return a probable reason why images are missing, if there is one."""
     folders = sorted({path.rpartition("/")[0] for path in missing})
     for folder in ["", *folders]:
         nested = root / folder / (root / folder).name
         if nested.is_dir():
-            return f"; those of {root / folder} lie one folder too deep, in {nested}"
+            return f"; those of {root / folder} are one folder too deep, in {nested}"
     if not any(root.iterdir()):
         return f"; {root} is empty"
     folder, _, name = missing[0].rpartition("/")
     if (root / folder).is_dir():
         for entry in sorted(os.listdir(root / folder)):
             if entry.lower() == name.lower():
-                return f"; file names differ in upper and lower case ({entry} lies there)"
+                return f"; file names differ in upper and lower case ({entry} exists)"
     return ""
 
 
 def _weigh(root: Path, items: Iterable[Item]) -> tuple[list[str], dict[str, str]]:
-    """The paths of files without content, and of those that are none, such as links to nothing, with the reason."""
+    """Return the paths of empty files, and those that are not files, such as broken links, with the reason."""
     empty, broken = [], {}
-    for item in _progress(items, "sizes"):
+    for item in progress(items, "sizes", "image", delay=1):
         try:
             if os.stat(root / item.path).st_size == 0:
                 empty.append(item.path)
@@ -330,7 +328,7 @@ def _weigh(root: Path, items: Iterable[Item]) -> tuple[list[str], dict[str, str]
 
 
 def _sample(items: Iterable[Item]) -> list[Item]:
-    """The same few images of each class every time."""
+    """Return a few images of each class, always the same ones."""
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(item.label, []).append(item)
@@ -339,47 +337,38 @@ def _sample(items: Iterable[Item]) -> list[Item]:
 
 
 def _decode(task: Task, items: Sequence[Item]) -> tuple[list[str], Counter[str]]:
-    """Why images cannot be decoded; and of one's own images how many are of which unusual kind."""
+    """Return why images cannot be decoded, and how many of your own images need which conversion."""
 
     def look(item: Item) -> tuple[str | None, list[str]]:
         try:
             task.read(item)
         except DatasetError as error:
             return str(error), []
-        return None, _kinds(task.image_root / item.path) if isinstance(task, FolderTask) else []
+        return None, _conversions(task.image_root / item.path) if isinstance(task, FolderTask) else []
 
     complaints, counts = [], Counter()
     with ThreadPool(default_workers() + 1) as pool:
-        for complaint, kinds in _progress(pool.imap(look, items, chunksize=16), "decoding", len(items)):
+        looks = pool.imap(look, items, chunksize=16)
+        for complaint, kinds in progress(looks, "decoding", "image", total=len(items), delay=1):
             complaints += [complaint] if complaint else []
             counts.update(kinds)
     return complaints, counts
 
 
-def _kinds(path: Path) -> list[str]:
-    """What a readable image of one's own has that it is changed for."""
+def _conversions(path: Path) -> list[str]:
+    """Return which conversions a readable image of yours needs."""
     with Image.open(path) as image:
         kinds = {
             "are turned as their EXIF data say": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
-            "are transparent and laid on white": is_transparent(image),
+            "are transparent and get a white background": is_transparent(image),
             "have 16 bits a channel, scaled to 8": has_16_bits(image),
-            "have several pictures, of which the first counts": _has_several_pictures(image),
+            "are files with several images, of which only the first is used": _has_several_images(image),
         }
     return [kind for kind, is_so in kinds.items() if is_so]
 
 
-def _has_several_pictures(image: Image.Image) -> bool:
+def _has_several_images(image: Image.Image) -> bool:
     try:
         return getattr(image, "n_frames", 1) > 1
-    except Exception:  # damaged pages raise nearly anything; the first, which counts, was read before
+    except Exception:  # damaged pages raise nearly anything; the first, which is used, was read before
         return True
-
-
-def _progress(iterable: Iterable, label: str, total: int | None = None) -> tqdm:
-    """A bar, or in a log a line every half minute."""
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(iterable, desc=label, total=total, leave=False, unit="image", mininterval=interval, delay=interval)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

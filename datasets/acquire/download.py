@@ -1,16 +1,12 @@
-"""Fetches, verifies, unpacks and arranges datasets. It can be interrupted, and run again, at any time.
+"""Download, verify, unpack and arrange datasets. You can interrupt it at any time and run it again.
 
 python -m datasets.download dtd eurosat --root_path $DATA
-python -m datasets.download all --root_path $DATA        # what needs your hand is told step by step
+python -m datasets.download all --root_path $DATA        # prints the steps that you must do by hand
 
-The addresses in datasets/acquire/sources.py were collected from public code and issue reports and have not been tried
-live.
-Exit code 0: all that was asked for is ready; 2: something is missing, and the output says what; 130: interrupted.
+The addresses in datasets/acquire/sources.py were collected from public code and issue reports, and never tried.
+Exit code 0: all datasets are ready; 2: something is missing, and the output says what; 130: interrupted.
 """
 
-from __future__ import annotations
-
-import argparse
 import errno
 import sys
 from collections.abc import Sequence
@@ -18,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from common import Parser, UserError, fail, note, one_line_errors
 from fetching import fetch, has_checksum, is_web_page
 
 from ..specs import SPECS, Layout, locate, names_sha256
@@ -30,37 +27,34 @@ from .sources import SOURCES, SPLITS, Archive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Makes the named datasets ready below --root_path and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m datasets.download", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "names", nargs="+", choices=(*SOURCES, "all"), metavar="NAME", help=f"all, or of: {', '.join(SOURCES)}"
-    )
-    parser.add_argument("--root_path", required=True, type=Path, help="the folder that holds the datasets")
-    arguments = parser.parse_args(argv)
-    root = arguments.root_path.expanduser()
-    names = tuple(SOURCES) if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
-    ready, failed = {}, {}
-    try:
+    """Make the named datasets ready below --root_path and return the exit code, 0 or 2."""
+    with one_line_errors():
+        parser = Parser(prog="python -m datasets.download", description=__doc__)
+        parser.add_argument(
+            "names", nargs="+", choices=(*SOURCES, "all"), metavar="NAME", help=f"all, or some of {', '.join(SOURCES)}"
+        )
+        parser.add_argument("--root_path", required=True, type=Path, help="the folder for all datasets")
+        arguments = parser.parse_args(argv)
+        root = arguments.root_path.expanduser()
+        names = tuple(SOURCES) if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
+        ready, failed = {}, {}
         for name in names:
             try:
                 ready[name] = prepare(name, root)
-            except (DatasetError, OSError) as error:
-                failed[name] = _in_a_line(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return 130
-    for name, state in ready.items():
-        print(f"{name}: ready, {state}")
-    for name, problem in failed.items():
-        print(f"error: {name}: {problem}", file=sys.stderr)
-    return 2 if failed else 0
+            except (UserError, OSError) as error:
+                failed[name] = _one_line(error)
+        for name, state in ready.items():
+            print(f"{name}: ready, {state}")
+        for name, problem in failed.items():
+            fail(f"{name}: {problem}")
+        return 2 if failed else 0
 
 
 def prepare(name: str, root: Path) -> str:
-    """Make dataset `name` ready below `root` and return what lies where.
+    """Make dataset `name` ready below `root` and return how many images are where.
 
-    What is there already, in any layout that `locate` knows, is used; where nothing is missing, nothing is written and
-    no network is asked. Raises DatasetError with what is missing and what to do.
+    Files that exist, in any layout that `locate` knows, are used. If nothing is missing, nothing is written or
+    downloaded. Raises DatasetError with what is missing and what to do.
     """
     try:
         return check(name, root)
@@ -69,10 +63,10 @@ def prepare(name: str, root: Path) -> str:
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{name}.lock"):
         problems = []
-        for bring in (_bring_split, _bring_images):
+        for get in (_get_split, _get_images):  # each is tried even if the other fails
             try:
-                bring(name, root)
-            except DatasetError as error:  # the images may come though the split does not, and the other way round
+                get(name, root)
+            except DatasetError as error:
                 problems.append(str(error))
         if problems:
             raise DatasetError("; ".join(problems))
@@ -80,7 +74,7 @@ def prepare(name: str, root: Path) -> str:
 
 
 def check(name: str, root: Path) -> str:
-    """Say where dataset `name` lies if it is whole: split readable, every image of it there. DatasetError otherwise."""
+    """Return where dataset `name` is; raise DatasetError unless its split is readable and every image exists."""
     missing = _missing_parts(name, _layout(name, root), root)
     if missing:
         raise DatasetError(f"{missing[0]} is missing")
@@ -92,13 +86,13 @@ def check(name: str, root: Path) -> str:
         check_images_exist(Task(name, split.class_names, (), split.train, split.val, split.test, found.images))
     except DatasetError as error:
         raise DatasetError(
-            f"{error} If so, move {found.images} away and run again; copies with renamed images do not fit the split"
+            f"{error} If it is, move {found.images} away and run again; copies with renamed images do not fit the split"
         ) from error
     return f"{len(split.train) + len(split.val) + len(split.test):,} images in {found.images}"
 
 
 def _layout(name: str, root: Path) -> Layout:
-    """Where the dataset lies or shall lie: where most of it is, else in a folder that exists, else as CoOp has it."""
+    """Return the layout of which most exists; of equal ones, the first whose folder exists, or else CoOp's."""
     layouts = SPECS[name].layouts
 
     def rank(layout: Layout) -> tuple[int, bool]:
@@ -108,7 +102,7 @@ def _layout(name: str, root: Path) -> Layout:
 
 
 def _parts(name: str, layout: Layout, root: Path) -> tuple[Path, ...]:
-    """The folders that must be there."""
+    """Return the folders that must exist."""
     images = root / layout.folder / layout.images
     return tuple(images / part for part in SOURCES[name].parts or (layout.holds,))
 
@@ -117,8 +111,8 @@ def _missing_parts(name: str, layout: Layout, root: Path) -> list[Path]:
     return [part for part in _parts(name, layout, root) if is_missing(part)]
 
 
-def _bring_images(name: str, root: Path) -> None:
-    """Arrange what lies in the dataset's folders; if that is not enough, download the images."""
+def _get_images(name: str, root: Path) -> None:
+    """Arrange what is in the dataset's folders; if that is not enough, download the images."""
     layout, source = _layout(name, root), SOURCES[name]
     folder = root / layout.folder
     if name == "imagenet":
@@ -136,7 +130,7 @@ def _bring_images(name: str, root: Path) -> None:
 
 
 def _arrange(name: str, root: Path, layout: Layout) -> None:
-    """Move the missing parts into place, from folders or else from archives in any of the dataset's folders."""
+    """Move the missing parts to their place, from folders or else from archives in any of the dataset's folders."""
     places = dict.fromkeys(root / other.folder for other in SPECS[name].layouts if (root / other.folder).is_dir())
 
     def called(part: Path) -> tuple[str, ...]:
@@ -157,7 +151,7 @@ def _arrange(name: str, root: Path, layout: Layout) -> None:
 
 
 def _download(name: str, folder: Path) -> None:
-    """Download the first of the dataset's archives that can be had; why the others cannot is told on stderr."""
+    """Download the first of the dataset's archives that is available; print a note on each that is not."""
     source = SOURCES[name]
     started = sum(path.stat().st_size for path in folder.glob("*.part")) / 1e9
     check_space(name, folder, max(source.download_gb - started, 0) + source.unpacked_gb)
@@ -169,8 +163,8 @@ def _download(name: str, folder: Path) -> None:
             return
         except DatasetError as error:
             if part.exists() and part.stat().st_size > before:
-                raise  # it comes, so go on with it later: another source would start from nothing
-            print(f"{name}: {error}", file=sys.stderr)
+                raise  # this download can be resumed; another source would start from zero
+            note(f"{name}: {error}")
 
 
 def _fetch(archive: Archive, target: Path) -> None:
@@ -183,7 +177,7 @@ def _fetch(archive: Archive, target: Path) -> None:
 
 
 def fetch_from_drive(file_id: str, target: Path) -> None:
-    """Download a Google Drive file with gdown, which resumes too; `target` appears when the file is whole."""
+    """Download a file from Google Drive with gdown, which resumes too; `target` appears when the file is complete."""
     try:
         import gdown
     except ImportError:
@@ -191,7 +185,7 @@ def fetch_from_drive(file_id: str, target: Path) -> None:
             "downloads from Google Drive need the package gdown; pip install -r requirements.txt"
         ) from None
     address = f"https://drive.google.com/file/d/{file_id}/view"
-    remedy = f"open it in a browser, now or in a day, download the file and put it at {target}"
+    remedy = f"open it in a browser, now or tomorrow, download the file and put it at {target}"
     arriving = target.with_name(f"{target.name}.drive")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -199,7 +193,7 @@ def fetch_from_drive(file_id: str, target: Path) -> None:
     except (gdown.DownloadError, OSError) as error:  # OSError: requests' errors, and the disk's
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DatasetError(f"Google Drive did not give {address} ({_in_a_line(error)}); {remedy}") from error
+        raise DatasetError(f"Google Drive did not send {address} ({_one_line(error)}); {remedy}") from error
     with open(arriving, "rb") as file:
         web_page = is_web_page(file.read(1024))
     if web_page:
@@ -208,8 +202,8 @@ def fetch_from_drive(file_id: str, target: Path) -> None:
     arriving.replace(target)
 
 
-def _bring_split(name: str, root: Path) -> None:
-    """Download the split file unless it lies in one of the dataset's folders: from GitHub, else from Google Drive."""
+def _get_split(name: str, root: Path) -> None:
+    """Download the split file from GitHub or else Google Drive, unless it is in one of the dataset's folders."""
     source, file = SOURCES[name].split, SPECS[name].split_file
     if source is None or any((root / layout.folder / file).is_file() for layout in SPECS[name].layouts):
         return
@@ -228,40 +222,40 @@ def _bring_split(name: str, root: Path) -> None:
             return
         except DatasetError as error:
             new.unlink(missing_ok=True)
-            print(f"{name}: {str(error).replace(str(new), str(target))}", file=sys.stderr)
-    raise DatasetError(f"split file {target} could not be fetched, for the reasons above; run again or put it there")
+            note(f"{name}: {str(error).replace(str(new), str(target))}")
+    raise DatasetError(f"split file {target} could not be downloaded (see above); run again or put it there")
 
 
 def _check_split(name: str, path: Path, sha256: str) -> None:
-    """A split with other bytes than the known ones is taken if its classes and numbers are the published ones."""
+    """Raise DatasetError unless a split has the known checksum, or else the published classes and numbers."""
     if has_checksum(path, sha256):
         return
     split, spec = read_json_split(path), SPECS[name]
     here = (len(split.train), len(split.val), len(split.test))
     if here != spec.sizes or names_sha256(split.class_names) != spec.names_sha256:
         raise DatasetError(
-            f"{path} has {len(split.class_names)} classes and {here[0]}/{here[1]}/{here[2]} train/val/test images; "
-            f"these are not the published {spec.classes} and {'/'.join(map(str, spec.sizes))}, or have other names"
+            f"{path} has {len(split.class_names)} classes and {here[0]}/{here[1]}/{here[2]} train/val/test images, but "
+            f"the published split has {spec.classes} and {'/'.join(map(str, spec.sizes))}, or other class names"
         )
-    print(f"note: the split of {name} has the published classes and numbers, but other bytes than the known copy")
+    note(f"the split of {name} has the published classes and numbers, but other bytes than the known copy")
 
 
 def _print_steps(name: str, root: Path, folder: Path) -> None:
-    """What the user can do by hand; the next run finds and arranges what was put there."""
+    """Print what the user can do by hand; the next run finds and arranges the files."""
     source = SOURCES[name]
     lines = [archive.url.replace("drive:", "https://drive.google.com/uc?id=") for archive in source.archives]
     print(
-        f"\n{name} needs your hand:\n"
-        f"  1. Get the images, about {source.download_gb:g} GB (the addresses were collected, not tried):\n"
+        f"\n{name} must be downloaded by hand:\n"
+        f"  1. Download the images, about {source.download_gb:g} GB (these addresses have not been tried):\n"
         + "".join(f"       {line}\n" for line in (*lines, *source.hints))
-        + f"  2. Put the archives or the unpacked folders, as they are and under any name, into\n       {folder}\n"
+        + f"  2. Put the archives or the unpacked folders, with any name, into\n       {folder}\n"
         f"  3. Run again: python -m datasets.download {name} --root_path {root}\n",
         file=sys.stderr,
     )
 
 
-def _in_a_line(error: Exception) -> str:
-    """An error's message in one line; the operating system's with a remedy."""
+def _one_line(error: Exception) -> str:
+    """Return an error's message on one line, for a full disk with a remedy."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left ({error.filename or 'disk full'}); free space and run again to go on"
+        return f"no space left ({error.filename or 'disk full'}); free some space and run again to resume"
     return " ".join(str(error).split())

@@ -1,14 +1,11 @@
-"""ImageNet from its own archives: a tar of 1000 tars, a flat tar of validation images, and the devkit that sorts it."""
-
-from __future__ import annotations
+"""ImageNet from its archives: a tar of 1000 tars, a flat tar of validation images, the devkit with their classes."""
 
 import re
 import shutil
 import tarfile
 from pathlib import Path
 
-from scipy.io import loadmat
-from tqdm import tqdm
+from common import progress
 
 from ..task import DatasetError
 from .archives import check_space, explained, member_names, unpack_tar
@@ -20,10 +17,10 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def arrange_imagenet(folder: Path, images: Path) -> None:
-    """Put the train and val images found in `folder`, as folders or as ILSVRC archives, into class folders of `images`.
+    """Move the train and val images in `folder`, from folders or ILSVRC archives, into class folders of `images`.
 
-    What is in place is left alone, and archives are told by their members. Raises DatasetError if the validation
-    images need the devkit and it is not there.
+    Parts that are in place are not touched, and archives are recognised by their members. Raises DatasetError if the
+    validation images need the devkit and it is missing.
     """
     train, val = images / "train", images / "val"
     archives = {_kind(archive): archive for archive in archives_below(folder) if tarfile.is_tarfile(archive)}
@@ -46,7 +43,7 @@ def arrange_imagenet(folder: Path, images: Path) -> None:
 
 
 def _kind(archive: Path) -> str | None:
-    """Which of the ILSVRC archives this is, by the names of its members."""
+    """Return which of the ILSVRC archives this is, from the names of its members."""
     for name in member_names(archive):
         last = name.rpartition("/")[2]
         if _CLASS_TAR.fullmatch(last):
@@ -59,13 +56,13 @@ def _kind(archive: Path) -> str | None:
 
 
 def _unpack_classes(archive: Path, train: Path) -> None:
-    """Unpack the tar of class tars without writing the inner ones to disk; `train` appears when all is there."""
+    """Unpack the tar of class tars without writing the inner tars to disk; `train` appears when it is complete."""
     check_space("imagenet", train, archive.stat().st_size / 1e9)
     tree = train.with_name(".unpacking")
     shutil.rmtree(tree, ignore_errors=True)
     try:
         with explained(archive), tarfile.open(archive) as outer:
-            for member in tqdm(outer, desc=f"unpack {archive.name}", total=1000, unit="class"):
+            for member in progress(outer, f"unpack {archive.name}", "class", total=1000):
                 if wnid := _CLASS_TAR.fullmatch(member.name.rpartition("/")[2]):
                     with tarfile.open(fileobj=outer.extractfile(member)) as inner:
                         unpack_tar(inner, archive, tree / wnid[1])
@@ -76,24 +73,27 @@ def _unpack_classes(archive: Path, train: Path) -> None:
 
 
 def _validation_wnids(folder: Path, devkit: Path | None) -> list[str]:
-    """The WordNet id of each validation image, from the devkit's archive or its unpacked folder in `folder`."""
+    """Return the WordNet id of each validation image, from the devkit's archive or its unpacked folder in `folder`."""
     if devkit is not None:
         with unpacked(devkit, folder) as tree:
             return _read_devkit(tree)
     wnids = _read_devkit(folder)
     if not wnids:
         raise DatasetError(
-            f"imagenet: the validation images come unsorted, and the devkit that has their classes is missing; put "
+            f"imagenet: the validation images are not sorted, and the devkit with their classes is missing; put "
             f"ILSVRC2012_devkit_t12.tar.gz into {folder} and run again"
         )
     return wnids
 
 
 def _read_devkit(tree: Path) -> list[str]:
-    """The ground truth gives one ILSVRC id per image in file order; meta.mat maps the ids to WordNet's.
+    """Return the WordNet id of each validation image from the devkit in `tree`; an empty list if there is none.
 
-    The ids of the 1000 classes are not in WordNet's order; those above 1000 are synsets with children.
+    The ground-truth file has one ILSVRC id per image, in the order of the files; meta.mat maps ILSVRC ids to WordNet's.
+    ILSVRC ids are not in WordNet's order; those above 1000 are synsets with children.
     """
+    from scipy.io import loadmat
+
     for data, _, files in walk(tree):
         if _GROUND_TRUTH in files and "meta.mat" in files:
             try:
@@ -102,19 +102,19 @@ def _read_devkit(tree: Path) -> list[str]:
                 return [wnids[int(line)] for line in (data / _GROUND_TRUTH).read_text().split()]
             except (LookupError, ValueError, TypeError, NotImplementedError) as error:
                 raise DatasetError(
-                    f"imagenet: meta.mat or {_GROUND_TRUTH} in {data} is not the original ({error}); get "
+                    f"imagenet: meta.mat or {_GROUND_TRUTH} in {data} is not the original ({error}); download "
                     "ILSVRC2012_devkit_t12.tar.gz again"
                 ) from error
     return []
 
 
 def _sort(source: Path, target: Path, wnids: list[str]) -> None:
-    """Move the validation images below `source` to target/<wnid>/; their number tells the class, so it can go on."""
+    """Move the validation images below `source` to target/<wnid>/. Each name has its number, so this can be resumed."""
     images = [(match, path) for path in source.rglob("*.JPEG") if (match := _VAL_IMAGE.fullmatch(path.name))]
-    for match, path in tqdm(images, desc="sort val", unit="image"):
+    for match, path in progress(images, "sort val", "image"):
         number = int(match[1])
         if not 1 <= number <= len(wnids):
-            raise DatasetError(f"{path}: the devkit knows {len(wnids)} validation images; get the original devkit")
+            raise DatasetError(f"{path}: the devkit has {len(wnids)} validation images; download the original devkit")
         place = target / wnids[number - 1] / path.name
         place.parent.mkdir(parents=True, exist_ok=True)
         path.rename(place)

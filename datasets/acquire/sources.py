@@ -1,14 +1,12 @@
-"""Where the data sets come from: addresses, checksums, approximate sizes, and what to do by hand.
+"""Where the datasets come from: addresses, checksums, approximate sizes, and what to do by hand.
 
-Everything here was collected from public code and issue reports; no address has been tried live. Checksums of the
-originals are torchvision's or the authors'; those of re-packed copies were reported by users of these copies.
+All of this was collected from public code and issue reports; no address has been tried. Checksums of the originals are
+torchvision's or the authors'; those of re-packed copies were reported by users of these copies.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
-# CoOp's split files in a public repository (MIT), and the images in CoOp's layout as one zip per data set, pinned.
+# CoOp's split files in a public repository (MIT), and the images in CoOp's layout as one zip per dataset, pinned.
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits"
 MIRROR = "https://huggingface.co/zhengli97/prompt_learning_dataset/resolve/ceb3112337fb6e1bf71534e355ca5569b63f19a6"
 HUB = "https://huggingface.co"
@@ -18,9 +16,9 @@ BERKELEY = "https://people.eecs.berkeley.edu/~hendrycks"
 
 @dataclass(frozen=True)
 class Archive:
-    """A file with a data set's images. `url` is an address or `drive:` and a Google Drive id.
+    """A file with a dataset's images. `url` is an address, or `drive:` and a Google Drive id.
 
-    `file` is its name once downloaded, `checksum` its MD5 (32 digits) or SHA-256 (64), None where none is known.
+    `file` is its name after the download, `checksum` its MD5 (32 digits) or SHA-256 (64), or None if it is unknown.
     """
 
     url: str
@@ -32,7 +30,7 @@ class Archive:
 class SplitSource:
     """A split file: its Google Drive id and SHA-256.
 
-    `reported` marks a checksum that was not computed from the copy below SPLITS, but reported of another one.
+    `reported` means that the checksum was not computed from the copy below SPLITS but reported for another copy.
     """
 
     drive: str
@@ -42,11 +40,11 @@ class SplitSource:
 
 @dataclass(frozen=True)
 class Source:
-    """How to get one data set.
+    """How to get one dataset.
 
-    `archives` hold the same images and are tried in order. `parts` are the folders that must lie in the image folder
-    (none: the image folder itself is all), `called` is another name that it bears in the archive. `download_gb` and
-    `unpacked_gb` are approximate, in 10^9 bytes. `hints` tell where else to look when the addresses fail.
+    `archives` have the same images and are tried in order. `parts` are the folders that must be in the image folder
+    (empty: only the image folder itself). `called` is another name of the image folder in the archive. `download_gb`
+    and `unpacked_gb` are approximate, in 10^9 bytes. `hints` say where else to look if the addresses fail.
     """
 
     archives: tuple[Archive, ...]
@@ -59,7 +57,8 @@ class Source:
 
 
 def _copy(file: str, sha256: str | None = None) -> Archive:
-    # Under another name: some originals' differ in letter case alone, and what is left of a download is gone on with.
+    # Under another name: some differ from the original's only in upper and lower case, and a partial download of one
+    # must not be resumed with the other.
     return Archive(f"{MIRROR}/{file}", file.replace(".zip", "-copy.zip"), sha256)
 
 
@@ -74,7 +73,7 @@ SOURCES = {
             "ILSVRC2012_img_train.tar (about 138 GB, MD5 1d675b47d978889d74fa0da5fadfb00e)",
             "ILSVRC2012_img_val.tar (about 6.3 GB, MD5 29b22e2961454d5413ddabcf34fc5622)",
             "ILSVRC2012_devkit_t12.tar.gz (2.5 MB, MD5 fa75699e90414af021442c21a62c3abf), which sorts the second",
-            "folders unpacked earlier will do too: train/ with one folder per class, val/ sorted or flat",
+            "folders unpacked earlier are fine too: train/ with one folder per class, val/ sorted or flat",
         ),
     ),
     "sun397": Source(
@@ -82,7 +81,7 @@ SOURCES = {
             Archive(
                 f"{HUB}/zhengli97/SUN397_Dataset/resolve/main/SUN397.tar.gz",
                 "SUN397.tar.gz",
-                "8ca2778205c41d23104230ba66911c7a",  # that of the original, whose own host answers no more
+                "8ca2778205c41d23104230ba66911c7a",  # that of the original, whose host no longer answers
             ),
             _copy("sun397.zip", "ce6dee6685c9f1d592c8297e193dde885aa9c50d008fd998a38ccc57a3dda722"),
         ),
@@ -137,13 +136,13 @@ SOURCES = {
         ),
         parts=("cars_train", "cars_test"),
         hints=(
-            "the original host (ai.stanford.edu) answers no more since April 2023;",
+            "the original host (ai.stanford.edu) has not answered since April 2023;",
             "mirrors: Kaggle jessicali9530/stanford-cars-dataset (needs an account),",
             "Google Drive https://drive.google.com/file/d/150nwNkg7qXh28yabiqNAOfBMMll7ALlu,",
             "or the original cars_train.tgz (MD5 065e5b463ae28d29e77c1b4b166cfe61) and cars_test.tgz"
             " (MD5 4ce7ebf6a94d07f1952d94dd34c4d501) from anyone who kept them;",
-            "needed are cars_train/00001.jpg to 08144.jpg and cars_test/00001.jpg to 08041.jpg:"
-            " copies with renamed or sorted images do not fit the split",
+            "the split needs cars_train/00001.jpg to 08144.jpg and cars_test/00001.jpg to 08041.jpg:"
+            " copies with renamed or sorted images do not work",
         ),
     ),
     "food101": Source(
@@ -223,7 +222,7 @@ SOURCES = {
         split=SplitSource(
             "1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y", "d78cb834f7c5792ceaff2c5ee2d7c76a9e4086e48a3a6b01232989d29cbefdd8"
         ),
-        hints=("frames cut anew from the videos are other pictures: their results do not compare",),
+        hints=("frames that you extract from the videos are other images: their results cannot be compared",),
     ),
     "imagenet_v2": Source(
         archives=(
