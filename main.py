@@ -106,7 +106,7 @@ def recorded(run: Run) -> dict | None:
 def do_now(run: Run) -> dict:
     """Load the model and train, evaluate saved weights, or measure zero-shot accuracy. Return the run's record."""
     run_utils.make_reproducible(run.settings.seed)
-    run_utils.reset_peak_memory(run.settings.device)
+    run_utils.use_device(run.settings.device)
     experiment = Experiment.load(run.settings, run.hparams, run.task)
     if run.config.trains:
         return train_and_test(run, experiment)

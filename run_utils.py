@@ -42,7 +42,9 @@ def make_reproducible(seed: int) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Strict: with warn_only the backward of attention on a GPU uses atomics, and curves do not repeat.
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the kernel of attention would depend on torch's version
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -52,10 +54,13 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
 
 
-def reset_peak_memory(device: str) -> None:
-    """Let the peak start again for a run in a process that has done others. Where the system does not allow it, as on
-    macOS, a CPU's peak is that of the process so far."""
+def use_device(device: str) -> None:
+    """Make a GPU the current one, for everything that names none, and start its peak of memory, or the CPU's, again.
+
+    Where the system does not allow it, as on macOS, a CPU's peak is that of the process so far.
+    """
     if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device).index or 0)  # also initialises CUDA, which the next line needs
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is in use now

@@ -1,4 +1,4 @@
-"""One training step of CLIP: the plain dense computation beside this project's, in time, memory and result.
+"""One training step of CLIP: the plain dense computation beside this project's, and LoRA's, in time, memory and result.
 
     python -m benchmarks.step                                        # ViT-B/16, 47 classes, 4 images, float32
     python -m benchmarks.step --classes 200 --precision bf16
@@ -23,9 +23,12 @@ import utils
 from benchmarks.plain import DenseSO, encode_image, encode_text
 from clip.layouts import PackedPrompts
 from clip.model import CLIP, Architecture
+from experiment import Experiment
+from methods.adapters import lora
 from methods.choice import Blocks, select_matrices
 from optimizers import SO, attach
 from run_utils import peak_memory_mb
+from settings import Settings
 
 DTD = (
     "banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted fibrous flecked "
@@ -97,7 +100,21 @@ class Fast(Side):
         return loss.item()
 
 
-SIDES = {"plain": Plain, "fast": Fast}
+class LoRA(Side):
+    """CLIP-LoRA's step on the same path, for comparison: AdamW on rank 2 at q, k and v, dropout 0.25."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        hparams = lora.Hparams(encoder=args.encoder).settled(shots=1, images=1)
+        settings = Settings(method="lora", seed=0)
+        self.adaptation = lora.prepare(Experiment(settings, hparams, None, self.model, None, ""))
+        self.prompts = PackedPrompts(self.tokens, self.adaptation.shares_prefix)
+        self.optimizer = self.adaptation.optimizer
+
+    step = Fast.step
+
+
+SIDES = {"plain": Plain, "fast": Fast, "lora": LoRA}
 
 
 def timed(side: Side) -> tuple[float, float]:
@@ -142,10 +159,11 @@ def main(argv=None) -> None:
     for name in sides:
         times = " ".join(f"{s:.2f}" for s in seconds[name][1:])
         print(f"{name:6} median {median(seconds[name][1:]):.3f} s   ({times})   losses {losses[name]}")
-    print(f"ratio of medians {median(seconds['plain'][1:]) / median(seconds['fast'][1:]):.1f} x")
+    for name in ("plain", "lora"):
+        print(f"median of {name} / median of fast: {median(seconds[name][1:]) / median(seconds['fast'][1:]):.2f}")
     largest = max(
         float((a - b).abs().max())
-        for a, b in zip(*([p.detach() for p in side.params] for side in sides.values()), strict=True)
+        for a, b in zip(*([p.detach() for p in sides[name].params] for name in ("plain", "fast")), strict=True)
     )
     print(f"largest difference of a weight after {args.steps + 1} steps: {largest:.2e}")
     del sides

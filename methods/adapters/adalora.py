@@ -71,8 +71,13 @@ class AdaLoRA(PeftAdapters):
         return PENALTY * torch.stack(distances).mean()
 
     def after_step(self, iteration: int) -> None:
-        """Moves the budget on. It needs the gradients of the step that was done."""
-        self.tuner.update_and_allocate(iteration)
+        """Move the budget on. It needs the gradients of the step that was done."""
+        # peft takes a k-th value, which CUDA has only as an algorithm that is not marked deterministic; its value is.
+        torch.use_deterministic_algorithms(False)
+        try:
+            self.tuner.update_and_allocate(iteration)
+        finally:
+            torch.use_deterministic_algorithms(True)
 
     def state_dict(self) -> dict:
         allocator = self.tuner.rankallocator
