@@ -19,17 +19,9 @@ from statistics import mean, stdev
 from filelock import FileLock
 
 from BERT import rte
-from BERT.main import (
-    Parser,
-    Settings,
-    TrainingDiverged,
-    add_common_flags,
-    choose_device,
-    display_name,
-    load_model,
-    make_reproducible,
-    run,
-)
+from BERT.main import Settings, TrainingDiverged, add_common_flags, choose_device, display_name, load_model, run
+from common import Parser
+from run_utils import make_reproducible
 
 OUTCOME = ("steps", "val_acc", "reached", "loss", "seconds", "error")
 CONFIGURATION = "method model weights_sha256 data_sha256 protocol shots dense lr loss_stop max_steps device".split()
@@ -37,12 +29,7 @@ CONFIGURATION = "method model weights_sha256 data_sha256 protocol shots dense lr
 
 def parser(description: str, out: str) -> Parser:
     """The flags that both grids have."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--seed", type=int, nargs="+", default=[42], help="one or more; results are means over them [42]"
     )
@@ -71,10 +58,11 @@ def run_all(key: dict[str, str], cells: Sequence[dict], arguments: dict) -> None
         print(label)
         try:
             result = run(settings)
-        except rte.UserError:
-            raise  # it would be the same for all
         except Exception as error:
-            if not isinstance(error, TrainingDiverged):
+            diverged = isinstance(error, TrainingDiverged)
+            if isinstance(error, rte.UserError) and not diverged:
+                raise  # it would be the same for all
+            if not diverged:
                 traceback.print_exc()
             failed.append(f"{label}: {type(error).__name__}: {' '.join(str(error).split())}")
             tables.record(row | dict.fromkeys(OUTCOME, "") | {"error": failed[-1].split(": ", 1)[1]})
@@ -104,7 +92,7 @@ def configuration(settings: Settings) -> dict:
         "model": display_name(settings.model),
         "weights_sha256": weights.hexdigest()[:16],
         "data_sha256": hashlib.sha256(json.dumps([tokens, labels]).encode()).hexdigest()[:16],
-        "device": choose_device(settings.device).type,
+        "device": choose_device(settings.device).partition(":")[0],
     }
     return {name: values[name] if name in values else getattr(settings, name) for name in CONFIGURATION}
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # at its end: the local `datasets` must not hide Hugging Face's
-    sys.path.append(str(ROOT))
+if str(ROOT) not in sys.path:  # in front: `import datasets` must find this project's package, not Hugging Face's
+    sys.path.insert(0, str(ROOT))
 
 import BERT  # noqa: F401  sets the environment before torch is imported
 
@@ -20,17 +20,16 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from BERT import rte
-from BERT.rte import UserError
+from common import Parser, UserError, one_line_errors, progress
 from optimizers import SO, attach
+from run_utils import make_reproducible
 
 # As published, with SO and LoRA alike.
 LR, MINIMUM_LR, SCHEDULE_STEPS = 2e-5, 1e-6, 10_000  # cosine schedule
@@ -43,13 +42,13 @@ LORA_TARGETS = (
 )
 
 
-class TrainingDiverged(Exception):
-    """The loss is no finite number any more."""
+class TrainingDiverged(UserError):
+    """A training loss that is not finite."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that determines a run; UserError for values out of range or at odds. The names are those of the flags."""
+    """All settings of a run, named as the flags. Raise UserError for values out of range or in conflict."""
 
     kappa: float | None = None
     T_sparse: int | None = None  # None: 5 with SO
@@ -95,18 +94,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found. `reached`: whether a mini-batch loss came down to `loss_stop`; `loss` is the last one."""
+    """The outcome of a run."""
 
     steps: int
-    reached: bool
-    loss: float
+    reached: bool  # a mini-batch loss came down to `loss_stop`
+    loss: float  # of the last mini-batch
     val_acc: float  # per cent of the validation pairs
     seconds: float  # of the training
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
-    """One run from the command line. A mistake of the user ends in one line and exit code 2."""
-    with mistakes_in_one_line():
+    """Do one run from the command line and return its result."""
+    with one_line_errors():
         settings = Settings(**vars(parser().parse_args(argv)))
         result = run(settings)
         name, pairs = display_name(settings.model), 2 * settings.shots
@@ -114,82 +113,52 @@ def main(argv: Sequence[str] | None = None) -> Result:
         return result
 
 
-@contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
-    """For entry points: the user's mistakes end in one line and exit code 2, an interruption in exit code 130."""
-    try:
-        yield
-    except (UserError, TrainingDiverged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports mistakes as UserError, so that all of them reach the user in one way."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 def parser() -> Parser:
-    """The command line of one run; what is left out takes the defaults of Settings."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    """Return the command line of one run. Flags that are not given take the defaults of Settings."""
+    parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument(
-        "--kappa", type=float, help="SO: density of gradient and moments, e.g. 5e-5; 0: dense group alone"
+        "--kappa", type=float, help="SO: density of gradient and moments, e.g. 5e-5; 0 trains only the dense group"
     )
     parser.add_argument("--T_sparse", type=int, help="SO: steps between two draws of the support [5]")
     parser.add_argument("--rank", type=int, help="LoRA: rank, e.g. 8")
-    parser.add_argument("--seed", type=int, help="of draw, order, new weights, dropout, supports [42]")
+    parser.add_argument("--seed", type=int, help="seed of draw, order, new weights, dropout and supports [42]")
     add_common_flags(parser)
     return parser
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that a run shares with the grids."""
+    """Add the flags that single runs and grids share."""
     default = Settings.__dataclass_fields__
     parser.add_argument(
         "--dense",
         choices=("all", "none"),
-        help="one-dimensional tensors, pooler and classifier: all are trained by plain Adam, as published; or none, "
-        "then SO takes them sparsely like the rest and LoRA leaves them frozen [all]",
+        help="all, as published: plain Adam trains biases, LayerNorms, pooler and classifier; none: SO trains them "
+        "sparsely like the matrices, LoRA leaves them frozen [all]",
     )
-    parser.add_argument("--model", help=f"name on the Hub, or a folder [{default['model'].default}]")
-    parser.add_argument("--data_dir", help="folder with GLUE's train.tsv and dev.tsv of RTE; without it, the Hub")
+    parser.add_argument("--model", help=f"a name on the Hub, or a folder [{default['model'].default}]")
+    parser.add_argument("--data_dir", help="folder with GLUE's train.tsv and dev.tsv of RTE [RTE from the Hub]")
     parser.add_argument(
         "--protocol",
         choices=rte.PROTOCOLS,
-        help="balanced: as many training pairs of each label; released: the published script's rows, no segment ids "
-        "[balanced]",
+        help="balanced: equally many training pairs of each label; released: the published script's rows, without "
+        "segment ids [balanced]",
     )
-    parser.add_argument("--shots", type=int, help="training pairs per label, half of all with --protocol released [16]")
+    parser.add_argument("--shots", type=int, help="training pairs per label; with --protocol released half of all [16]")
     parser.add_argument("--lr", type=float, help="initial learning rate; cosine over 10,000 steps to 1e-6 [2e-5]")
     parser.add_argument("--loss_stop", type=float, help="stop when a mini-batch loss is at or below this [1e-3]")
-    parser.add_argument("--max_steps", type=int, help=f"end in any case [{SCHEDULE_STEPS}, the schedule's length]")
+    parser.add_argument("--max_steps", type=int, help=f"most training steps [{SCHEDULE_STEPS}, the schedule's length]")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one [auto]")
 
 
 def display_name(model: str) -> str:
-    """The name that results carry: BERT-base and BERT-large for the originals, else the folder's or Hub's name."""
+    """Return the model's name in results: BERT-base, BERT-large, or the name of the folder or on the Hub."""
     folder = Path(model).expanduser()
     name = os.path.basename(os.path.abspath(folder)) if folder.is_dir() else model.removeprefix("google-bert/")
     return {"bert-base-uncased": "BERT-base", "bert-large-uncased": "BERT-large"}.get(name, name)
 
 
 def run(settings: Settings) -> Result:
-    """Trains and evaluates as `settings` say. UserError for mistakes, TrainingDiverged for a loss that is none."""
+    """Train and evaluate. Raise UserError for mistakes and TrainingDiverged for a loss that is not finite."""
     device = choose_device(settings.device)
     data = rte.load(settings.data_dir)
     rows = rte.draw(data.train, settings.shots, settings.seed, settings.protocol)
@@ -224,9 +193,10 @@ def run(settings: Settings) -> Result:
     return Result(steps, reached, loss, accuracy(model, validation), seconds)
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> str:
+    """Return the device that `name` (cpu, cuda, cuda:N or auto) means here. Raise UserError if there is none."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -235,23 +205,14 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return device
-
-
-def make_reproducible(seed: int) -> None:
-    """Seeds what has no generator of its own (new weights, dropout); deterministic kernels, float32 without TF32."""
-    torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    return name
 
 
 def load_model(name: str) -> tuple[nn.Module, object]:
-    """BERT with a classifier of two labels in float32, and its tokenizer, from a folder or from the Hub.
+    """Return BERT with a classifier of two labels, in float32, and its tokenizer, from a folder or from the Hub.
 
-    The classifier, and a pooler where the weights have none, start at random. UserError if anything else is missing.
+    The classifier starts at random, and so does the pooler if the weights have none. Raise UserError if any other
+    tensor is missing.
     """
     transformers = rte.extra("transformers")
     folder = Path(name).expanduser()
@@ -272,10 +233,9 @@ def load_model(name: str) -> tuple[nn.Module, object]:
         )
     except UserError:
         raise
-    except Exception as error:  # of several libraries' file, format and network layers, without a common class
-        reason = next(iter(str(error).splitlines()), "")
+    except Exception as error:  # file, format and network errors of several libraries have no common class
         remedy = "check its files" if folder.is_dir() else "check the name and the network, or name a folder"
-        raise UserError(f"--model {name} cannot be loaded ({reason}); {remedy}") from error
+        raise UserError(f"--model {name} cannot be loaded ({rte.first_line(error)}); {remedy}") from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(("classifier.", "bert.pooler.")))
     if missing:
         raise UserError(f"--model {name}: the weights lack {len(missing)} tensors of BERT, such as {missing[0]}")
@@ -285,14 +245,14 @@ def load_model(name: str) -> tuple[nn.Module, object]:
 
 
 def dense_group(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are trained densely beside SO and LoRA: one-dimensional ones, pooler and classifier."""
+    """Return the parameters that plain Adam trains with both methods: one-dimensional ones, pooler and classifier."""
     return [
         p for name, p in model.named_parameters() if p.dim() == 1 or name.startswith(("bert.pooler.", "classifier."))
     ]
 
 
 def prepare(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Marks in `model` what is trained, and returns its optimizer. LoRA adds its matrices to the model."""
+    """Set which parameters of `model` are trained and return their optimizer. LoRA adds its matrices to the model."""
     dense = dense_group(model) if settings.dense == "all" else []
     if settings.method == "SO":
         is_dense = set(dense)
@@ -316,14 +276,12 @@ def prepare(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, training: rte.Encoded, settings: Settings
 ) -> tuple[int, float]:
-    """Until a mini-batch loss is at or below `loss_stop`, or for `max_steps`; returns steps and last loss."""
+    """Train until a mini-batch loss is at or below `loss_stop` or for `max_steps`. Return steps and last loss."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, SCHEDULE_STEPS, eta_min=min(MINIMUM_LR, settings.lr)
     )
     model.train()
-    interval = 0.1 if sys.stderr.isatty() else 30
-    bar = tqdm(total=settings.max_steps, desc="training", unit="step", mininterval=interval, maxinterval=2 * interval)
-    with bar:
+    with progress(None, "training", "step", total=settings.max_steps, leave=True) as bar:
         for step, rows in enumerate(batches(len(training.labels), settings.seed), start=1):
             inputs, labels = training.batch(rows)
             mini_batch_loss = F.cross_entropy(model(**inputs).logits, labels)
@@ -341,7 +299,7 @@ def train(
 
 
 def batches(count: int, seed: int) -> Iterator[Tensor]:
-    """Rows [at most 8] of one mini-batch after the other, without end; each pass has an order of its own."""
+    """Yield the rows [at most 8] of one mini-batch after another, without end. Each pass is shuffled again."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).split(BATCH)
@@ -349,10 +307,10 @@ def batches(count: int, seed: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: rte.Encoded) -> float:
-    """Per cent of the pairs whose larger logit is their label's."""
+    """Return the percentage of pairs whose larger logit is that of their label."""
     model.eval()
     correct = 0
-    for rows in data.lengths.argsort(stable=True).split(EVAL_BATCH):  # pairs of like length: little padding
+    for rows in data.lengths.argsort(stable=True).split(EVAL_BATCH):  # similar lengths: little padding
         inputs, labels = data.batch(rows)
         correct += int((model(**inputs).logits.argmax(dim=-1) == labels).sum())
     return 100 * correct / len(data.labels)

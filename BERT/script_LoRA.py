@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # at its end: the local `datasets` must not hide Hugging Face's
-    sys.path.append(str(ROOT))
+if str(ROOT) not in sys.path:  # in front: `import datasets` must find this project's package, not Hugging Face's
+    sys.path.insert(0, str(ROOT))
 
 from BERT import grid
-from BERT.main import mistakes_in_one_line
+from common import one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with mistakes_in_one_line():
+    with one_line_errors():
         parser = grid.parser(__doc__, out="lora_grid_results.csv")
         ranks = [2, 4, 8, 16]
         parser.add_argument("--rank", type=int, nargs="+", default=ranks, help=f"ranks {ranks}")

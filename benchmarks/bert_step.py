@@ -1,14 +1,15 @@
-"""One training step of BERT with SO: dense weight gradients beside gradients sampled at the support (`attach`).
+"""Time one training step of BERT with SO: dense weight gradients beside gradients sampled at the support (`attach`).
 
     python -m benchmarks.bert_step                                            # BERT-base
     python -m benchmarks.bert_step --layers 6 --width 384 --kappa 1e-3        # the size of MiniLM-L6
 
-Weights and tokens are random (their values do not matter for the cost). Both sides are BERT/main.py's SO, draw the
-same supports and have the same dropout; their steps alternate in one process.
+Weights and tokens are random: their values do not matter for the cost. Both sides are SO as in BERT/main.py, with the
+same supports and the same dropout. Their steps alternate in one process.
 """
 
 import argparse
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
 from BERT import main as bert
+from common import Parser, one_line_errors
 from optimizers import attach
+from run_utils import make_reproducible
 
 
 class Side:
@@ -44,7 +47,7 @@ class Side:
         return torch.cat([p.detach().flatten().double() for p in self.model.parameters()])
 
     def step(self) -> tuple[float, float]:
-        """Seconds and loss of one training step."""
+        """Do one training step. Return its seconds and its loss."""
         torch.manual_seed(2)  # dropout
         start = time.perf_counter()
         loss = F.cross_entropy(self.model(**self.inputs).logits, self.labels)
@@ -55,18 +58,23 @@ class Side:
         return time.perf_counter() - start, value
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=128, help="of each of the 8 pairs")
-    parser.add_argument("--kappa", type=float, default=1e-4)
-    parser.add_argument("--T_sparse", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each side, after one that is not")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    bert.make_reproducible(0)
+def main(argv: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        parser = Parser(description=__doc__)
+        parser.add_argument("--layers", type=int, default=12)
+        parser.add_argument("--width", type=int, default=768)
+        parser.add_argument("--heads", type=int, default=12)
+        parser.add_argument("--tokens", type=int, default=128, help="tokens of each of the 8 pairs")
+        parser.add_argument("--kappa", type=float, default=1e-4)
+        parser.add_argument("--T_sparse", type=int, default=10)
+        parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
+        parser.add_argument("--device", default="cpu")
+        measure(parser.parse_args(argv))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Time both sides and print medians, last losses and how far the weights differ."""
+    make_reproducible(0)
     sides = {"dense": Side(args, False), "sampled": Side(args, True)}
     measured = {name: [] for name in sides}
     for _ in range(args.steps + 1):

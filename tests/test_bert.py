@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, R
 from BERT import main as bert
 from BERT import rte
 from optimizers import SO, attach
+from run_utils import make_reproducible
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def settings_of(place, **changes):
 
 def trained(settings):
     """Parameters by name before and after a run's training, the model, and its training pairs."""
-    bert.make_reproducible(settings.seed)
+    make_reproducible(settings.seed)
     model, tokenizer = bert.load_model(settings.model)
     data = rte.load(settings.data_dir)
     rows = rte.draw(data.train, settings.shots, settings.seed, settings.protocol)
@@ -188,7 +189,7 @@ def test_with_all_entries_so_is_adam_on_the_published_schedule(tmp_path):
     rte_files(tmp_path / "RTE")
     settings = settings_of(tmp_path, kappa=1.0, max_steps=6, shots=6)
     before, after, _, training = trained(settings)
-    bert.make_reproducible(settings.seed)
+    make_reproducible(settings.seed)
     model = BertForSequenceClassification.from_pretrained(settings.model, num_labels=2)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.9, 0.999))
@@ -306,8 +307,8 @@ def roberta(config):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("no weights", "cannot be loaded (Error no file named"),
-        ("damaged weights", "cannot be loaded (Error while deserializing"),
+        ("no weights", "Error no file named"),
+        ("damaged weights", "Error while deserializing"),
         ("no BERT", "is a roberta model"),
         ("tensors lack", "lack 2 tensors of BERT, such as bert.encoder.layer.1.output.dense.bias"),
         ("other vocabulary", "its tokenizer has"),
@@ -366,9 +367,3 @@ def test_the_command_works_in_its_folder(place):
     done = subprocess.run(command, cwd=rte.ROOT / "BERT", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"SO - tiny RTE-8shot: \d+\.\d%", done.stdout.splitlines()[-1])
-    # Without --data_dir it is Hugging Face's package that is asked, and there is no network.
-    command = [sys.executable, "main.py", "--rank", "1", "--model", place / "tiny"]
-    environment |= {"HF_DATASETS_CACHE": str(place / "cache"), "HF_HOME": str(place / "home")}
-    done = subprocess.run(command, cwd=rte.ROOT / "BERT", env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: RTE cannot be fetched from the Hub (")
-    assert done.stderr.count("\n") == 1 and "--data_dir" in done.stderr

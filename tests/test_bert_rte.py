@@ -1,15 +1,15 @@
 """GLUE-RTE for BERT/: files, the Hub, the draws and the token ids."""
 
 import sys
-import types
 from collections import Counter
 
+import huggingface_hub
+import pandas
 import pytest
 import torch
 from support.bert import rte_files, tiny_bert
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-import datasets
 from BERT import rte
 
 # The 32 rows of the published script among RTE's 2,490 training pairs.
@@ -66,8 +66,8 @@ def test_rows_that_lack_a_field_are_left_out_with_a_note(tmp_path, capsys):
         (HEADER.encode(), "holds no pairs"),
         ((HEADER + "0\ta\tb\tentails\n").encode(), "line 2: the label is 'entails'"),
         ((HEADER + "0\ta\tb\tc\tentailment\n").encode(), "line 2: more fields"),
-        (HEADER.encode() + b"0\t\xff\tb\tentailment\n", "not UTF-8"),
-        ((HEADER + "0\t" + "a" * 200_000 + "\tb\tentailment\n").encode(), "field larger than field limit"),
+        (HEADER.encode() + b"0\t\xff\tb\tentailment\n", "damaged"),
+        ((HEADER + "0\t" + "a" * 200_000 + "\tb\tentailment\n").encode(), "damaged"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, content, message):
@@ -86,88 +86,61 @@ def test_both_files_are_read_and_a_missing_one_is_named(tmp_path):
         rte.load(str(tmp_path / "RTE"))
 
 
-FAKE = """
-import datasets.rest
-def load_dataset(name, config):
-    from datasets.later import parts
-    return parts(name, config)
-"""
-LATER = """
-class Part(dict):
-    def __getitem__(self, key):
-        return dict(self) if key == slice(None) else super().__getitem__(key)
-def parts(name, config):
-    assert (name, config) == ("nyu-mll/glue", "rte")
-    row = {"sentence1": ["p"], "sentence2": ["h"], "label": [1], "idx": [0]}
-    return {"train": Part(row), "validation": Part(row | {"label": [0]}), "test": Part(row | {"label": [-1]})}
-"""
-
-
 @pytest.fixture
-def fake_hub(tmp_path, monkeypatch):
-    """A package `datasets` such as Hugging Face's, that comes on the path after this project's own."""
-    package = tmp_path / "site" / "datasets"
-    package.mkdir(parents=True)
-    for name, text in (("__init__", FAKE), ("rest", ""), ("later", LATER)):
-        (package / f"{name}.py").write_text(text)
-    monkeypatch.setattr(sys, "path", [str(rte.ROOT), "", str(tmp_path / "site")])
-    monkeypatch.setattr(rte, "_hugging_face_modules", {})
-    return package
+def hub(tmp_path, monkeypatch):
+    """A folder in place of the Hub, with the made-up pairs as parquet files; returns it."""
+    data = rte.load(str(rte_files(tmp_path / "RTE")))
+    (tmp_path / "hub" / "rte").mkdir(parents=True)
+    for name, part in zip(rte.HUB_FILES, data):
+        table = pandas.DataFrame(part, columns=["sentence1", "sentence2", "label"]).assign(idx=range(len(part)))
+        table.to_parquet(tmp_path / "hub" / name)
+
+    def download(repository, name, repo_type):
+        assert (repository, repo_type) == ("nyu-mll/glue", "dataset")
+        return str(tmp_path / "hub" / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return tmp_path / "hub" / "rte"
 
 
-def test_the_hub_is_read_although_this_projects_datasets_comes_first(fake_hub):
-    assert sys.modules["datasets"] is datasets
-    before, path = dict(sys.modules), list(sys.path)
-    for _ in range(2):
-        assert rte.load(None) == ([("p", "h", 1)], [("p", "h", 0)])
-        assert sys.path == path
-        assert {name: sys.modules[name] for name in before} == before
-        assert "datasets.rest" not in sys.modules
-    with rte.hugging_face_datasets() as first, rte.hugging_face_datasets() as inner:
-        assert first is inner and first.__file__ == str(fake_hub / "__init__.py")
-        assert first.rest is sys.modules["datasets.rest"]
-    with rte.hugging_face_datasets() as again:
-        assert again is first  # not imported a second time
+def test_the_hubs_files_hold_the_same_pairs_in_the_same_order(hub, tmp_path):
+    data = rte.load(None)
+    assert data == rte.load(str(tmp_path / "RTE")) and {type(pair.label) for pair in data.train} == {int}
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_with_the_remedy(fake_hub):
-    (fake_hub / "later.py").write_text("def parts(*_):\n    raise ConnectionError('no route\\nto host')\n")
-    with pytest.raises(rte.UserError, match=r"^RTE cannot be fetched .*ConnectionError: no route\).*--data_dir[^\n]*$"):
+@pytest.mark.parametrize("damage", ["no parquet", "half a file", "no column", "test labels", "no pairs"])
+def test_damaged_files_of_the_hub_are_named(hub, damage):
+    path = hub / "validation-00000-of-00001.parquet"
+    table = pandas.read_parquet(path)
+    if damage == "no parquet":
+        path.write_text("<html>try later</html>")
+    elif damage == "half a file":
+        path.write_bytes(path.read_bytes()[:900])
+    elif damage == "no column":
+        table.drop(columns="sentence2").to_parquet(path)
+    elif damage == "test labels":
+        table.assign(label=-1).to_parquet(path)
+    else:
+        table[:0].to_parquet(path)
+    with pytest.raises(rte.UserError) as caught:
         rte.load(None)
-    assert sys.modules["datasets"] is datasets
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_without_hugging_faces_package_the_message_names_the_requirements(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(rte.ROOT), str(tmp_path)])
-    monkeypatch.setattr(rte, "_hugging_face_modules", {})
-    with pytest.raises(rte.UserError, match=r"datasets cannot be imported .*pip install -r .*requirements-nlp\.txt"):
+def test_a_hub_that_cannot_be_reached_is_one_line_with_the_remedy(monkeypatch):
+    def download(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(rte.UserError, match=r"^RTE .*ConnectionError: no route\).*--data_dir[^\n]*$"):
         rte.load(None)
-    (tmp_path / "datasets").mkdir()  # found as a namespace package
-    with pytest.raises(rte.UserError, match=r"not Hugging Face's.*requirements-nlp\.txt"):
+
+
+@pytest.mark.parametrize("package", ["huggingface_hub", "pyarrow"])
+def test_missing_packages_are_named_with_the_remedy(hub, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(rte.UserError, match=rf"{package} cannot be imported .*pip install -r .*\.txt"):
         rte.load(None)
-    assert sys.modules["datasets"] is datasets
-
-
-def test_where_nothing_is_in_the_way_nothing_is_moved(tmp_path, monkeypatch):
-    package = tmp_path / "datasets"
-    package.mkdir()
-    (package / "__init__.py").write_text("def load_dataset(): pass\n")
-    monkeypatch.setattr(sys, "path", [str(tmp_path), str(rte.ROOT)])
-    monkeypatch.delitem(sys.modules, "datasets")
-    with rte.hugging_face_datasets() as found:
-        pass
-    assert sys.modules["datasets"] is found and found.__file__ == str(package / "__init__.py")
-    for blocked in (None, types.ModuleType("datasets")):  # forbidden, and one of neither
-        monkeypatch.setitem(sys.modules, "datasets", blocked)
-        with pytest.raises(rte.UserError, match=r"requirements-nlp\.txt"):
-            rte.load(None)
-
-
-def test_the_real_package_works_beside_this_projects():
-    with rte.hugging_face_datasets() as real:
-        table = real.Dataset.from_dict({"row": list(range(2490))})
-        assert table.shuffle(seed=42)["row"][:32] == [int(row) for row in RELEASED.split()]
-    assert sys.modules["datasets"] is datasets
 
 
 def encoded(folder, data, segments):
