@@ -30,6 +30,7 @@ from BERT import rte
 from common import Parser, UserError, one_line_errors, progress
 from optimizers import SO, attach
 from run_utils import make_reproducible
+from settings import choose_device
 
 # As published, with SO and LoRA alike.
 LR, MINIMUM_LR, SCHEDULE_STEPS = 2e-5, 1e-6, 10_000  # cosine schedule
@@ -191,21 +192,6 @@ def run(settings: Settings) -> Result:
             f"never at --loss_stop {settings.loss_stop:g}: ended by --max_steps {steps} at mini-batch loss {loss:.2e}"
         )
     return Result(steps, reached, loss, accuracy(model, validation), seconds)
-
-
-def choose_device(name: str) -> str:
-    """Return the device that `name` (cpu, cuda, cuda:N or auto) means here. Raise UserError if there is none."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return name
 
 
 def load_model(name: str) -> tuple[nn.Module, object]:

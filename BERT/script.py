@@ -3,8 +3,8 @@
 python script.py                                                    # the published densities and T
 python script.py --kappa 1e-5 1e-4 --T_sparse 10 --seed 1 2 3 4 5   # means over five seeds
 
-Writes so_grid_results.csv (kappa, T, steps, val_acc, ...) and, a row a run, so_grid_runs.csv. Runs that are finished
-are not done again.
+Writes so_grid_results.csv (kappa, T, steps, val_acc, ...) and a record of each run in so_grid_runs/. Runs that are
+recorded are not done again, except failed ones.
 """
 
 import sys
@@ -20,6 +20,7 @@ from common import one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Do the grid of the command line."""
     with one_line_errors():
         parser = grid.parser(__doc__, out="so_grid_results.csv")
         kappas, intervals = [1e-5, 1e-4, 1e-3], [5, 10, 20]

@@ -3,8 +3,8 @@
 python script_LoRA.py                                     # the published ranks
 python script_LoRA.py --rank 2 8 16 --seed 1 2 3 4 5      # means over five seeds
 
-Writes lora_grid_results.csv (rank, steps, val_acc, ...) and, a row a run, lora_grid_runs.csv. Runs that are finished
-are not done again.
+Writes lora_grid_results.csv (rank, steps, val_acc, ...) and a record of each run in lora_grid_runs/. Runs that are
+recorded are not done again, except failed ones.
 """
 
 import sys
@@ -20,6 +20,7 @@ from common import one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Do the grid of the command line."""
     with one_line_errors():
         parser = grid.parser(__doc__, out="lora_grid_results.csv")
         ranks = [2, 4, 8, 16]

@@ -4,39 +4,30 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.bert import read_table, rte_files, tiny_bert
+from support.bert import SMALL, read_table, small_bert
 
 from benchmarks import bert_step
 from BERT import grid, rte, script, script_LoRA
 from BERT.main import Result, Settings, TrainingDiverged, parser, run
 
-SMALL = "--model tiny --data_dir RTE --shots 4 --max_steps 2 --device cpu".split()
-
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with the tiny BERT and RTE's files; the current one."""
-    tiny_bert(tmp_path / "tiny")
-    rte_files(tmp_path / "RTE")
+def call(tmp_path, monkeypatch, capsys):
+    """Call a grid in a folder with the tiny BERT and RTE's files, and return (exit code, stdout, stderr)."""
+    small_bert(tmp_path)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def call(place, capsys):
-    """Calls a grid on the tiny BERT and returns (exit code, stdout, stderr)."""
 
     def call(module, *argv):
         code = 0
         try:
-            module.main([*SMALL, *(str(word) for word in argv)])
+            module.main([*SMALL, "--max_steps", "2", *(str(word) for word in argv)])
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
@@ -47,7 +38,7 @@ def call(place, capsys):
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    """Instead of training: notes the settings, and gives a number that follows from them. `fail` makes runs fail."""
+    """Runs that only note their settings and return numbers that follow from the seed. Those in `fail` fail."""
 
     class Fake:
         def __init__(self):
@@ -55,49 +46,34 @@ def fake_run(monkeypatch):
 
         def __call__(self, settings):
             self.seen.append(settings)
-            error = self.fail.get(settings.seed)
-            if error is not None:
-                raise error
+            if settings.seed in self.fail:
+                raise self.fail[settings.seed]
             return Result(100 + settings.seed, settings.seed % 2 == 0, 0.5, 50.0 + settings.seed**2, 1.0)
+
+        @property
+        def cells(self):
+            return [(settings.rank, settings.seed) for settings in self.seen]
 
     fake = Fake()
     monkeypatch.setattr(grid, "run", fake)
     return fake
 
 
-def test_the_so_grid_writes_means_over_its_seeds(call):
-    code, _, _ = call(script, "--kappa", 0.1, 0.01, "--T_sparse", 2, "--seed", 1, 2, 3)
-    assert code == 0
-    results, runs = read_table("so_grid_results.csv"), read_table("so_grid_runs.csv")
-    assert list(results[0])[:4] == ["kappa", "T", "steps", "val_acc"]
-    assert [(row["kappa"], row["T"], row["seeds"]) for row in results] == [
-        ("0.01", "2", "1 2 3"),
-        ("0.1", "2", "1 2 3"),
+def test_the_so_grid_records_its_runs_and_writes_their_means(call):
+    assert call(script, "--kappa", 0.1, 0.01, "--T_sparse", 2, "--seed", 1, 2)[0] == 0
+    table = read_table("so_grid_results.csv")
+    assert list(table[0]) == ["kappa", "T", "steps", "val_acc", "val_acc_sd", "seeds", "reached", "failed"]
+    assert [(row["kappa"], row["T"], row["seeds"], row["steps"]) for row in table] == [
+        ("0.01", "2", "1 2", "2"),
+        ("0.1", "2", "1 2", "2"),
     ]
-    assert len(runs) == 6 and all(row["error"] == "" and row["steps"] == "2" for row in runs)
-    for row in results:
-        accuracies = [float(r["val_acc"]) for r in runs if r["kappa"] == row["kappa"]]
-        assert float(row["val_acc"]) == pytest.approx(mean(accuracies), abs=0.005)
-        assert float(row["val_acc_sd"]) == pytest.approx(stdev(accuracies), abs=0.005)
-        assert (row["steps"], row["reached"], row["failed"]) == ("2", "0", "")
-    alone = run(Settings(kappa=0.1, T_sparse=2, seed=2, model="tiny", data_dir="RTE", shots=4, max_steps=2))
-    (row,) = [row for row in runs if (row["kappa"], row["seed"]) == ("0.1", "2")]
-    assert (float(row["loss"]), float(row["val_acc"])) == (alone.loss, alone.val_acc)
-
-
-def test_the_lora_grid_is_a_command_of_its_folder(place):
-    flags = ["--model", place / "tiny", "--data_dir", place / "RTE", "--shots", "4", "--max_steps", "1"]
-    command = [sys.executable, "script_LoRA.py", "--rank", "2", "4", *flags, "--out", place / "lora_grid_results.csv"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=rte.ROOT / "BERT", env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = read_table("lora_grid_results.csv")
-    assert list(results[0])[:3] == ["rank", "steps", "val_acc"]
-    assert [(row["rank"], row["steps"], row["seeds"], row["val_acc_sd"]) for row in results] == [
-        ("2", "1", "42", ""),
-        ("4", "1", "42", ""),
-    ]
-    assert len(read_table("lora_grid_runs.csv")) == 2
+    paths = list(Path("so_grid_runs").glob("so_tiny_kappa0.1_T2_seed2_*/result.json"))
+    record = json.loads(paths[0].read_text())
+    settings = {"kappa": 0.1, "T_sparse": 2, "seed": 2, "model": "tiny", "shots": 4, "max_steps": 2}
+    alone = run(Settings(data_dir="RTE", **settings))
+    assert (record["loss"], record["val_acc"], record["error"]) == (alone.loss, alone.val_acc, None)
+    assert len(paths) == 1 and settings.items() <= record.items() and record["run_id"] == paths[0].parent.name
+    assert len(read_table("so_grid_runs/results.csv")) == 4
 
 
 def test_without_lists_the_published_grids_are_run(call, fake_run):
@@ -110,81 +86,118 @@ def test_without_lists_the_published_grids_are_run(call, fake_run):
 
 def test_numbers_of_the_table_by_hand(call, fake_run):
     call(script_LoRA, "--rank", 2, "--seed", 1, 2, 4)
-    (row,) = read_table("lora_grid_results.csv")
-    # 51, 54 and 66 per cent after 101, 102 and 104 steps; seeds 2 and 4 reached the loss.
-    assert row == {
-        "rank": "2",
-        "steps": "102.333",
-        "val_acc": "57.00",
-        "val_acc_sd": "7.94",
-        "seeds": "1 2 4",
-        "reached": "2",
-        "failed": "",
-    }
+    # 51, 54 and 66 % after 101, 102 and 104 steps; seeds 2 and 4 reached the loss.
+    row = {"rank": "2", "steps": "102.333", "val_acc": "57.00", "val_acc_sd": "7.94"}
+    assert read_table("lora_grid_results.csv") == [row | {"seeds": "1 2 4", "reached": "2", "failed": ""}]
 
 
-def test_finished_runs_are_not_done_again(call, fake_run):
+def test_recorded_runs_are_not_done_again(call, fake_run):
     call(script_LoRA, "--rank", 2, 4, "--seed", 1)
-    before = [Path(f"lora_grid_{name}.csv").read_text() for name in ("runs", "results")]
+    before = Path("lora_grid_results.csv").read_text()
     os.remove("lora_grid_results.csv")
-    code, out, _ = call(script_LoRA, "--rank", 2, 4, "--seed", 1)
+    shutil.move("RTE", "elsewhere")  # the content counts, not the place
+    code, out, _ = call(script_LoRA, "--rank", 2, 4, "--seed", 1, "--data_dir", "elsewhere")
     assert code == 0 and len(fake_run.seen) == 2 and out.count("done already, 51.0 %") == 2
-    assert [Path(f"lora_grid_{name}.csv").read_text() for name in ("runs", "results")] == before
-    call(script_LoRA, "--rank", 4, 8, 4, "--seed", 1, 3)
-    assert [(s.rank, s.seed) for s in fake_run.seen[2:]] == [(4, 3), (8, 1), (8, 3)]
+    assert Path("lora_grid_results.csv").read_text() == before
+    call(script_LoRA, "--rank", 4, 8, 4, "--seed", 1, 3, "--data_dir", "elsewhere")
+    assert fake_run.cells[2:] == [(4, 3), (8, 1), (8, 3)]
     assert [row["seeds"] for row in read_table("lora_grid_results.csv")] == ["1", "1 3", "1 3"]
 
 
-def test_failures_are_in_the_table_and_in_the_exit_code_and_are_tried_again(call, fake_run):
+def test_failed_runs_are_recorded_and_listed_and_tried_again(call, fake_run):
     fake_run.fail = {2: RuntimeError("out of\nmemory"), 3: TrainingDiverged("the loss is nan")}
     code, _, err = call(script_LoRA, "--rank", 2, 4, "--seed", 1, 2, 3)
     assert code == 1 and len(fake_run.seen) == 6
     assert "[2/6] rank 2, seed 2: RuntimeError: out of memory" in err.splitlines()
-    assert "Traceback" in err  # of what nobody foresaw
+    assert err.count("Traceback") == 2  # of errors that nobody foresaw
     for row in read_table("lora_grid_results.csv"):
         assert (row["val_acc"], row["seeds"], row["failed"]) == ("51.00", "1", "2 3")
-    assert [row["error"] for row in read_table("lora_grid_runs.csv")[:3]] == [
-        "",
-        "RuntimeError: out of memory",
-        "TrainingDiverged: the loss is nan",
-    ]
-    fake_run.fail, fake_run.seen = {3: TrainingDiverged("the loss is nan")}, []
-    assert call(script_LoRA, "--rank", 2, "--seed", 1, 2, 3)[0] == 1
-    assert [s.seed for s in fake_run.seen] == [2, 3]
-    first, second = read_table("lora_grid_results.csv")
-    assert (first["val_acc"], first["failed"]) == ("52.50", "3")
-    assert second["failed"] == "2 3"
-    assert len(read_table("lora_grid_runs.csv")) == 6
+    del fake_run.fail[2]
+    assert call(script_LoRA, "--rank", 2, 8, "--seed", 1, 2, 3)[0] == 1
+    assert fake_run.cells[6:] == [(2, 2), (2, 3), (8, 1), (8, 2), (8, 3)]
+    first, second, _ = read_table("lora_grid_results.csv")
+    assert (first["val_acc"], first["failed"], second["failed"]) == ("52.50", "3", "2 3")
+    fake_run.fail[1] = fake_run.fail[3]
+    assert call(script_LoRA, "--rank", 16, "--seed", 1)[0] == 1  # a row without numbers
+    row = read_table("lora_grid_results.csv")[-1]
+    assert (row["rank"], row["steps"], row["val_acc"], row["failed"]) == ("16", "", "", "1")
 
 
-def test_a_failure_is_not_in_place_of_what_another_process_finished(call, fake_run, place):
-    call(script_LoRA, "--rank", 2, "--seed", 1)
-    before = Path("lora_grid_runs.csv").read_text()
-    settings = Settings(rank=2, seed=1, model="tiny", data_dir="RTE", shots=4, max_steps=2, device="cpu")
-    tables = grid.Tables(Path("lora_grid_results.csv"), {"rank": "rank"}, grid.configuration(settings))
-    tables.record(tables.key_of(settings) | dict.fromkeys(grid.OUTCOME, "") | {"error": "no memory"})
-    assert Path("lora_grid_runs.csv").read_text() == before
-
-
-def test_a_cell_of_failures_alone_is_a_row_without_numbers(call, fake_run):
-    fake_run.fail = {42: TrainingDiverged("the loss is nan")}
-    assert call(script, "--kappa", 0.1, "--T_sparse", 5)[0] == 1
-    (row,) = read_table("so_grid_results.csv")
-    assert (row["kappa"], row["steps"], row["val_acc"], row["failed"]) == ("0.1", "", "", "42")
-
-
-def test_a_mistake_that_all_runs_share_is_no_failure_of_one(call, fake_run):
+def test_a_mistake_that_all_runs_share_ends_the_grid(call, fake_run):
     fake_run.fail = {42: rte.UserError("no such thing; get one")}
     code, _, err = call(script_LoRA, "--rank", 2, 4)
     assert (code, err) == (2, "error: no such thing; get one\n") and len(fake_run.seen) == 1
 
 
+def test_an_interrupted_grid_keeps_what_is_finished(call, fake_run):
+    fake_run.fail = {3: KeyboardInterrupt()}
+    assert call(script_LoRA, "--rank", 2, "--seed", 1, 2, 3, 4)[0] == 130
+    (row,) = read_table("lora_grid_results.csv")
+    assert (row["seeds"], row["failed"]) == ("1 2", "")
+
+
+def test_a_damaged_record_is_left_out_and_its_run_done_again(call, fake_run):
+    call(script_LoRA, "--rank", 2, "--seed", 1, 2)
+    before = Path("lora_grid_results.csv").read_text()
+    (path,) = Path("lora_grid_runs").glob("*seed2*/result.json")
+    path.write_text(path.read_text()[:50])
+    code, _, err = call(script_LoRA, "--rank", 2, "--seed", 1, 2)
+    assert code == 0 and str(path) in err and fake_run.cells[2:] == [(2, 2)]
+    assert Path("lora_grid_results.csv").read_text() == before
+
+
+@pytest.mark.parametrize("change", ["lr", "model", "weights", "heads", "pooler", "data", "tokenizer"])
+def test_runs_with_other_settings_weights_or_data_are_not_mixed(call, fake_run, change):
+    call(script_LoRA, "--rank", 2)
+    before = Path("lora_grid_results.csv").read_text()
+    shutil.copytree("tiny", "other")
+    shutil.copytree("RTE", "pairs")
+    flags = {"lr": ["--lr", 1e-4], "model": ["--model", "other"], "data": ["--data_dir", "pairs"]}.get(change, [])
+    weights = load_file("tiny/model.safetensors")
+    if change in ("weights", "pooler"):
+        name = "pooler.dense.bias" if change == "pooler" else "encoder.layer.1.attention.self.key.weight"
+        save_file(weights | {name: weights[name] + 1}, "tiny/model.safetensors")
+    elif change == "heads":
+        config = json.loads(Path("tiny/config.json").read_text())
+        Path("tiny/config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    elif change == "tokenizer":
+        Path("tiny/vocab.txt").write_text(Path("tiny/vocab.txt").read_text().replace("cat\ndog", "dog\ncat"))
+    elif change == "data":
+        with open("pairs/dev.tsv", "a") as file:
+            file.write("24\ta cat\ta dog\tentailment\n")
+    code, _, err = call(script_LoRA, "--rank", 2, 4, *flags)
+    assert code == 0 and err.startswith("note: 1 runs") and fake_run.cells == [(2, 42), (2, 42), (4, 42)]
+    assert len(read_table("lora_grid_results.csv")) == 2
+    if flags:
+        call(script_LoRA, "--rank", 2)
+        assert len(fake_run.seen) == 3 and Path("lora_grid_results.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--rank", 2, 0], "--rank"),
+        (["--rank", 2, "--seed", -1], "--seed"),
+        (["--rank", 2, "--data_dir", "nowhere"], "nowhere/train.tsv"),
+        (["--rank", 2, "--model", "./nowhere"], "./nowhere"),
+        (["--rank", 2, "--out", "RTE"], "RTE"),
+        (["--rank", 2, "--out", "."], "--out '.'"),
+        (["--rank", 2, "--out", "RTE/dev.tsv/x.csv"], "RTE/dev.tsv"),
+        (["--rank", 2, "--out", "precious.csv"], "precious.csv"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_is_run(call, fake_run, argv, named):
+    Path("precious.csv").write_text("rank,steps,val_acc\n")
+    code, _, err = call(script_LoRA, *argv)
+    assert code == 2 and not fake_run.seen and err.startswith("error: ") and err.count("\n") == 1 and named in err
+    assert Path("precious.csv").read_text() == "rank,steps,val_acc\n"
+
+
 @pytest.fixture
 def understood(monkeypatch):
-    """Parses a command of BERT/ without running it; returns its settings."""
+    """Parse a command of BERT/ without running it; return its first settings."""
     seen = []
-    monkeypatch.setattr(grid, "configuration", lambda settings: seen.append(settings) or {})
-    monkeypatch.setattr(grid, "Tables", lambda *_: sys.exit("not to be run"))
+    monkeypatch.setattr(grid, "Table", lambda _, __, settings: seen.append(settings) or sys.exit("not to be run"))
 
     def parse(script_name, *argv):
         if script_name == "main.py":
@@ -198,27 +211,20 @@ def understood(monkeypatch):
 
 def test_the_readmes_commands_are_understood(understood):
     text = (rte.ROOT / "BERT" / "README.md").read_text(encoding="utf-8")
-    lines = [
-        line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.split("\n")
-    ]
-    settings = [understood(*shlex.split(line)[1:]) for line in lines if re.match(r"python \w+\.py", line)]
-    assert [(s.kappa, s.T_sparse, s.rank) for s in settings] == [
-        (5e-5, 10, None),
-        (None, None, 8),
-        (1e-5, 5, None),
-        (None, None, 2),
-        (1e-4, 5, None),
-        (0, 10, None),
-        (None, None, 8),
-    ]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines if re.match(r"python \w+\.py", line)]
+    settings = [understood(*command[1:]) for command in words]
+    so = [(s.kappa, s.T_sparse) for s in settings if s.rank is None]
+    assert so == [(5e-5, 10), (1e-5, 5), (1e-4, 5), (0, 10)]
+    assert [s.rank for s in settings if s.rank is not None] == [8, 2, 8]
 
 
-def test_the_measuring_script_runs_all_grids_and_goes_on_after_failed_runs(place, understood):
-    python = place / "python"
+def test_the_measuring_script_runs_all_grids_and_continues_after_failed_runs(tmp_path, monkeypatch, understood):
+    monkeypatch.chdir(tmp_path)
+    python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@" >> calls\ncase "$*" in *script_LoRA*) exit 1;; *none*) exit $CODE;; esac\n')
     python.chmod(0o755)
-    script = rte.ROOT / "benchmarks" / "bert_rte.sh"
-    command = ["bash", script, "tiny", "RTE", "out", "--shots", "2"]
+    command = ["bash", rte.ROOT / "benchmarks" / "bert_rte.sh", "tiny", "RTE", "out", "--shots", "2"]
     for code, expected, calls in (("0", 1, 13), ("2", 2, 11)):
         done = subprocess.run(command, env=os.environ | {"PYTHON": python, "CODE": code})
         assert done.returncode == expected
@@ -233,92 +239,11 @@ def test_the_measuring_script_runs_all_grids_and_goes_on_after_failed_runs(place
 
 
 def test_both_sides_of_the_measured_step_compute_the_same(capsys):
-    bert_step.main("--layers 1 --width 24 --heads 2 --tokens 8 --kappa 1e-2 --steps 3".split())
+    bert_step.main(
+        ["--layers", "1", "--width", "24", "--heads", "2", "--tokens", "8", "--kappa", "1e-2", "--steps", "3"]
+    )
     out = capsys.readouterr().out
     dense, sampled = re.findall(r"last loss (\S+)", out)
     assert float(dense) == pytest.approx(float(sampled), abs=2e-6)
     (difference,) = re.findall(r"differ by (\S+) of what was trained", out)
     assert float(difference) < 1e-2  # also where nothing was trained, which is no number
-
-
-def test_an_interrupted_grid_keeps_what_is_finished(call, fake_run):
-    fake_run.fail = {3: KeyboardInterrupt()}
-    code, _, err = call(script_LoRA, "--rank", 2, "--seed", 1, 2, 3, 4)
-    assert code == 130 and err.splitlines()[-1] == "interrupted"
-    (row,) = read_table("lora_grid_results.csv")
-    assert (row["seeds"], row["failed"]) == ("1 2", "")
-    assert not [name for name in os.listdir() if name.endswith(".part")]
-
-
-def test_half_a_row_is_left_out_and_done_again(call, fake_run):
-    call(script_LoRA, "--rank", 2, "--seed", 1, 2)
-    text = Path("lora_grid_runs.csv").read_text()
-    Path("lora_grid_runs.csv").write_text(text[: text.rindex("102,54") + 5])
-    code, _, err = call(script_LoRA, "--rank", 2, "--seed", 1, 2)
-    assert code == 0 and [s.seed for s in fake_run.seen] == [1, 2, 2]
-    assert err.count("line 3 is damaged and left out") == 1
-    assert Path("lora_grid_runs.csv").read_text() == text
-
-
-@pytest.mark.parametrize(
-    "change, column",
-    [
-        (["--shots", 3], "shots 4, and this is 3"),
-        (["--protocol", "released"], "protocol balanced, and this is released"),
-        (["--dense", "none"], "dense all, and this is none"),
-        (["--max_steps", 9], "max_steps 2, and this is 9"),
-        (["--lr", 1e-4], "lr 2e-05, and this is 0.0001"),
-        (["--loss_stop", 0.5], "loss_stop 0.001, and this is 0.5"),
-        (["--model", "other"], "model tiny, and this is other"),
-        ("weights", "weights_sha256"),
-        ("heads", "weights_sha256"),
-        ("pooler", "weights_sha256"),
-        ("data", "data_sha256"),
-        ("tokenizer", "data_sha256"),
-    ],
-)
-def test_other_settings_are_not_mixed_into_a_table(call, fake_run, place, change, column):
-    call(script_LoRA, "--rank", 2)
-    tiny_bert(place / "other")
-    if change == "weights":
-        tiny_bert(place / "tiny", seed=1)
-    elif change == "heads":
-        config = json.loads(Path("tiny/config.json").read_text())
-        Path("tiny/config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
-    elif change == "pooler":
-        weights = load_file("tiny/model.safetensors")
-        save_file(weights | {"pooler.dense.bias": weights["pooler.dense.bias"] + 1}, "tiny/model.safetensors")
-    elif change == "tokenizer":
-        Path("tiny/vocab.txt").write_text(Path("tiny/vocab.txt").read_text().replace("cat\ndog", "dog\ncat"))
-    elif change == "data":
-        with open("RTE/dev.tsv", "a") as file:
-            file.write("24\ta cat\ta dog\tentailment\n")
-    before = Path("lora_grid_runs.csv").read_text()
-    code, _, err = call(script_LoRA, "--rank", 4, *(change if isinstance(change, list) else []))
-    assert code == 2 and err.startswith("error: lora_grid_runs.csv has runs with") and column in err and "--out" in err
-    assert Path("lora_grid_runs.csv").read_text() == before and len(fake_run.seen) == 1
-    code, *_ = call(script_LoRA, "--rank", 4, *(change if isinstance(change, list) else []), "--out", "new/x.csv")
-    assert code == 0 and os.listdir("new") != [] and len(read_table("new/x_runs.csv")) == 1
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--rank", 2, 0], "--rank must be at least 1"),
-        (["--rank", 2, "--seed", -1], "--seed must be at least 0"),
-        (["--rank", 2, "--data_dir", "nowhere"], "nowhere/train.tsv"),
-        (["--rank", 2, "--model", "./nowhere"], "there is no folder ./nowhere"),
-        (["--rank", 2, "--out", "RTE"], "RTE"),
-        (["--rank", 2, "--out", "."], "--out '.' is no file's name"),
-        (["--rank", 2, "--out", "RTE/dev.tsv/x.csv"], "RTE/dev.tsv"),
-        (["--rank", 2, "--out", "precious_results.csv"], "precious_results.csv is there without its precious_runs.csv"),
-        (["--rank", 2, "--out", "x_results.csv"], "x_runs.csv is no table of this grid's runs"),
-    ],
-)
-def test_mistakes_end_in_one_line_before_anything_is_run(call, fake_run, place, argv, message):
-    (place / "precious_results.csv").write_text("rank,steps,val_acc\n")
-    (place / "x_runs.csv").write_text("kappa,T\n1,2\n")
-    code, _, err = call(script_LoRA, *argv)
-    assert code == 2 and not fake_run.seen
-    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", err)
-    assert (place / "precious_results.csv").read_text() == "rank,steps,val_acc\n"

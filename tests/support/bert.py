@@ -9,10 +9,17 @@ from transformers import BertConfig, BertModel
 WORDS = "a the cat dog sat ran on under mat tree house was seen nobody said that it rained in spring \" . , '".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s", "##ed"]
 LAYERS, WIDTH = 2, 16
+SMALL = ["--model", "tiny", "--data_dir", "RTE", "--shots", "4", "--device", "cpu"]
 
 
-def tiny_bert(folder, dropout=0.1, model_class=BertModel, seed=0):
-    """Writes config, random weights and vocabulary of a BERT with 2 blocks of width 16; returns the folder."""
+def small_bert(folder, **options):
+    """Write the tiny BERT and RTE's files, as the flags in SMALL name them."""
+    tiny_bert(folder / "tiny", **options)
+    rte_files(folder / "RTE")
+
+
+def tiny_bert(folder, dropout=0.1, model_class=BertModel):
+    """Write config, random weights and vocabulary of a BERT with 2 blocks of width 16. Return the folder."""
     config = BertConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=WIDTH,
@@ -25,7 +32,7 @@ def tiny_bert(folder, dropout=0.1, model_class=BertModel, seed=0):
         initializer_range=0.2,
     )
     state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model_class(config).save_pretrained(folder)
     torch.random.set_rng_state(state)
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
@@ -33,7 +40,7 @@ def tiny_bert(folder, dropout=0.1, model_class=BertModel, seed=0):
 
 
 def rte_files(folder, train=40, dev=24):
-    """Writes train.tsv and dev.tsv; labels alternate in uneven steps, and some sentences have bare quotes."""
+    """Write train.tsv and dev.tsv with random labels. Some sentences have bare quotes. Return the folder."""
     folder.mkdir()
     generator = random.Random(0)
     for name, count in (("train", train), ("dev", dev)):
@@ -47,5 +54,6 @@ def rte_files(folder, train=40, dev=24):
 
 
 def read_table(path):
+    """Return the rows of a CSV file as dicts."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
