@@ -239,9 +239,8 @@ def test_the_measuring_script_runs_all_grids_and_continues_after_failed_runs(tmp
 
 
 def test_both_sides_of_the_measured_step_compute_the_same(capsys):
-    bert_step.main(
-        ["--layers", "1", "--width", "24", "--heads", "2", "--tokens", "8", "--kappa", "1e-2", "--steps", "3"]
-    )
+    size = ["--layers", "1", "--width", "24", "--heads", "2", "--tokens", "8"]
+    bert_step.main([*size, "--kappa", "1e-2", "--steps", "3"])
     out = capsys.readouterr().out
     dense, sampled = re.findall(r"last loss (\S+)", out)
     assert float(dense) == pytest.approx(float(sampled), abs=2e-6)
