@@ -1,4 +1,4 @@
-"""SO beside LoRA on BERT: few-shot GLUE-RTE. `main.py` is one run, `script.py` and `script_LoRA.py` are grids."""
+"""SO and LoRA on BERT: few-shot GLUE-RTE. `main.py` is one run, `script.py` and `script_LoRA.py` are grids."""
 
 import os
 

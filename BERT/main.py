@@ -1,4 +1,4 @@
-"""SO beside LoRA on BERT, few-shot GLUE-RTE: one run. In this folder:
+"""Fine-tune BERT with SO or LoRA on few-shot GLUE-RTE: one run. In this folder:
 
 python main.py --device cuda --kappa 5e-5 --T_sparse 10 --loss_stop 1e-3     # SO
 python main.py --device cuda --rank 8 --loss_stop 1e-3                       # LoRA
@@ -188,9 +188,7 @@ def run(settings: Settings) -> Result:
     if reached:
         print(f"stopped at step {steps}: mini-batch loss {loss:.2e}, --loss_stop {settings.loss_stop:g}")
     else:
-        print(
-            f"never at --loss_stop {settings.loss_stop:g}: ended by --max_steps {steps} at mini-batch loss {loss:.2e}"
-        )
+        print(f"ended by --max_steps {steps} above --loss_stop {settings.loss_stop:g}: mini-batch loss {loss:.2e}")
     return Result(steps, reached, loss, accuracy(model, validation), seconds)
 
 

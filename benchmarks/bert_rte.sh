@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The numbers of BERT/README.md: SO at three densities (0: the dense group alone), LoRA at three ranks, and SO without
-# a dense group, seed after seed. Runs that are finished are skipped: an interrupted call is simply repeated.
+# Measure the numbers of BERT/README.md: SO at three densities and 0 (only the dense group), LoRA at three ranks, and SO
+# without a dense group, seed after seed. Recorded runs are skipped, so an interrupted call can be repeated.
 # Usage: bash benchmarks/bert_rte.sh MODEL DATA_DIR RESULTS_DIR [flags for all runs]   PYTHON chooses the interpreter.
 set -euo pipefail
 if [ $# -lt 3 ]; then
@@ -12,7 +12,7 @@ model="$1" data="$2" results="$3"
 shift 3
 
 failed=0
-grid() { # a script of BERT/ and its flags; a run that failed (1) holds nothing up, a mistake (2) does
+grid() { # a script of BERT/ and its flags; continues after failed runs (1), ends at a mistake (2)
     local code=0
     "$python" "$bert/$1" --model "$model" --data_dir "$data" --out "$results/$2_results.csv" "${@:3}" || code=$?
     if [ $code -gt 1 ]; then exit $code; fi

@@ -3,8 +3,10 @@
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -81,7 +83,7 @@ def test_a_run_ends_with_its_accuracy_and_repeats(call, monkeypatch, argv, proto
     monkeypatch.setattr(rte, "Encoded", lambda *args: encoded.append(args) or make(*args))
     code, result, out, _ = call(*argv, "--protocol", protocol, "--seed", 3)
     first, *_, end, last = out.splitlines()
-    assert code == 0 and (result.steps, result.reached) == (3, False) and "--max_steps 3" in end
+    assert (code, result.steps, result.reached) == (0, 3, False) and "--max_steps 3" in end
     assert last == f"{'LoRA' if '--rank' in argv else 'SO'} - tiny RTE-8shot: {result.val_acc:.1f}%"
     assert "8 training pairs, seed 3, cpu" in first
     # All 24 validation pairs count, and the protocol decides the training pairs and whether there are segments.
@@ -103,7 +105,7 @@ def test_pairs_are_cut_to_the_models_positions(place, call, monkeypatch):
     assert seen[0].inputs["input_ids"].shape == (8, 16) and int(seen[0].lengths.max()) == 16
 
 
-@pytest.mark.parametrize("argv, is_sampled", zip(METHODS, [True, False]))
+@pytest.mark.parametrize("argv, is_sampled", [(["--kappa", 0.005], True), (["--rank", 2], False)])
 def test_so_samples_its_gradients(call, monkeypatch, argv, is_sampled):
     models = []
     monkeypatch.setattr(bert, "accuracy", lambda model, _: models.append(model) or 50.0)
@@ -231,7 +233,6 @@ def test_accuracy_counts_every_pair_once():
     [
         ([], "--kappa (SO) and --rank"),
         (["--kappa", 0.1, "--rank", 2], "not both"),
-        (["--kappa", 1.5], "--kappa"),
         (["--kappa", "nan"], "--kappa"),
         (["--kappa", "x"], "--kappa"),
         (["--kappa", 0, "--dense", "none"], "--kappa 0 --dense none"),
@@ -241,8 +242,6 @@ def test_accuracy_counts_every_pair_once():
         (["--rank", 2, "--loss_stop", -1], "--loss_stop"),
         (["--rank", 2, "--lr", 0], "--lr"),
         (["--rank", 2, "--max_steps", 10_001], "--max_steps"),
-        (["--rank", 2, "--seed", -1], "--seed"),
-        (["--rank", 2, "--shots", 0], "--shots"),
         (["--rank", 2, "--shots", 30], "--shots 30"),
         (["--rank", 2, "--device", "tpu"], "--device tpu"),
         (["--rank", 2, "--data_dir", "nowhere"], "nowhere/train.tsv"),
@@ -310,12 +309,17 @@ def test_names(place, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["main.py", "script.py", "script_LoRA.py"])
-def test_the_commands_work_in_their_folder(place, script):
-    """`import datasets` must find this project's package there, also inside transformers and peft."""
-    run = ["--rank", "1", "--model", place / "tiny", "--data_dir", place / "RTE", "--shots", "4", "--max_steps", "1"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, script, *(run if script == "main.py" else ["--help"])]
+def test_scripts_find_this_projects_datasets_before_other_packages_of_that_name(monkeypatch, script):
+    path = [entry for entry in sys.path if Path(entry).resolve() != rte.ROOT]
+    monkeypatch.setattr(sys, "path", [str(rte.ROOT / "BERT"), *path])
+    runpy.run_path(str(rte.ROOT / "BERT" / script))
+    assert sys.path == [str(rte.ROOT), str(rte.ROOT / "BERT"), *path]
+
+
+def test_a_run_is_a_command_in_its_folder(place):
+    flags = ["--rank", "1", "--model", place / "tiny", "--data_dir", place / "RTE", "--shots", "4", "--max_steps", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "main.py", *flags]
     done = subprocess.run(command, cwd=rte.ROOT / "BERT", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
-    assert re.fullmatch(r"LoRA - tiny RTE-8shot: \d+\.\d%" if script == "main.py" else r".*\[auto\]", last)
+    assert re.fullmatch(r"LoRA - tiny RTE-8shot: \d+\.\d%", done.stdout.splitlines()[-1])

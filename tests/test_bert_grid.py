@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -38,24 +39,17 @@ def call(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    """Runs that only note their settings and return numbers that follow from the seed. Those in `fail` fail."""
+    """In place of runs: note settings and (rank, seed), return numbers that follow from the seed, or raise `fail`."""
+    fake = SimpleNamespace(seen=[], cells=[], fail={})
 
-    class Fake:
-        def __init__(self):
-            self.seen, self.fail = [], {}
+    def run(settings):
+        fake.seen.append(settings)
+        fake.cells.append((settings.rank, settings.seed))
+        if settings.seed in fake.fail:
+            raise fake.fail[settings.seed]
+        return Result(100 + settings.seed, settings.seed % 2 == 0, 0.5, 50.0 + settings.seed**2, 1.0)
 
-        def __call__(self, settings):
-            self.seen.append(settings)
-            if settings.seed in self.fail:
-                raise self.fail[settings.seed]
-            return Result(100 + settings.seed, settings.seed % 2 == 0, 0.5, 50.0 + settings.seed**2, 1.0)
-
-        @property
-        def cells(self):
-            return [(settings.rank, settings.seed) for settings in self.seen]
-
-    fake = Fake()
-    monkeypatch.setattr(grid, "run", fake)
+    monkeypatch.setattr(grid, "run", run)
     return fake
 
 

@@ -30,65 +30,50 @@ def test_the_released_protocol_draws_the_published_rows():
 
 
 def test_balanced_draws_take_each_label_alike_and_nest():
-    labels = [int(row % 3 == 0) for row in range(200)]
-    rows = rte.draw(pairs(labels), 16, 7, "balanced")
-    assert Counter(labels[row] for row in rows) == {0: 16, 1: 16} and len(set(rows)) == 32
-    assert rows == rte.draw(pairs(labels), 16, 7, "balanced") != rte.draw(pairs(labels), 16, 8, "balanced")
-    assert set(rte.draw(pairs(labels), 4, 7, "balanced")) < set(rows)
-    # The order is that of the same shuffle: whatever the released protocol takes and fits comes first.
-    shuffled = rte.draw(pairs(labels), 100, 7, "released")
-    of_ones = [row for row in shuffled if labels[row] == 1][:16]
-    assert [row for row in rows if labels[row] == 1] == of_ones
+    data = pairs([int(row % 3 == 0) for row in range(200)])
+    rows = rte.draw(data, 16, 7, "balanced")
+    assert Counter(data[row].label for row in rows) == {0: 16, 1: 16} and len(set(rows)) == 32
+    assert rows == rte.draw(data, 16, 7, "balanced") != rte.draw(data, 16, 8, "balanced")
+    assert set(rte.draw(data, 4, 7, "balanced")) < set(rows)
+    # Both protocols shuffle alike: each label's pairs are the first of that label in the released order.
+    shuffled = rte.draw(data, 100, 7, "released")
+    for label in (0, 1):
+        first = [row for row in shuffled if data[row].label == label][:16]
+        assert [row for row in rows if data[row].label == label] == first
     with pytest.raises(rte.UserError, match=r"--shots 68 .*133 entailment, 67 not_entailment"):
-        rte.draw(pairs(labels), 68, 7, "balanced")
+        rte.draw(data, 68, 7, "balanced")
 
 
-def test_quotes_line_ends_and_odd_characters_are_kept(tmp_path):
-    text = HEADER + '0\t"He said\u2028it" ran.\t"A cat\tentailment\r\n1\tb "" c\tNA\tnot_entailment\n'
-    (tmp_path / "x.tsv").write_bytes(text.encode())
-    assert rte.read_tsv(tmp_path / "x.tsv") == [
-        ('"He said\u2028it" ran.', '"A cat', 0),
-        ('b "" c', "NA", 1),
-    ]
-
-
-def test_rows_that_lack_a_field_are_left_out_with_a_note(tmp_path, capsys):
-    (tmp_path / "x.tsv").write_text(HEADER + "0\ta\tb\tentailment\n1\tlost\n\n2\tc\t\tnot_entailment\n")
-    assert rte.read_tsv(tmp_path / "x.tsv") == [("a", "b", 0), ("c", "", 1)]
-    assert "1 rows lack a field" in capsys.readouterr().err
+def test_quotes_line_ends_and_odd_characters_are_kept_and_short_rows_left_out(tmp_path, capsys):
+    rows = '0\t"He said\u2028it" ran.\t"A cat\tentailment\r\n1\tb "" c\tNA\tnot_entailment\n'
+    rows += "2\tlost\n\n3\td\t\tentailment\n"
+    (tmp_path / "x.tsv").write_bytes((HEADER + rows).encode())
+    expected = [('"He said\u2028it" ran.', '"A cat', 0), ('b "" c', "NA", 1), ("d", "", 0)]
+    assert rte.read_tsv(tmp_path / "x.tsv") == expected
+    assert "x.tsv: 1 rows lack a field" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "content, named",
     [
         (b"index\tsentence1\tlabel\n", "column sentence2"),
         (b"", "column label, sentence1, sentence2"),
-        (HEADER.encode(), "holds no pairs"),
-        ((HEADER + "0\ta\tb\tentails\n").encode(), "line 2: the label is 'entails'"),
+        (HEADER.encode(), "no pairs"),
+        ((HEADER + "0\ta\tb\tentails\n").encode(), "line 2: .*'entails'"),
         ((HEADER + "0\ta\tb\tc\tentailment\n").encode(), "line 2: more fields"),
-        (HEADER.encode() + b"0\t\xff\tb\tentailment\n", "damaged"),
-        ((HEADER + "0\t" + "a" * 200_000 + "\tb\tentailment\n").encode(), "damaged"),
+        (HEADER.encode() + b"0\t\xff\tb\tentailment\n", "utf-8"),
+        ((HEADER + "0\t" + "a" * 200_000 + "\tb\tentailment\n").encode(), "field larger than field limit"),
     ],
 )
-def test_damaged_files_are_named(tmp_path, content, message):
+def test_damaged_files_are_named(tmp_path, content, named):
     (tmp_path / "x.tsv").write_bytes(content)
-    with pytest.raises(rte.UserError, match=message) as caught:
+    with pytest.raises(rte.UserError, match=rf"x\.tsv.*{named}"):
         rte.read_tsv(tmp_path / "x.tsv")
-    assert "x.tsv" in str(caught.value)
-
-
-def test_both_files_are_read_and_a_missing_one_is_named(tmp_path):
-    data = rte.load(str(rte_files(tmp_path / "RTE")))
-    assert (len(data.train), len(data.validation)) == (40, 24)
-    assert any('"' in pair.premise for pair in data.train)
-    (tmp_path / "RTE" / "dev.tsv").unlink()
-    with pytest.raises(rte.UserError, match=r"dev\.tsv"):
-        rte.load(str(tmp_path / "RTE"))
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder in place of the Hub, with the made-up pairs as parquet files; returns it."""
+    """A folder in place of the Hub, with the made-up pairs as parquet files."""
     data = rte.load(str(rte_files(tmp_path / "RTE")))
     (tmp_path / "hub" / "rte").mkdir(parents=True)
     for name, part in zip(rte.HUB_FILES, data):
@@ -143,36 +128,34 @@ def test_missing_packages_are_named_with_the_remedy(hub, monkeypatch, package):
         rte.load(None)
 
 
-def encoded(folder, data, segments):
-    return rte.Encoded(data, AutoTokenizer.from_pretrained(folder), segments, torch.device("cpu"))
+def encoded(folder, data, segments=True):
+    return rte.Encoded(data, AutoTokenizer.from_pretrained(folder), segments, "cpu")
 
 
 def test_pairs_are_padded_cut_and_marked_as_segments(tmp_path):
     folder = tiny_bert(tmp_path / "tiny")
     data = [rte.Pair("the cat sat", "dogs ran .", 1), rte.Pair("cat " * 300, "a dog", 0)]
-    ids = encoded(folder, data, True)
-    vocabulary = {word: number for number, word in enumerate((folder / "vocab.txt").read_text().splitlines())}
-    words = "[CLS] the cat sat [SEP] dog ##s ran . [SEP]".split()
+    ids = encoded(folder, data)
+    words = (folder / "vocab.txt").read_text().splitlines()
     assert ids.inputs["input_ids"].shape == (2, 128)
-    assert ids.inputs["input_ids"][0, :11].tolist() == [*(vocabulary[word] for word in words), vocabulary["[PAD]"]]
+    short, long = ([words[number] for number in row] for row in ids.inputs["input_ids"].tolist())
+    assert short[:11] == ["[CLS]", "the", "cat", "sat", "[SEP]", "dog", "##s", "ran", ".", "[SEP]", "[PAD]"]
+    assert long[-5:] == ["cat", "[SEP]", "a", "dog", "[SEP]"]
     assert ids.inputs["token_type_ids"][0, :11].tolist() == [0] * 5 + [1] * 5 + [0]
     assert ids.lengths.tolist() == [10, 128] and ids.labels.tolist() == [1, 0]
-    assert ids.inputs["input_ids"][1, -4:].tolist() == [vocabulary[word] for word in "[SEP] a dog [SEP]".split()]
-    assert not encoded(folder, data, False).inputs["token_type_ids"].any()
+    assert not encoded(folder, data, segments=False).inputs["token_type_ids"].any()
     inputs, labels = ids.batch(torch.tensor([0]))
-    assert {name: tuple(values.shape) for name, values in inputs.items()} == dict.fromkeys(inputs, (1, 10))
-    assert labels.tolist() == [1]
+    assert {values.shape for values in inputs.values()} == {(1, 10)} and labels.tolist() == [1]
 
 
 def test_cutting_a_batch_to_its_longest_pair_changes_no_logit(tmp_path):
     folder = tiny_bert(tmp_path / "tiny")
     data = rte.load(str(rte_files(tmp_path / "RTE"))).validation
-    torch.manual_seed(0)
     model = BertForSequenceClassification.from_pretrained(folder, num_labels=2).double().eval()
-    ids = encoded(folder, data, True)
+    ids = encoded(folder, data)
     rows = ids.lengths.argsort()[:8]
+    assert ids.lengths[rows].max() < 40
     with torch.no_grad():
         cut = model(**ids.batch(rows)[0]).logits
         whole = model(**{name: values[rows] for name, values in ids.inputs.items()}).logits
-    assert ids.lengths[rows].max() < 40
     torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-9)
