@@ -124,9 +124,9 @@ def compare(first: Path, second: Path) -> int:
     for name, other in [*((name, name) for name in RUNS), ("whole", "resumed")]:
         before, after = outcome(first / name), outcome(second / other)
         keys = [key for key in sorted(before | after) if before.get(key, "none") != after.get(key, "none")]
-        same = bool(before) and not keys
-        different += not same
-        result = f"{len(before)} values same" if same else f"{len(keys)} DIFFER: {', '.join(keys[:9])}"
+        keys = keys if before and after else [f"no results in {second if before else first}"]
+        different += bool(keys)
+        result = f"{len(keys)} DIFFER: {', '.join(keys[:9])}" if keys else f"{len(before)} values same"
         print(f"{name}: {result}" if name == other else f"{name} and {other}: {result}")
     return different
 
