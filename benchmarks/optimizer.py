@@ -25,7 +25,7 @@ DENSITIES = (5e-5, 5e-4, 2e-3)
 
 
 def weights_of(backbone: str, device: str) -> list[nn.Parameter]:
-    """Random parameters and gradients in the shapes of the matrices that SO trains."""
+    """Return random parameters with gradients, in the shapes of the matrices that SO trains."""
     with torch.device("meta"):
         model = CLIP(ARCHITECTURES[backbone])
     shapes = [p.shape for p in select_matrices(model, Blocks()).values()]

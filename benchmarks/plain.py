@@ -1,7 +1,7 @@
-"""The plain computation, slow and obvious: what the fast one must equal, and what it is timed against.
+"""The plain computation, slow and obvious. Tests compare the fast one with it, and benchmarks time both.
 
-Prompts padded to 77 tokens, every token of every block computed, dense weight gradients, and SO on dense tensors,
-one parameter at a time. It reads the weights of an ordinary `clip.CLIP`.
+Prompts are padded to 77 tokens, every token of every block is computed, weight gradients are dense, and SO works on
+dense tensors, one parameter at a time. It uses the weights of an ordinary `clip.CLIP`.
 """
 
 import torch
@@ -13,7 +13,7 @@ from optimizers.SparseOptimizer import draw_support
 
 
 def encode_image(model: CLIP, images: Tensor) -> Tensor:
-    """Images [B, 3, R, R] to embeddings [B, E]."""
+    """Map images [B, 3, R, R] to embeddings [B, E]."""
     if not model.arch.is_vit:
         return model.visual(images)
     tower = model.visual
@@ -26,7 +26,7 @@ def encode_image(model: CLIP, images: Tensor) -> Tensor:
 
 
 def encode_text(model: CLIP, tokens: Tensor, vector_at: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
-    """Token ids [B, 77] to embeddings [B, E]; `vectors` [V, D] replace tokens where `vector_at` [B, 77] is not -1."""
+    """Map token ids [B, 77] to embeddings [B, E]; `vectors` [V, D] replace tokens where `vector_at` [B, 77] >= 0."""
     x = model.token_embedding(tokens)
     if vectors is not None:
         x = torch.where((vector_at >= 0)[..., None], vectors[vector_at.clamp(min=0)], x)
@@ -54,7 +54,7 @@ def _block(block: Block, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class DenseSO:
-    """SO on dense tensors: masks and moments as large as the weights, a top-k over all of them."""
+    """SO on dense tensors: masks and moments are as large as the weights, and the top-k is over all of them."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, density_ratio: float, T: int, seed: int = 0):
         self.params, self.lr, self.T, self.betas, self.eps = params, lr, T, (0.9, 0.999), 1e-8

@@ -126,7 +126,7 @@ def timed(side: Side) -> tuple[float, float]:
 
 
 def measure_memory(args) -> None:
-    """Prints the peak above the model with its data, over three steps of one side."""
+    """Print the peak above the model with its data, over three steps of one side."""
     side = SIDES[args.only](args)
     before = peak_memory_mb(side.device)
     seconds = [timed(side)[0] for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Sparse deltas: what changed, bit for bit, and only on the base that it was made from."""
+"""Sparse deltas: the changes bit for bit, and only on the base weights that a delta was made from."""
 
 import copy
 
@@ -63,8 +63,8 @@ def same_bits(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def refusal(model, path, sha256) -> str:
-    """The message of the WeightsError, which is one line, names the file and leaves the model untouched."""
+def rejection(model, path, sha256) -> str:
+    """Return the message of the WeightsError: one line that names the file. The model must not change."""
     before = bits(model)
     with pytest.raises(clip.WeightsError) as caught:
         apply_delta(model, path, sha256)
@@ -83,13 +83,18 @@ def test_difference_by_hand(base):
         assert indices.dtype == torch.int32 and values.dtype == torch.float32
 
 
-def test_equal_bits_are_no_difference(base):
+def test_equal_bits_are_no_difference_and_no_change_is_a_delta_too(base, tmp_path):
     with torch.no_grad():
         base.ln_final.weight[3] = NAN  # unequal to itself, as a number
-    assert difference(snapshot(base), copy.deepcopy(base)) == {}
+    changes = difference(snapshot(base), copy.deepcopy(base))
+    assert changes == {}
+    before, sha256, path = bits(base), clip.weights_sha256(base), tmp_path / "none.safetensors"
+    save_delta(changes, path, sha256, {"format": "mine", "base_sha256": "other"})
+    assert apply_delta(base, path, sha256) == {"format": FORMAT, "base_sha256": sha256}
+    assert same_bits(bits(base), before)
 
 
-def test_a_snapshot_holds_copies_of_what_is_trained(base):
+def test_a_snapshot_holds_copies_of_the_trained_weights(base):
     base.requires_grad_(False)
     base.transformer.resblocks[0].attn.in_proj.requires_grad_(True)
     base.visual.proj.requires_grad_(True)
@@ -99,7 +104,7 @@ def test_a_snapshot_holds_copies_of_what_is_trained(base):
     kept = before["visual.proj"].clone()
     with torch.no_grad():
         base.visual.proj += 1
-        base.ln_final.bias += 1  # not trained: no part of the difference
+        base.ln_final.bias += 1  # not trained, so not in the difference
     assert torch.equal(before["visual.proj"], kept)
     assert list(difference(before, base)) == ["visual.proj"]
 
@@ -138,43 +143,26 @@ def test_random_changes_of_all_tensors(arch, tmp_path):
     assert same_bits(bits(base), bits(model))
 
 
-def test_no_change_is_a_delta_too(base, tmp_path):
-    before, sha256 = bits(base), clip.weights_sha256(base)
-    save_delta({}, tmp_path / "none.safetensors", sha256, {})
-    apply_delta(base, tmp_path / "none.safetensors", sha256)
-    assert same_bits(bits(base), before)
-
-
-def test_a_writers_metadata_cannot_hide_the_base(base, tmp_path):
-    path, sha256 = tmp_path / "d.safetensors", clip.weights_sha256(base)
-    save_delta({}, path, sha256, {"format": "mine", "base_sha256": "other"})
-    assert apply_delta(base, path, sha256) == {"format": FORMAT, "base_sha256": sha256}
-
-
-def test_refused_on_another_base(base, delta):
+def test_rejected_on_other_weights_and_when_applied_twice(base, delta):
     other = small_clip(seed=5)
-    message = refusal(other, delta, clip.weights_sha256(other))
+    message = rejection(other, delta, clip.weights_sha256(other))
     assert clip.weights_sha256(base)[:12] in message and clip.weights_sha256(other)[:12] in message
-
-
-def test_refused_when_applied_twice(base, delta):
     apply_delta(base, delta, clip.weights_sha256(base))
-    refusal(base, delta, clip.weights_sha256(base))
+    rejection(base, delta, clip.weights_sha256(base))
 
 
 def test_files_that_are_no_deltas(base, delta, tmp_path):
-    sha256 = clip.weights_sha256(base)
-    assert "there is no file" in refusal(base, tmp_path / "none.safetensors", sha256)
-    content = delta.read_bytes()
+    sha256, content = clip.weights_sha256(base), delta.read_bytes()
+    rejection(base, tmp_path / "none.safetensors", sha256)
     for length in (0, 5, 100, len(content) // 2, len(content) - 1):
         delta.write_bytes(content[:length])
-        assert "no readable file" in refusal(base, delta, sha256)
+        rejection(base, delta, sha256)
     foreign = tmp_path / "foreign.safetensors"
     for metadata in (None, {"format": "pt"}):
         save_file({"ln_final.bias.indices": torch.zeros(1, dtype=torch.int32)}, foreign, metadata)
-        assert "not a clip-sparse-delta" in refusal(base, foreign, sha256)
+        assert FORMAT in rejection(base, foreign, sha256)
     save_file({}, foreign, {"format": FORMAT})
-    assert "other base" in refusal(base, foreign, sha256)
+    assert "other base" in rejection(base, foreign, sha256)
 
 
 def entry(indices, values, dtype=torch.int32):
@@ -199,11 +187,11 @@ def entry(indices, values, dtype=torch.int32):
         {"visual.proj": torch.zeros(1)},
     ],
 )
-def test_entries_that_fit_no_weight_leave_all_weights_alone(base, damage, tmp_path):
+def test_entries_that_fit_no_weight_change_nothing(base, damage, tmp_path):
     path, sha256 = tmp_path / "damaged.safetensors", clip.weights_sha256(base)
     good = {"ln_final.weight.indices": torch.ones(1, dtype=torch.int32), "ln_final.weight.values": torch.ones(1)}
     save_file(good | damage, path, {"format": FORMAT, "base_sha256": sha256})
-    assert "damaged" in refusal(base, path, sha256)
+    rejection(base, path, sha256)
     save_file(good, path, {"format": FORMAT, "base_sha256": sha256})
     apply_delta(base, path, sha256)
     assert base.ln_final.weight[1] == 1

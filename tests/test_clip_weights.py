@@ -1,6 +1,5 @@
-"""Weight files: the three formats, hostile and damaged ones, saving, hashing, names."""
+"""Weight files: the three formats, hostile and damaged files, saving, hashing, names."""
 
-import hashlib
 import os
 import pickle
 import random
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
 
 
 def error_of(path) -> str:
-    """The message of the WeightsError that loading raises; it must be one line and name the file."""
+    """Return the message of the WeightsError that loading raises; it must be one line and name the file."""
     with pytest.raises(clip.WeightsError) as caught:
         clip.load(path)
     message = str(caught.value)
@@ -42,13 +41,13 @@ def error_of(path) -> str:
 
 @pytest.mark.parametrize("arch", [VIT, RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_gives_the_weights_in_float32(format, arch, tmp_path):
+def test_every_format_gives_the_same_weights_and_hash(format, arch, tmp_path):
     original = small_clip(arch)
     extras = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
     extras["transformer.resblocks.0.attn_mask"] = torch.zeros(77, 77)
     model, preprocess = clip.load(FORMATS[format](halved(original) | extras, tmp_path))
     assert_same_weights(model, original.state_dict())
-    assert model.arch == arch
+    assert model.arch == arch and clip.weights_sha256(model) == clip.weights_sha256(original)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
     assert not any(module.training for module in model.modules())
@@ -69,16 +68,10 @@ def test_transposed_and_shared_storage_in_an_archive(tmp_path):
     assert all(p.is_contiguous() for p in model.parameters())  # deltas index them row by row
 
 
-def test_integers_of_a_plain_state_dict_may_be_plain_integers(tmp_path):
-    original = small_clip()
-    model, _ = clip.load(write_pickle(original.state_dict() | {"input_resolution": 32}, tmp_path))
-    assert_same_weights(model, original.state_dict())
-
-
-def test_old_batch_norm_without_its_counter(tmp_path):
+def test_plain_integers_and_old_batch_norms_without_a_counter(tmp_path):
     original = small_clip(RESNET)
     tensors = {n: t for n, t in original.state_dict().items() if "num_batches_tracked" not in n}
-    model, _ = clip.load(write_safetensors(tensors, tmp_path))
+    model, _ = clip.load(write_pickle(tensors | {"input_resolution": 32}, tmp_path))
     assert_same_weights(model, original.state_dict())
 
 
@@ -97,7 +90,7 @@ def test_a_loaded_model_does_not_write_to_its_file(tmp_path):
 
 
 def calling(module: str, name: str, argument: str) -> bytes:
-    """A pickle that calls module.name(argument)."""
+    """Return a pickle that calls module.name(argument)."""
     return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
 
 
@@ -111,7 +104,7 @@ def archive_with(data: bytes, path):
 
 @pytest.mark.parametrize("container", ["archive", "pickle"])
 @pytest.mark.parametrize(
-    "module, name, refused",
+    "module, name, rejected",
     [
         ("os", "system", True),
         (os.system.__module__, "system", True),
@@ -120,16 +113,16 @@ def archive_with(data: bytes, path):
         ("torch", "load", True),
         ("builtins", "eval", True),
         ("torch", "FloatStorage", False),  # a known name, but nothing to call
-        ("__torch__.os", "system", False),  # a class of the archive's own: no code behind it
+        ("__torch__.os", "system", False),  # a class of the archive: no code behind it
     ],
 )
-def test_nothing_in_a_file_is_executed(module, name, refused, container, tmp_path):
+def test_nothing_in_a_file_is_executed(module, name, rejected, container, tmp_path):
     marker = tmp_path / "ran"
     argument = f"open('{marker}', 'w').close()" if name == "eval" else f"touch {marker}"
     data = calling(module, name, argument)
     if name in ("system", "eval") and not module.startswith("__"):
         pickle.loads(data)
-        assert marker.exists()  # so the pickle does what it should
+        assert marker.exists()  # so the pickle is dangerous
         marker.unlink()
     path = tmp_path / "hostile.pt"
     if container == "archive":
@@ -138,25 +131,17 @@ def test_nothing_in_a_file_is_executed(module, name, refused, container, tmp_pat
         path.write_bytes(data)
     message = error_of(path)
     assert not marker.exists()
-    if refused and container == "archive":
-        assert f"refused to load {module}.{name}" in message
-
-
-def test_archives_that_hold_no_model(tmp_path):
-    assert "no readable weight file" in error_of(archive_with(pickle.dumps([1, 2]), tmp_path / "list.pt"))
-    empty = tmp_path / "no-data.pt"
-    with zipfile.ZipFile(empty, "w") as archive:
-        archive.writestr("archive/constants.pkl", b"")
-    assert "no readable weight file" in error_of(empty)
+    if rejected and container == "archive":
+        assert f"rejected {module}.{name}" in message
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_truncated_files(format, tmp_path):
     path = FORMATS[format](halved(small_clip()), tmp_path)
     content = path.read_bytes()
-    for length in (0, 1, 7, 100, len(content) // 3, len(content) // 2, len(content) - 100, len(content) - 1):
+    for length in (0, 1, 100, len(content) // 2, len(content) - 100, len(content) - 1):
         path.write_bytes(content[:length])
-        assert "no readable weight file" in error_of(path)
+        assert "not a readable weight file" in error_of(path)
 
 
 def test_altered_bytes_of_an_archive_are_noticed_or_do_not_matter(tmp_path):
@@ -174,24 +159,27 @@ def test_altered_bytes_of_an_archive_are_noticed_or_do_not_matter(tmp_path):
     assert noticed > 20
 
 
-def test_random_bytes(tmp_path):
+def test_files_of_other_things(tmp_path):
+    error_of(archive_with(pickle.dumps([1, 2]), tmp_path / "list.pt"))
+    empty = tmp_path / "no-data.pt"
+    with zipfile.ZipFile(empty, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+    error_of(empty)
     rng = random.Random(0)
     for name in ("noise.pt", "noise.safetensors"):
-        for length in (10, 1000, 100_000):
+        for length in (10, 100_000):
             (tmp_path / name).write_bytes(rng.randbytes(length))
             error_of(tmp_path / name)
 
 
-@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     "name", ["text_projection", "ln_final.bias", "visual.class_embedding", "visual.conv1.weight", "visual.proj"]
 )
-def test_a_missing_tensor(name, format, tmp_path):
+def test_a_missing_tensor(name, tmp_path):
     tensors = small_clip().state_dict()
     del tensors[name]
-    message = error_of(FORMATS[format](tensors, tmp_path))
-    # Without visual.proj it looks like a ResNet, whose attention pool is then what lacks.
-    assert (name if name != "visual.proj" else "visual.attnpool") in message
+    # Without visual.proj the tensors look like a ResNet's, and the attention pool is missing.
+    assert (name if name != "visual.proj" else "visual.attnpool") in error_of(write_pickle(tensors, tmp_path))
 
 
 def changed(name, tensor):
@@ -199,39 +187,33 @@ def changed(name, tensor):
 
 
 @pytest.mark.parametrize(
-    "tensors, words",
+    "tensors, named",
     [
         (changed("ln_final.bias", torch.zeros(65)), "ln_final.bias"),
         (changed("transformer.resblocks.1.attn.in_proj_weight", torch.zeros(192, 63)), "in_proj"),
         (changed("visual.positional_embedding", torch.zeros(7, 64)), "visual.positional_embedding"),  # 6 is no square
-        (changed("visual.positional_embedding", torch.zeros(0, 64)), "impossible shape"),
-        (changed("text_projection", torch.zeros(64)), "impossible shape"),
-        (changed("ln_final.weight", torch.ones(96)), "width of 96"),
+        (changed("visual.positional_embedding", torch.zeros(0, 64)), "shape"),
+        (changed("text_projection", torch.zeros(64)), "shape"),
+        (changed("ln_final.weight", torch.ones(96)), "96"),
         (changed("ln_final.bias", torch.zeros(64, dtype=torch.int64)), "ln_final.bias"),
         (changed("classifier.weight", torch.zeros(3)), "classifier.weight"),  # a key too many
-        ({"logits.weight": torch.zeros(3)}, "no CLIP in OpenAI's naming"),
-        ({}, "no CLIP in OpenAI's naming"),
-        ([torch.zeros(3)], "not a state dict"),
-        (torch.zeros(3), "not a state dict"),
-        ({"state_dict": small_clip().state_dict()}, "not a state dict"),
-        ({1: torch.zeros(3)}, "not a state dict"),
+        ({"logits.weight": torch.zeros(3)}, "OpenAI's names"),
+        ({}, "OpenAI's names"),
+        ([torch.zeros(3)], "state dict"),
+        (torch.zeros(3), "state dict"),
+        ({"state_dict": small_clip().state_dict()}, "state dict"),
+        ({1: torch.zeros(3)}, "state dict"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_state_dicts(tensors, words, tmp_path):
-    assert words in error_of(write_pickle(tensors, tmp_path))
+def test_wrong_state_dicts(tensors, named, tmp_path):
+    assert named in error_of(write_pickle(tensors, tmp_path))
 
 
 def test_unknown_names(tmp_path):
     for name in ("ViT-B/17", "vit-b/16", "tiny.safetensors", tmp_path, tmp_path / "none.pt"):
         message = error_of(name)
         assert all(known in message for known in ("tiny", *clip.available_models()))
-
-
-def test_available_models_are_open_ais_nine():
-    assert clip.available_models() == [
-        "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
-    ]  # fmt: skip
 
 
 # --- names
@@ -255,9 +237,8 @@ def test_load_state_dict_takes_open_ais_names():
     source, target = small_clip(seed=1), small_clip(seed=2)
     tensors = source.state_dict()
     kept = dict(tensors)
-    result = target.load_state_dict(tensors)
-    assert not result.missing_keys and not result.unexpected_keys
-    assert list(tensors) == list(kept)  # the caller's dictionary is left alone
+    target.load_state_dict(tensors)
+    assert list(tensors) == list(kept)  # the caller's dictionary does not change
     assert_same_weights(target, kept)
 
 
@@ -285,26 +266,23 @@ def test_saving_is_exact(arch, tmp_path):
     assert loaded.text_projection[0, 0] != expected["text_projection"][0, 0]
 
 
-@pytest.mark.parametrize("broken", ["save", "replace"])
-def test_a_failed_save_leaves_the_old_file(broken, tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     save_weights(small_clip(seed=1), path)
     before = path.read_bytes()
 
-    def fail(*arguments, **options):
+    def fail(part, data):
+        part.touch()
         raise OSError("disk full")
 
-    if broken == "save":
-        monkeypatch.setattr(type(path), "write_bytes", lambda part, data: part.touch() or fail())
-    else:
-        monkeypatch.setattr(type(path), "replace", fail)
+    monkeypatch.setattr(type(path), "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         save_weights(small_clip(seed=2), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-def test_saved_files_heed_the_umask(tmp_path):
+def test_permissions_of_saved_files_follow_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         save_weights(small_clip(), tmp_path / "model.safetensors")
@@ -314,15 +292,6 @@ def test_saved_files_heed_the_umask(tmp_path):
 
 
 # --- hashing
-
-
-@pytest.mark.parametrize("arch", [VIT, RESNET], ids=["vit", "resnet"])
-def test_the_hash_does_not_depend_on_the_format(arch, tmp_path):
-    model = small_clip(arch)
-    hashes = {clip.weights_sha256(model)}
-    for write in FORMATS.values():
-        hashes.add(clip.weights_sha256(clip.load(write(halved(model), tmp_path))[0]))
-    assert len(hashes) == 1
 
 
 def test_the_hash_sees_every_tensor_and_single_bits():
@@ -343,16 +312,11 @@ def test_the_hash_sees_every_tensor_and_single_bits():
     assert clip.weights_sha256(model) != plus
 
 
-def test_the_hash_is_as_documented_and_stays_what_it_was():
-    """Deltas name their base by it, so it must never change."""
+def test_the_hash_never_changes():
+    """Deltas name their base by it."""
     model = small_clip()
     for i, tensor in enumerate(model.state_dict().values()):
         tensor.copy_((torch.arange(tensor.numel()).view(tensor.shape) + i) / 1024)
-    digest = hashlib.sha256()
-    tensors = model.state_dict()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} torch.float32\n".encode() + tensors[name].numpy().tobytes())
-    assert clip.weights_sha256(model) == digest.hexdigest()
     assert clip.weights_sha256(model) == "93f9cd52d8fc84779493930ebf04ccd1f0796f00ccae9e96428d7f6f9fd054f8"
 
 

@@ -1,4 +1,4 @@
-"""Gradients at the support alone beside the dense ones, in float64, so that only mistakes can differ."""
+"""Gradients only at the support beside dense ones, in float64, so that only mistakes can differ."""
 
 import copy
 
@@ -11,15 +11,33 @@ from torch.utils.checkpoint import checkpoint
 from optimizers import SO, attach
 
 
+class Parts(nn.Module):
+    """A module that applies only some rows of `in_proj`, as CLIP's attention does in its last block."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.in_proj = width, nn.Linear(width, 2 * width)
+
+    def rows(self, part):
+        return slice(self.width * part, self.width * (part + 1))
+
+    def project(self, x, part):
+        rows = self.rows(part)
+        return F.linear(x, self.in_proj.weight[rows], self.in_proj.bias[rows])
+
+    def forward(self, x):
+        return self.project(torch.tanh(self.project(x, 1)), 0)
+
+
 class Net(nn.Module):
-    """Linear layers with and without bias, one used twice, one tied to an embedding, and a convolution."""
+    """Linear layers with and without bias, one used twice, one by parts, one tied to an embedding, a convolution."""
 
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(11, 16)
         self.conv = nn.Conv1d(16, 16, 3, padding=1)
         self.first, self.twice = nn.Linear(16, 24), nn.Linear(24, 24, bias=False)
-        self.narrow = nn.Linear(24, 16)
+        self.narrow, self.parts = nn.Linear(24, 16), Parts(16)
         self.tied = nn.Linear(16, 11, bias=False)
         self.tied.weight = self.embedding.weight
         self.recompute = None
@@ -27,7 +45,7 @@ class Net(nn.Module):
     def body(self, x):
         x = self.conv(x.transpose(1, 2)).transpose(1, 2)
         x = self.twice(torch.tanh(self.twice(torch.tanh(self.first(x)))))
-        return self.tied(self.narrow(x))
+        return self.tied(self.parts(self.narrow(x)))
 
     def forward(self, tokens):
         x = self.embedding(tokens)
@@ -36,14 +54,18 @@ class Net(nn.Module):
         return checkpoint(self.body, x, use_reentrant=self.recompute)
 
 
-def lockstep(change=lambda net: None, steps=20, micro_batches=1, evaluate=False, density=0.1, dense_above=1.0, T=3):
-    """Trains two copies, plain and attached, on the same data; returns both nets and optimizers."""
+def lockstep(change=lambda net: None, steps=8, micro_batches=1, evaluate=False, density=0.1, dense_above=1.0, T=3):
+    """Train two copies, plain and attached, on the same data, and return both."""
     torch.manual_seed(0)
     plain = Net().double()
     change(plain)
     fast = copy.deepcopy(plain)
     optimizers = [SO(net.parameters(), lr=0.01, density_ratio=density, T=T, weight_decay=0.01) for net in (plain, fast)]
     attach(fast, optimizers[1], dense_above)
+    dense = []  # dense gradients of the linear layers' weights; the tied one has some from the embedding
+    for layer in (fast.first, fast.twice, fast.narrow, fast.parts.in_proj):
+        if layer.weight.requires_grad:
+            layer.weight.register_hook(lambda grad: dense.append(grad) if grad is not None else None)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         batches = [torch.randint(11, (4, 7), generator=generator) for _ in range(micro_batches)]
@@ -55,10 +77,11 @@ def lockstep(change=lambda net: None, steps=20, micro_batches=1, evaluate=False,
                     with torch.no_grad():
                         net(tokens)
             if net is fast:
-                assert all(p.grad is None for p in net.parameters()), "a dense gradient exists"
+                assert all(p.grad is None for p in net.parameters()), "a dense gradient is kept"
             optimizer.step()
         for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
             torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")  # noqa: B023
+    assert bool(dense) == (density > dense_above)
     return plain, fast
 
 
@@ -77,9 +100,10 @@ def test_with_activation_checkpointing(reentrant):
     lockstep(lambda net: setattr(net, "recompute", reentrant))
 
 
-def test_frozen_parts_and_dense_groups_are_left_alone():
+def test_frozen_parts_and_dense_groups_are_not_touched():
     def freeze(net):
         net.first.requires_grad_(False)
+        net.parts.requires_grad_(False)
         net.narrow.bias.requires_grad_(False)
 
     _, fast = lockstep(freeze)
@@ -93,7 +117,7 @@ def test_frozen_parts_and_dense_groups_are_left_alone():
     assert layer.weight.grad is not None and not optimizer.gradients
 
 
-def test_only_the_needed_columns_are_kept():
+def test_only_the_needed_columns_are_saved_for_backward():
     layer = nn.Linear(1000, 1000, bias=False)
     x = torch.randn(64, 1000, requires_grad=True)
 
@@ -129,10 +153,11 @@ def test_autocast_computes_in_bf16_and_sums_in_float32():
     torch.testing.assert_close(values, dense, rtol=0.01, atol=0.01 * dense.abs().max().item())
 
 
-def test_the_low_precision_copy_of_a_weight_is_always_its_cast():
+@pytest.mark.parametrize("prune_first", [False, True])
+def test_the_16_bit_copy_of_a_weight_is_always_its_cast(prune_first):
     torch.manual_seed(0)
     layer = nn.Linear(64, 64)
-    optimizer = SO(layer.parameters(), lr=0.1, density_ratio=0.01, T=2)
+    optimizer = SO(layer.parameters(), lr=0.1, density_ratio=0.01, T=2, prune_first=prune_first)
     attached = attach(layer, optimizer)
 
     def forward():
@@ -145,8 +170,7 @@ def test_the_low_precision_copy_of_a_weight_is_always_its_cast():
         forward().float().square().sum().backward()
         optimizer.step()
         copy, version = attached.casts[layer.weight]
-        assert version == layer.weight._version
-        assert torch.equal(copy, layer.weight.bfloat16())
+        assert version == layer.weight._version and torch.equal(copy, layer.weight.bfloat16())
     layer.load_state_dict({name: t + 1 for name, t in layer.state_dict().items()})
     forward()
     with torch.no_grad():
@@ -155,15 +179,15 @@ def test_the_low_precision_copy_of_a_weight_is_always_its_cast():
 
 
 def test_remove_restores_plain_gradients():
-    layer = nn.Linear(8, 8)
-    optimizer = SO(layer.parameters(), density_ratio=0.1)
-    attached = attach(layer, optimizer, dense_above=1.0)
-    attached.remove()
-    layer(torch.ones(2, 8)).sum().backward()
-    assert layer.weight.grad is not None and not optimizer.gradients and "forward" not in vars(layer)
+    net = Net()
+    optimizer = SO(net.parameters(), density_ratio=0.1)
+    attach(net, optimizer, dense_above=1.0).remove()
+    net(torch.ones(2, 8, dtype=torch.int64)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters()) and not optimizer.gradients
+    assert not any({"forward", "project"} & vars(module).keys() for module in net.modules())
 
 
-def test_a_support_drawn_anew_before_backward_is_an_error():
+def test_a_support_drawn_again_before_backward_is_an_error():
     layer = nn.Linear(8, 8)
     optimizer = SO(layer.parameters(), density_ratio=0.1, T=1)
     attach(layer, optimizer, dense_above=1.0)

@@ -12,14 +12,14 @@ RESNET = Architecture(16, 64, 8, (1, 2, 1, 1), None, context_length=9, vocab_siz
 
 
 class Node(nn.Module):
-    """Holds tensors and nodes under given names; TorchScript wants a forward."""
+    """A holder of tensors and nodes; TorchScript needs a forward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def write_torchscript(tensors, folder):
-    """A real TorchScript archive whose modules hold these tensors, in a tree by their dotted names."""
+    """Write a real TorchScript archive whose modules hold these tensors, in a tree by their dotted names."""
     root = Node()
     for name, tensor in tensors.items():
         *parents, leaf = name.split(".")
@@ -54,7 +54,7 @@ FORMATS = {"torchscript": write_torchscript, "pickle": write_pickle, "safetensor
 
 @torch.no_grad()
 def small_clip(arch: Architecture = VIT, seed: int = 0) -> clip.CLIP:
-    """Random weights that half precision holds exactly; none are all zeros or ones."""
+    """Return a CLIP with random weights that are exact in half precision; no tensor is all zeros or ones."""
     torch.manual_seed(seed)
     model = clip.CLIP(arch).eval()
     for name, tensor in model.state_dict().items():
