@@ -43,7 +43,7 @@ def data(few_imagenet_classes, run_main):
 
 def test_one_model_is_evaluated_on_several_datasets(data, run_main):
     weights = WEIGHTS.read_bytes()
-    names = ["eurosat", "dtd", "imagenet_a", "digits"]
+    names = ["eurosat", "dtd", "imagenet_a"]
     code, records, out, _ = run_main(*DTD, "--eval_only", "--eval_datasets", ",".join(names))
     assert code == 0 and [record["test_dataset"] for record in records] == names
     assert WEIGHTS.read_bytes() == weights
@@ -59,8 +59,8 @@ def test_one_model_is_evaluated_on_several_datasets(data, run_main):
         assert f"_eval_{record['test_dataset']}_" in record["run_id"] and "2shot_seed3" in record["run_id"]
         assert not (folder / "split.json").exists(), "nothing was drawn"
     table = pd.read_csv("results/results.csv")
-    assert sorted(table.test_dataset) == sorted(["dtd", *names]) and list(table.dataset) == ["dtd"] * 5
-    assert table.run_id.is_unique and out.count("record: ") == 4
+    assert sorted(table.test_dataset) == sorted(["dtd", *names]) and list(table.dataset) == ["dtd"] * 4
+    assert table.run_id.is_unique and out.count("record: ") == 3
 
 
 def accuracy_by_hand(name: str) -> float:
@@ -84,13 +84,15 @@ def test_every_method_is_evaluated_elsewhere_or_says_why_not(method, run_main):
     code, trained, _, err = run_main(*flags)
     assert code == 0, err
     assert trained["epochs"] == (3 if whole == "--epochs" else None)
-    code, (same, elsewhere), _, err = run_main(*flags, "--eval_only", "--eval_datasets", "dtd,eurosat")
-    assert code == 0, err
-    assert same["test_accuracy"] == trained["test_accuracy"] and elsewhere["test_dataset"] == "eurosat"
-    assert same["changed_weights"] == trained["changed_weights"]
-    code, _, _, err = run_main(*flags, "--eval_only", "--eval_datasets", "ucf101")
     is_head = method in ("linear_probe", "tip_adapter", "tip_adapter_f")
-    assert code == (2 if is_head else 0) and ("3 other classes" in err) == is_head
+    other = "eurosat" if is_head else "ucf101"
+    code, (same, elsewhere), _, err = run_main(*flags, "--eval_only", "--eval_datasets", f"dtd,{other}")
+    assert code == 0, err
+    assert same["test_accuracy"] == trained["test_accuracy"] and elsewhere["test_dataset"] == other
+    assert same["changed_weights"] == trained["changed_weights"]
+    if is_head:
+        code, _, _, err = run_main(*flags, "--eval_only", "--eval_datasets", "ucf101")
+        assert code == 2 and "3 other classes" in err
 
 
 def test_an_evaluation_records_how_its_weights_were_drawn(run_main):
@@ -192,16 +194,15 @@ def test_a_variant_without_training(few_imagenet_classes, run_main):
 @pytest.mark.parametrize("classes", [2, 3, 10, 47])
 def test_base_is_the_larger_first_half_and_new_the_rest(classes):
     names = tuple(f"kind_{label}" for label in range(classes))
-    parts = {
-        part: tuple(Item(f"{part}/{n}", n % classes) for n in range(2 * classes)) for part in ("train", "val", "test")
-    }
-    whole = datasets.Task("x", names, ("{}",), **parts, image_root=None)
+    items = tuple(Item(str(number), number % classes) for number in range(2 * classes))
+    whole = datasets.Task("x", names, ("{}",), items, items[classes:], items[::-1], None)
     middle = (classes + 1) // 2
     for half, first, end in (("base", 0, middle), ("new", middle, classes)):
         task = base_or_new(whole, half)
         assert task.class_names == names[first:end]
-        for part, items in parts.items():
-            assert getattr(task, part) == tuple(Item(i.path, i.label - first) for i in items if first <= i.label < end)
+        for part in ("train", "val", "test"):
+            expected = [Item(i.path, i.label - first) for i in getattr(whole, part) if first <= i.label < end]
+            assert list(getattr(task, part)) == expected
 
 
 def test_images_are_drawn_before_classes_are_halved(tmp_path):
