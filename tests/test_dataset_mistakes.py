@@ -70,6 +70,7 @@ def test_a_good_split_passes(tmp_path):
         ({"test": [["b/../../c.jpg", 1, "b"]]}, "'b/../../c.jpg'"),
         ({"test": [["..\\c.jpg", 1, "b"]]}, "c.jpg"),
         ({"test": [["", 1, "b"]]}, "''"),
+        ({"test": [["b\0.jpg", 1, "b"]]}, "'b\\x00.jpg'"),
         ({"test": [["b/2.jpg", 1, "other"]]}, "label 1"),
         ({"test": [["c/2.jpg", 2, "c"]]}, "label 2"),
         ({"train": [["a/1.jpg", 0, "a"], ["b/1.jpg", 2, "b"]], "test": [["b/2.jpg", 2, "b"]]}, "label"),

@@ -23,7 +23,6 @@ from support.fabricate import (
 )
 
 import datasets
-from datasets.fewshot import draw, draw_disjoint
 from datasets.specs import SPECS
 from datasets.splits import imagenet_classes
 from datasets.task import Item, Task
@@ -278,70 +277,6 @@ def test_imagenet_classes_are_the_published_ones_with_their_two_duplicates():
     assert digest(wnids) == "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
     assert [label for label, name in enumerate(names) if name == "missile"] == [657, 744]
     assert [label for label, name in enumerate(names) if name == "sunglasses"] == [836, 837]
-
-
-# --- draws
-
-
-def reference_draw(train, val, shots, seed):
-    """The published procedure with Python's global generator: seed it, draw val, draw train."""
-    before = random.getstate()
-    random.seed(seed)
-    drawn = []
-    for part, k in ((val, min(shots, 4)), (train, shots)):
-        labels = []
-        for item in part:
-            if item.label not in labels:
-                labels.append(item.label)
-        picks = []
-        for label in labels:
-            rows = [item for item in part if item.label == label]
-            picks += random.sample(rows, k) if len(rows) >= k else random.choices(rows, k=k)
-        drawn.append(tuple(picks))
-    random.setstate(before)
-    return drawn[1], drawn[0]
-
-
-def make_items(part: str, sizes: dict[int, int]) -> tuple[Item, ...]:
-    return tuple(Item(f"{part}/{label}_{i}.jpg", label) for label, size in sizes.items() for i in range(size))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("shots", [1, 4, 16])
-def test_draws_equal_the_published_procedure(shots, seed):
-    # Class order 2, 0, 1 as in the flowers and cars splits; class 1 has too few images for 16 shots.
-    train, val = make_items("train", {2: 20, 0: 60, 1: 5}), make_items("val", {2: 9, 1: 3, 0: 24})
-    few_train, few_val = draw(train, val, shots, seed)
-    assert (few_train, few_val) == reference_draw(train, val, shots, seed)
-    assert [item.label for item in few_train] == [2] * shots + [0] * shots + [1] * shots
-    enough = [item.path for item in few_train if item.label != 1]
-    assert len(set(enough)) == len(enough)
-
-
-def test_draws_are_those_written_down_here():
-    """Seed 1 on ten images a class, computed in an interpreter with random.seed and random.sample."""
-    few_train, few_val = draw(make_items("train", {0: 10, 1: 10}), make_items("val", {0: 10, 1: 10}), 2, 1)
-    assert [item.path for item in few_val] == ["val/0_2.jpg", "val/0_1.jpg", "val/1_4.jpg", "val/1_1.jpg"]
-    assert [item.path for item in few_train] == ["train/0_7.jpg", "train/0_9.jpg", "train/1_7.jpg", "train/1_6.jpg"]
-
-
-def test_draws_neither_read_nor_change_the_global_generator():
-    train, val = make_items("train", {0: 10}), make_items("val", {0: 10})
-    random.seed(5)
-    first = draw(train, val, 4, 1)
-    state = random.getstate()
-    assert draw(train, val, 4, 1) == first != draw(train, val, 4, 2)
-    assert random.getstate() == state
-
-
-def test_imagenet_draws_train_and_val_from_one_sample_per_class():
-    pools = [[f"{label}_{i}" for i in range(20)] for label in range(3)]
-    train, val = draw_disjoint(pools, shots=8, seed=3)
-    rng = random.Random(3)
-    for label in range(3):
-        sample = rng.sample(pools[label], 12)
-        assert list(train[label]) == sample[:8]
-        assert list(val[label]) == sample[8:]
 
 
 def test_split_sha256_is_the_documented_hash_and_sees_seed_and_order(tmp_path):

@@ -80,6 +80,7 @@ def test_every_dataset_is_ready(name, tmp_path, examine):
         assert "numbers: 3 classes, 6/3/3 train/val/test images\n" in out and f"{SPECS[name].classes} and " in out
         assert "images: all 12 exist\n" in out and "decoded: 9 of 12 (a sample" in out and "up to 2 without" in out
         assert ("split: " in out) == (name in SPLIT_FILES)
+        assert ("checksum is not known for certain" in out) == (name in ("food101", "sun397"))
 
 
 def test_published_data_are_ready_without_a_warning(tmp_path, monkeypatch, examine):
@@ -112,12 +113,6 @@ def as_if_published(monkeypatch, root: Path) -> None:
     sha256 = hashlib.sha256((root / DTD_SPLIT).read_bytes()).hexdigest()
     source = dataclasses.replace(SOURCES["dtd"], split=dataclasses.replace(SOURCES["dtd"].split, sha256=sha256))
     monkeypatch.setitem(SOURCES, "dtd", source)
-
-
-def test_checksums_that_are_not_known_for_certain(tmp_path, examine):
-    for name in ("food101", "sun397"):
-        fabricate(name, tmp_path, per_class=4)
-        assert f"{SPLIT_FILES[name]} (the published checksum is not known" in examine(name, tmp_path)[2]
 
 
 def test_copies_are_named_and_links_are_not_copies(tmp_path, capsys, examine):
@@ -271,9 +266,6 @@ BREAKAGES = {
     ),
     "web page": breakage(with_split("\n<!DOCTYPE html><p>Quota"), "web page", MOVE_SPLIT),
     "half a split": breakage(lambda r: write_split(r, (r / DTD_SPLIT).read_text()[:300]), MOVE_SPLIT, ALL_EXIST),
-    "malformed split": breakage(with_split('{"train": [["a.jpg", "0", "a"]]}'), "train row 0", MOVE_SPLIT),
-    "path outside": breakage(with_split(split_text(["../a", "b"])), "'../a/0.jpg'", MOVE_SPLIT),
-    "path with a zero byte": breakage(with_split(split_text(["a\0", "b"])), "'a\\x00/0.jpg'", MOVE_SPLIT),
     "another split": breakage(with_split(split_text(EUROSAT_NAMES)), "class names of eurosat", ALL_EXIST),
     "emptied": breakage(
         lambda r: [shutil.rmtree(r / "dtd" / "images"), (r / "dtd" / "images").mkdir()],
@@ -330,22 +322,12 @@ def test_each_breakage_gets_its_diagnosis_and_remedy(change, said, problems, rej
 
 
 def test_text_files_of_fgvc(tmp_path, examine):
+    fabricate("fgvc", tmp_path, per_class=4)
     folder = tmp_path / "fgvc_aircraft"
-    for number, (change, complaint) in enumerate(
-        (
-            (lambda: (folder / "images_variant_test.txt").write_text("0000001 Concorde\n"), "'Concorde'"),
-            (lambda: (folder / "images_variant_val.txt").write_text(""), "images_variant_val.txt lists no images"),
-            (lambda: [(folder / "variants.txt").unlink()], "lacks variants.txt"),
-            (lambda: (folder / "images").rename(folder / "pictures"), "image folder not found"),
-        )
-    ):
-        fabricate("fgvc", tmp_path, per_class=4)
-        change()
-        code, verdict, out = examine("fgvc", tmp_path)
-        assert code == 2 and verdict == "fgvc: 1 problem" and complaint in out
-        assert str(folder) in out and "run python -m datasets.download fgvc" in out
-        assert (ALL_EXIST in out) == (number < 3)
-        assert is_rejected("fgvc", tmp_path)
+    (folder / "variants.txt").unlink()
+    code, verdict, out = examine("fgvc", tmp_path)
+    assert code == 2 and verdict == "fgvc: 1 problem" and f"{folder} lacks variants.txt" in out
+    assert "run python -m datasets.download fgvc" in out and ALL_EXIST in out and is_rejected("fgvc", tmp_path)
 
 
 def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch, examine):

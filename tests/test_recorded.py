@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pickle
-import random
 import sys
 import types
 from collections import Counter
@@ -16,7 +15,6 @@ from support.fabricate import error_of_build, fabricate, fabricate_own, fabricat
 from support.runs import refused
 
 import datasets
-from datasets.fewshot import draw, draw_disjoint
 from datasets.recorded import import_coop
 from datasets.splits import imagenet_classes
 from datasets.task import Item
@@ -378,42 +376,6 @@ def test_pickles_of_other_images_or_labels(recorded, tmp_path):
 
 
 # --- CoOp's draws
-
-
-def coop_reference(train, val, shots, seed):
-    """CoOp's procedure with the global generator: seed it, then draw train, then draw val."""
-    before = random.getstate()
-    random.seed(seed)
-    drawn = []
-    for part, k in ((train, shots), (val, min(shots, 4))):
-        by_label = {}
-        for item in part:
-            by_label.setdefault(item.label, []).append(item)
-        picks = []
-        for items in by_label.values():
-            picks.extend(random.sample(items, k) if len(items) >= k else items)
-        drawn.append(tuple(picks))
-    random.setstate(before)
-    return tuple(drawn)
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("shots", [1, 4, 16])
-def test_draws_in_coops_order(shots, seed):
-    train = tuple(Item(f"t{label}_{i}", label) for label, n in {2: 20, 0: 60, 1: 5}.items() for i in range(n))
-    val = tuple(Item(f"v{label}_{i}", label) for label, n in {2: 9, 1: 3, 0: 24}.items() for i in range(n))
-    drawn = draw(train, val, shots, seed, "coop")
-    assert drawn == coop_reference(train, val, shots, seed) != draw(train, val, shots, seed)
-    assert Counter(item.label for item in drawn[0]) == {2: shots, 0: shots, 1: min(shots, 5)}
-    assert Counter(item.label for item in drawn[1]) == {2: min(shots, 4), 1: min(shots, 3), 0: min(shots, 4)}
-    assert len(set(drawn[0])) == len(drawn[0])
-
-
-def test_imagenets_draws_in_coops_order():
-    pools = [[f"{label}_{i}" for i in range(20)] for label in range(3)]
-    train, val = draw_disjoint(pools, 8, 3, "coop")
-    rng = random.Random(3)
-    assert train == [rng.sample(pool, 8) for pool in pools] and val == [[], [], []]
 
 
 def test_coops_draw_through_main(run_main, flags):
