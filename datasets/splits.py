@@ -12,6 +12,9 @@ from .task import DatasetError, Item, enumerated
 # The extensions that torchvision's ImageFolder accepts; the published draws were made from its listing.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+# ImageNet's classes, sorted: one line `WordNet id, space, class name` for each.
+CLASSES_FILE = Path(__file__).with_name("imagenet_classes.txt")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -182,7 +185,7 @@ def read_fgvc_split(folder: Path) -> Split:
 
 def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return ImageNet's 1000 WordNet ids, sorted, and their class names; two pairs of classes share a name."""
-    lines = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+    lines = CLASSES_FILE.read_text(encoding="utf-8").splitlines()
     wnids, names = zip(*(line.split(" ", 1) for line in lines))
     return wnids, names
 

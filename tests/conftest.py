@@ -2,6 +2,7 @@ import signal
 
 import pytest
 import torch
+from support.fabricate import few_imagenet_classes  # noqa: F401, a fixture
 from support.server import data_root, run_download, world  # noqa: F401, fixtures of test_download*.py
 
 import main as entry

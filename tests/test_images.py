@@ -1,8 +1,6 @@
-"""The image pipeline: decoding, reproducible training batches, the cache, errors that cross processes."""
+"""The image pipeline: reproducible training batches, the cache, errors that cross processes."""
 
-from __future__ import annotations
-
-import io
+import dataclasses
 import os
 import pickle
 import re
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.fabricate import fabricate, picture
+from support.fabricate import fabricate
 from torchvision import transforms
 
 import datasets
@@ -43,57 +41,6 @@ def same(batches, others) -> bool:
     )
 
 
-# --- decoding
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16", "LA"])
-def test_every_mode_is_read_as_pillow_converts_it(mode, tmp_path):
-    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
-    original = Image.new(mode, (5, 3), 1) if mode == "I;16" else picture(1, 1, (5, 3)).convert(mode)
-    original.save(path)
-    image = datasets.read_image(path)
-    assert image.mode == "RGB" and image.size == (5, 3)
-    assert np.array_equal(np.asarray(image), np.asarray(original.convert("RGB")))
-
-
-def test_the_file_name_says_nothing_about_the_format(tmp_path):
-    """Some SUN397 files are called .jpg and are something else."""
-    picture(1, 1).save(tmp_path / "image.jpg", "PNG")
-    assert datasets.read_image(tmp_path / "image.jpg").size == (40, 32)
-
-
-def _encoded(image_format: str) -> bytes:
-    buffer = io.BytesIO()
-    picture(1, 1, (64, 64)).save(buffer, image_format)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(None, id="missing"),
-        pytest.param(b"", id="zero bytes"),
-        pytest.param(b"<html>not found</html>\n", id="text"),
-        pytest.param(_encoded("JPEG")[:-200], id="truncated JPEG"),
-        pytest.param(_encoded("JPEG")[:30], id="JPEG header"),
-        pytest.param(_encoded("PNG")[:-200], id="truncated PNG"),
-        pytest.param(_encoded("PNG")[:60] + b"\0" * 40 + _encoded("PNG")[100:], id="damaged PNG"),
-    ],
-)
-def test_a_bad_image_is_named_in_one_line(content, tmp_path):
-    path = tmp_path / "image.jpg"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DatasetError) as caught:
-        datasets.read_image(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_folder_in_place_of_an_image(tmp_path):
-    with pytest.raises(DatasetError, match=str(tmp_path)):
-        datasets.read_image(tmp_path)
-
-
 def test_tasks_survive_pickling(task):
     for original in (task, datasets.build("digits", None, shots=1, seed=1)):
         copy = pickle.loads(pickle.dumps(original))
@@ -109,7 +56,9 @@ def test_batches_cover_each_epoch_once_and_keep_the_partial_batch(task):
     assert datasets.batches_per_epoch(10, 4) == 3
     assert datasets.batches_per_epoch(8, 4) == 2
     assert datasets.batches_per_epoch(3, 4) == 1
-    numbered = Task(task.name, task.class_names, task.templates, *[number_labels(task.train)] * 3, task.image_root)
+    # Positions as labels, so that a batch shows which images it has.
+    numbered = tuple(Item(item.path, position) for position, item in enumerate(task.train))
+    numbered = dataclasses.replace(task, train=numbered)
     loader = datasets.training_loader(numbered, AUGMENT, batch_size=4, iterations=7, seed=3, workers=0)
     batches = list(loader)
     assert len(loader) == len(batches) == 7
@@ -123,26 +72,18 @@ def test_batches_cover_each_epoch_once_and_keep_the_partial_batch(task):
     assert other_seed[0][1].tolist() != orders[0]
 
 
-def number_labels(items):
-    """The same images with their position as label, so that a batch tells which images it holds."""
-    return tuple(Item(item.path, position) for position, item in enumerate(items))
-
-
 def test_labels_belong_to_their_images(task):
     """The two fabricated classes are red and blue: red is the strongest channel in class 0 only."""
     for images, labels in training_batches(task):
         assert torch.equal(images.mean(dim=(2, 3)).argmax(dim=1) != 0, labels.bool())
 
 
-def test_batches_depend_on_the_seed_alone(task):
+def test_batches_depend_only_on_the_seed_not_on_workers(task):
     batches = training_batches(task)
     torch.manual_seed(99)
     assert same(batches, training_batches(task))
+    assert same(batches, training_batches(task, workers=2))
     assert not same(batches, training_batches(task, seed=4))
-
-
-def test_batches_do_not_depend_on_workers(task):
-    assert same(training_batches(task), training_batches(task, workers=2))
 
 
 def test_a_resumed_run_gets_the_remaining_batches(task):
@@ -155,27 +96,27 @@ def test_a_resumed_run_gets_the_remaining_batches(task):
 
 
 def test_augmentation_follows_seed_epoch_and_position_whatever_the_batch_size(task):
-    """Draw by draw: the images of one epoch are the same in batches of 4 and of 10."""
+    """The images of one epoch are the same in batches of 4 and of 10."""
     small = torch.cat([images for images, _ in training_batches(task, batch_size=4, iterations=3)])
     large = torch.cat([images for images, _ in training_batches(task, batch_size=10, iterations=1)])
     assert torch.equal(small, large)
 
 
 def test_augmentation_differs_between_epochs_and_between_positions(task):
-    one = Task(task.name, task.class_names, task.templates, task.train[:1] * 2, (), (), task.image_root)
+    one = dataclasses.replace(task, train=task.train[:1] * 2)
     first, second = (images for images, _ in training_batches(one, batch_size=2, iterations=2))
     views = [first[0], first[1], second[0], second[1]]
     assert not any(torch.equal(views[i], views[j]) for i in range(4) for j in range(i))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loaders_leave_the_generators_of_the_program_alone(task, workers, monkeypatch):
+def test_loaders_do_not_change_the_generators_of_the_program(task, workers, monkeypatch):
     program = os.getpid()
 
-    def refuse(seed):  # a worker process may seed its own
+    def check(seed):  # a worker process may seed its own
         assert os.getpid() != program, "a loader reseeded the GPU's generator"
 
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", check)
     state = torch.get_rng_state()
     training_batches(task, workers=workers)
     list(datasets.test_loader(task.test, task, PLAIN, 4, workers))
@@ -186,7 +127,7 @@ def test_loaders_leave_the_generators_of_the_program_alone(task, workers, monkey
 
 
 class CountingTask(Task):
-    """A task that writes down what is read."""
+    """A task that records what is read."""
 
     reads: ClassVar[list[str]] = []
 
@@ -201,16 +142,11 @@ def counting(task) -> CountingTask:
     return CountingTask(*(getattr(task, field) for field in task.__dataclass_fields__))
 
 
-def test_training_images_are_decoded_once_before_training(counting, capsys):
+def test_training_images_are_decoded_once_before_training_except_those_that_do_not_fit(counting, capsys):
     loader = datasets.training_loader(counting, AUGMENT, 4, 7, 3, workers=0)
     assert sorted(counting.reads) == sorted(item.path for item in counting.train)
-    list(loader)
-    assert len(counting.reads) == 10
-    assert capsys.readouterr().err == ""
-
-
-def test_images_beyond_the_bound_are_decoded_on_every_use(counting, capsys):
-    batches = training_batches(counting)
+    batches = list(loader)
+    assert len(counting.reads) == 10 and capsys.readouterr().err == ""
     counting.reads.clear()
     uncached = training_batches(counting, cache_mb=0)
     assert len(counting.reads) == 10 + 24  # once beforehand, then 4 + 4 + 2 + 4 + 4 + 2 + 4 uses
@@ -221,9 +157,9 @@ def test_images_beyond_the_bound_are_decoded_on_every_use(counting, capsys):
 
 def test_the_cache_is_filled_up_to_its_bound(tmp_path, capsys):
     """Four images of 600 x 400 take 720,000 bytes each: two fit into two megabytes."""
-    items = tuple(Item(f"{number}.png", number) for number in range(4))
+    items = tuple(Item(f"{number}.jpg", number) for number in range(4))
     for item in items:
-        picture(item.label, 0, (600, 400)).save(tmp_path / item.path)
+        Image.new("RGB", (600, 400), (60 * item.label, 0, 0)).save(tmp_path / item.path)
     large = Task("large", ("a",) * 4, ("{}",), items, (), (), tmp_path)
     batches = training_batches(large, iterations=2, cache_mb=2)
     assert "2 of 4" in capsys.readouterr().err
@@ -231,7 +167,7 @@ def test_the_cache_is_filled_up_to_its_bound(tmp_path, capsys):
 
 
 def test_an_image_drawn_twice_is_decoded_once(counting):
-    twice = CountingTask("x", ("a",), ("{}",), counting.train[:1] * 3, (), (), counting.image_root)
+    twice = dataclasses.replace(counting, train=counting.train[:1] * 3)
     assert len(training_batches(twice, batch_size=3, iterations=1)[0][1]) == 3
     assert len(twice.reads) == 1
 
@@ -265,9 +201,7 @@ def test_a_damaged_test_image_reaches_the_main_process_as_one_line(task, workers
         datasets.read_image(damaged)
     with pytest.raises(DatasetError) as caught:
         list(datasets.test_loader(task.test, task, PLAIN, 3, workers))
-    assert type(caught.value) is DatasetError
     assert str(caught.value) == str(direct.value)
-    assert str(damaged) in str(caught.value) and "empty" in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -297,7 +231,7 @@ def test_default_workers(cores, workers, monkeypatch):
 # --- augmented views in order
 
 
-def test_augmented_views_come_in_order_and_are_no_training_images(task):
+def test_augmented_views_come_in_order_and_are_not_training_images(task):
     def views(seed=3, workers=0, batch_size=7):
         batches = list(datasets.augmented_loader(task, AUGMENT, batch_size, 3, seed, workers))
         assert [len(labels) for _, labels in batches] == [7, 7, 7, 7, 2] or batch_size != 7

@@ -1,11 +1,10 @@
-"""Fabricated datasets: the real folder layouts and split formats of the eleven, with few small pictures.
+"""Fabricated datasets: the real folder layouts and split formats of the eleven, with few small images.
 
-The tables here are written down a second time on purpose, so that a mistake in datasets/specs.py shows.
+The tables here are written a second time on purpose, so that a mistake in datasets/specs.py shows.
 """
 
-from __future__ import annotations
-
 import colorsys
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -16,64 +15,37 @@ import pytest
 from PIL import Image
 
 import datasets
+from datasets import splits
+from datasets.specs import SPECS, names_sha256
+
+
+def _layouts(coop: tuple, released: tuple, torchvision: tuple) -> dict[str, tuple[str, str]]:
+    return {"coop": coop, "released": released, "torchvision": torchvision}
+
 
 # name -> layout -> (folder of the split, folder that the split's paths are relative to)
 FOLDERS = {
-    "imagenet": {
-        "coop": ("imagenet", "imagenet/images"),
-        "released": ("imagenet", "imagenet"),
-        "torchvision": ("imagenet", "imagenet"),
-    },
-    "sun397": {
-        "coop": ("sun397", "sun397/SUN397"),
-        "released": ("SUN397", "SUN397/SUN397"),
-        "torchvision": ("SUN397", "SUN397"),
-    },
-    "fgvc": {
-        "coop": ("fgvc_aircraft", "fgvc_aircraft/images"),
-        "released": ("fgvc_aircraft", "fgvc_aircraft/images"),
-        "torchvision": ("fgvc-aircraft-2013b/data", "fgvc-aircraft-2013b/data/images"),
-    },
-    "eurosat": {
-        "coop": ("eurosat", "eurosat/2750"),
-        "released": ("eurosat", "eurosat/2750"),
-        "torchvision": ("eurosat", "eurosat/2750"),
-    },
-    "stanford_cars": {
-        "coop": ("stanford_cars", "stanford_cars"),
-        "released": ("StanfordCars", "StanfordCars"),
-        "torchvision": ("stanford_cars", "stanford_cars"),
-    },
-    "food101": {
-        "coop": ("food-101", "food-101/images"),
-        "released": ("Food101", "Food101/images"),
-        "torchvision": ("food-101", "food-101/images"),
-    },
-    "oxford_pets": {
-        "coop": ("oxford_pets", "oxford_pets/images"),
-        "released": ("OxfordPets", "OxfordPets/images"),
-        "torchvision": ("oxford-iiit-pet", "oxford-iiit-pet/images"),
-    },
-    "oxford_flowers": {
-        "coop": ("oxford_flowers", "oxford_flowers/jpg"),
-        "released": ("Flower102", "Flower102/jpg"),
-        "torchvision": ("flowers-102", "flowers-102/jpg"),
-    },
-    "caltech101": {
-        "coop": ("caltech-101", "caltech-101/101_ObjectCategories"),
-        "released": ("Caltech101", "Caltech101/101_ObjectCategories"),
-        "torchvision": ("caltech101", "caltech101/101_ObjectCategories"),
-    },
-    "dtd": {
-        "coop": ("dtd", "dtd/images"),
-        "released": ("DTD", "DTD/images"),
-        "torchvision": ("dtd", "dtd/dtd/images"),  # the split lies one level above the unpacked archive
-    },
-    "ucf101": {
-        "coop": ("ucf101", "ucf101/UCF-101-midframes"),
-        "released": ("UCF101", "UCF101/UCF-101-midframes"),
-        "torchvision": ("ucf101", "ucf101/UCF-101-midframes"),
-    },
+    "imagenet": _layouts(("imagenet", "imagenet/images"), ("imagenet", "imagenet"), ("imagenet", "imagenet")),
+    "sun397": _layouts(("sun397", "sun397/SUN397"), ("SUN397", "SUN397/SUN397"), ("SUN397", "SUN397")),
+    "fgvc": _layouts(
+        ("fgvc_aircraft", "fgvc_aircraft/images"),
+        ("fgvc_aircraft", "fgvc_aircraft/images"),
+        ("fgvc-aircraft-2013b/data", "fgvc-aircraft-2013b/data/images"),
+    ),
+    "eurosat": _layouts(*[("eurosat", "eurosat/2750")] * 3),
+    "stanford_cars": _layouts(*[(folder, folder) for folder in ("stanford_cars", "StanfordCars", "stanford_cars")]),
+    "food101": _layouts(
+        ("food-101", "food-101/images"), ("Food101", "Food101/images"), ("food-101", "food-101/images")
+    ),
+    "oxford_pets": _layouts(*[(pets, f"{pets}/images") for pets in ("oxford_pets", "OxfordPets", "oxford-iiit-pet")]),
+    "oxford_flowers": _layouts(
+        *[(folder, f"{folder}/jpg") for folder in ("oxford_flowers", "Flower102", "flowers-102")]
+    ),
+    "caltech101": _layouts(
+        *[(folder, f"{folder}/101_ObjectCategories") for folder in ("caltech-101", "Caltech101", "caltech101")]
+    ),
+    "dtd": _layouts(("dtd", "dtd/images"), ("DTD", "DTD/images"), ("dtd", "dtd/dtd/images")),
+    "ucf101": _layouts(*[(folder, f"{folder}/UCF-101-midframes") for folder in ("ucf101", "UCF101", "ucf101")]),
 }
 
 # The variants of ImageNet: image roots, the first as CoOp has it, then archives unpacked and left as they were.
@@ -114,11 +86,28 @@ _ODD_CLASS = {"ucf101": (1, "Handstand_Pushups", "Handstand_Pushups/v_HandStandP
 # In these two splits the classes do not first appear in label order.
 _UNORDERED = ("oxford_flowers", "stanford_cars")
 
-IMAGENET_CLASSES = 1000
+
+@pytest.fixture
+def few_imagenet_classes(monkeypatch, tmp_path_factory):
+    """Give ImageNet, -V2 and -Sketch 12 classes, and -A and -R 4, to be quick."""
+    lines = splits.CLASSES_FILE.read_text(encoding="utf-8").splitlines()[:12]
+    file = tmp_path_factory.mktemp("classes") / "imagenet_classes.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(splits, "CLASSES_FILE", file)
+    for name in ("imagenet", *VARIANTS):
+        labels = variant_labels(name)
+        names = names_sha256([splits.imagenet_classes()[1][label] for label in labels])
+        spec = dataclasses.replace(SPECS[name], classes=len(labels), names_sha256=names)
+        monkeypatch.setitem(SPECS, name, spec)
+
+
+def variant_labels(name: str) -> list[int]:
+    """Return ImageNet's labels of the classes that a variant (or imagenet) has with `few_imagenet_classes`."""
+    return [1, 4, 7, 10] if name in ("imagenet_a", "imagenet_r") else list(range(12))
 
 
 def class_name(name: str, label: int) -> str:
-    """The class name that a fabricated dataset (other than imagenet) gives to `label`."""
+    """Return the class name of `label` in a fabricated dataset other than imagenet."""
     odd, odd_name, _ = _ODD_CLASS.get(name, (None, "", ""))
     if label == odd:
         return odd_name
@@ -126,7 +115,7 @@ def class_name(name: str, label: int) -> str:
 
 
 def picture(label: int, number: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    """A noisy RGB picture of `size` (width, height) in the colour of its class; no hidden randomness."""
+    """Return a noisy RGB image of `size` (width, height) in the colour of its class; no hidden randomness."""
     rng = np.random.default_rng((label, number))
     colour = 255 * np.array(colorsys.hsv_to_rgb((label * 0.381966) % 1.0, 0.8, 0.9))
     noise = rng.normal(scale=20.0, size=(size[1], size[0], 3))
@@ -134,7 +123,7 @@ def picture(label: int, number: int, size: tuple[int, int] = (40, 32)) -> Image.
 
 
 def part_sizes(per_class: int) -> tuple[int, int, int]:
-    """How many of a class's images go to train, val and test (imagenet: per_class to train, one to test)."""
+    """Return how many of a class's images go to train, val and test (imagenet: per_class to train, one to test)."""
     train, val = per_class // 2, per_class // 4
     return train, val, per_class - train - val
 
@@ -142,8 +131,8 @@ def part_sizes(per_class: int) -> tuple[int, int, int]:
 def fabricate(name: str, root: Path, layout: str = "coop", classes: int = 3, per_class: int = 8) -> Path:
     """Write dataset `name` below `root` in the layout coop, released or torchvision; return its image root.
 
-    `per_class` images per class are dealt out as in `part_sizes`. imagenet always has its 1000 classes, with
-    `per_class` images per class in train and one in val.
+    `per_class` images per class are divided as in `part_sizes`. imagenet has all of its classes, with `per_class`
+    images per class in train and one in val.
     """
     split_folder, image_root = (Path(root) / folder for folder in FOLDERS[name][layout])
     if name == "imagenet":
@@ -186,7 +175,7 @@ def fabricate_variant(root: Path, image_root: str, folders: Sequence[str], per_c
 
 
 def fabricate_own(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 6) -> Path:
-    """Write one's own data: `per_class` small pictures 0.png, 1.png, ... in a folder for each class; return `root`."""
+    """Write a user's own images: `per_class` small ones 0.png, 1.png, ... in a folder for each class; return `root`."""
     for label, name in enumerate(classes):
         for number in range(per_class):
             _save(picture(label, number, size=(12, 12)), Path(root) / name / f"{number}.png")
@@ -209,11 +198,9 @@ def _write_fgvc(folder: Path, image_root: Path, classes: int, per_class: int) ->
 
 
 def _write_imagenet(image_root: Path, per_class: int) -> None:
-    table = Path(__file__).parents[2] / "datasets" / "imagenet_classes.txt"
-    wnids = [line.split()[0] for line in table.read_text(encoding="utf-8").splitlines()]
-    for label, wnid in enumerate(wnids):
+    for label, wnid in enumerate(splits.imagenet_classes()[0]):
         buffer = io.BytesIO()
-        picture(label, 0, size=(16, 16)).save(buffer, "JPEG")  # one encoding per class: 1000 classes take a while
+        picture(label, 0, size=(16, 16)).save(buffer, "JPEG")  # one encoding per class
         for part, count in (("train", per_class), ("val", 1)):
             folder = image_root / part / wnid
             folder.mkdir(parents=True)
@@ -227,7 +214,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def error_of_build(*arguments, **options) -> str:
-    """The message of the DatasetError that build raises; it must be one line."""
+    """Return the message of the DatasetError that build raises; it must be one line."""
     with pytest.raises(datasets.DatasetError) as caught:
         datasets.build(*arguments, **options)
     message = str(caught.value)

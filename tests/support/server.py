@@ -1,7 +1,5 @@
 """A server on this machine in place of the datasets' hosts, and a stand-in for Google Drive."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io
@@ -48,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
 class World:
     """What the internet has: `files` (path: bytes), `drive` (id: bytes), `cuts` (path: bytes sent before a break).
 
-    Nothing is there at first. `requests` are the (path, Range) asked for, `drive_requests` the ids.
+    It is empty at first. `requests` are the requested (path, Range), `drive_requests` the ids.
     """
 
     def __init__(self, server, monkeypatch):
@@ -116,7 +114,7 @@ def world(monkeypatch):
 
 
 def tar_of(folder: Path, inside: str = "", mode: str = "w:gz") -> bytes:
-    """A tar of the content of `folder`, whose members' names start with `inside`."""
+    """Return a tar of the content of `folder`; members' names start with `inside`."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as archive:
         for path in sorted(folder.rglob("*")):
@@ -125,7 +123,7 @@ def tar_of(folder: Path, inside: str = "", mode: str = "w:gz") -> bytes:
 
 
 def zip_of(folder: Path, inside: str = "") -> bytes:
-    """A zip of the content of `folder`, whose members' names start with `inside`."""
+    """Return a zip of the content of `folder`; members' names start with `inside`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for path in sorted(folder.rglob("*")):
@@ -143,17 +141,20 @@ def data_root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_download(data_root, capsys):
-    """Calls the program and returns (exit code, stdout, stderr)."""
+    """Call the program and return (exit code, stdout, stderr)."""
 
     def call(*names):
-        code = download.main([*names, "--root_path", str(data_root)])
+        try:
+            code = download.main([*names, "--root_path", str(data_root)])
+        except SystemExit as stop:
+            code = stop.code
         return code, *capsys.readouterr()
 
     return call
 
 
 def original(name: str, folder: Path) -> tuple[bytes, bytes | None]:
-    """The archive of a small dataset as its authors pack it, and its split file; `folder` is scratch space."""
+    """Return the archive of a small dataset as its authors pack it, and its split file; `folder` is scratch space."""
     if name in VARIANTS:
         inside = "sketch" if name == "imagenet_sketch" else VARIANTS[name][0].partition("/")[2]
         fabricate_variant(folder, inside, ["7", "10"] if name == "imagenet_v2" else ["n01440764", "n01443537"])
@@ -161,7 +162,7 @@ def original(name: str, folder: Path) -> tuple[bytes, bytes | None]:
         if name == "imagenet_sketch":
             return zip_of(folder), None
         return tar_of(folder, mode="w:gz" if name == "imagenet_v2" else "w"), None
-    images = fabricate(name, folder)
+    images = fabricate(name, folder, per_class=4)
     split_folder = folder / FOLDERS[name]["coop"][0]
     split = None
     if name in SPLIT_FILES:
@@ -191,16 +192,16 @@ def original(name: str, folder: Path) -> tuple[bytes, bytes | None]:
     return tar_of(images.parent), split
 
 
-def offer(world, name, tmp_path) -> str:
-    """Put the small dataset on the server; return the path of its archive."""
+def offer(world, name, tmp_path) -> tuple[str, bytes, bytes | None]:
+    """Put the small dataset on the server; return the path of its archive, the archive and the split file."""
     archive, split = original(name, tmp_path / f"original_{name}")
     if split:
         world.has_split(name, split)
-    return world.has_archive(name, archive)
+    return world.has_archive(name, archive), archive, split
 
 
 def snapshot(root: Path) -> dict:
-    """Path: time of the last change, of all that is not a lock."""
+    """Return path -> modification time of everything except locks."""
     return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix != ".lock"}
 
 

@@ -1,0 +1,173 @@
+"""Manifests of your own images: dialects of CSV, JSON, class names, parts, and what is rejected with file and row."""
+
+import json
+
+import pytest
+from support.fabricate import error_of_build, picture
+
+import datasets
+from datasets.manifest import read_manifest
+from datasets.task import DatasetError, Item
+
+
+def manifest(tmp_path, text: str | bytes, name: str = "manifest.csv"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+PARTS = "a.jpg,cat,train\nb.jpg,dog,train\nc.jpg,cat,test\n"
+CAT_DOG = {"train": [("a.jpg", 0), ("b.jpg", 1)], "val": [], "test": [("c.jpg", 0)]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,class_name,part\n" + PARTS,
+        "\ufeffpath,class_name,part\n" + PARTS,
+        ("path,class_name,part\n" + PARTS).replace(",", ";"),
+        ("path,class_name,part\n" + PARTS).replace(",", "\t"),
+        ("path,class_name,part\n" + PARTS).replace("\n", "\r\n"),
+        ("path,class_name,part\n" + PARTS).replace(",", ", "),
+        "Path,Class Name,Part\n" + PARTS,
+        "path,class,part\n" + PARTS + "\n\n",
+        "path,class_name,part\n" + PARTS + ",,\n",
+        "part,path,label,class_name\ntrain,a.jpg,0,cat\nTRAINING,b.jpg, 1 ,dog\n Test ,./c.jpg,0,cat\n",
+        'class_name, path, part\ncat, "a.jpg", train\ndog, b.jpg, train\ncat,c.jpg,test\n',
+        'path,class_name,part\n"a.jpg","cat","train"\nb.jpg,dog,train\n"c.jpg", cat ,test\n',
+    ],
+)
+def test_csv_dialects(text, tmp_path):
+    path = manifest(tmp_path, text)
+    split = read_manifest(path)
+    assert split.class_names == ("cat", "dog")
+    assert {part: [(i.path, i.label) for i in getattr(split, part)] for part in CAT_DOG} == CAT_DOG
+    assert all(datasets.build("folder", root, 1, 1).image_root == tmp_path for root in (path, tmp_path))
+
+
+def test_quoted_fields_hold_anything(tmp_path):
+    text = 'path,class_name,part\n"a,1.jpg","say ""cat""",train\n"new\nline.jpg",dog,train\n'
+    text += '" b.jpg",dog,test\nc\u2028.jpg,dog,test\n'
+    split = read_manifest(manifest(tmp_path, text))
+    assert [item.path for item in (*split.train, *split.test)] == ["a,1.jpg", "new\nline.jpg", " b.jpg", "c\u2028.jpg"]
+    assert split.class_names == ("dog", 'say "cat"')
+
+
+def test_labels_decide_the_order_and_names_come_from_columns_or_beside(tmp_path):
+    rows = "z.jpg,1,train\ny.jpg,0,train\nx.jpg,1,test\n"
+    path = manifest(tmp_path, "path,label,part\n" + rows)
+    manifest(tmp_path, "zebra\nant", "classnames.txt")
+    split = read_manifest(path)
+    assert split.class_names == ("zebra", "ant") and split.train == (Item("z.jpg", 1), Item("y.jpg", 0))
+    manifest(tmp_path, "zebra\nant\nbee", "classnames.txt")
+    message = error_of_build("folder", path, 1, 1)
+    assert str(path) in message and f"{tmp_path / 'classnames.txt'} has 3 lines for the 2 labels" in message
+    named = "path,label,class_name,part\nz.jpg,1,ant,train\ny.jpg,0,zebra,train\nx.jpg,1,ant,test\n"
+    assert read_manifest(manifest(tmp_path, named)) == split
+
+
+def test_a_manifest_without_parts_is_divided_whatever_its_order_and_names(tmp_path, capsys):
+    rows = [f"{name}/{i}.jpg,{label}" for label, name in enumerate(("cat", "dog")) for i in range(10)]
+    manifest(tmp_path, "cat\ndog", "classnames.txt")
+    first = read_manifest(manifest(tmp_path, "\n".join(["path,label", *rows]), "a.csv"))
+    assert "a.csv" in capsys.readouterr().err
+    assert [len(part) for part in (first.train, first.val, first.test)] == [10, 4, 6]
+    manifest(tmp_path, "lion\nwolf", "classnames.txt")
+    second = read_manifest(manifest(tmp_path, "\n".join(["path,label", *rows[::-1]]), "b.csv"))
+    assert (first.train, first.val, first.test) == (second.train, second.val, second.test)
+
+
+TABLE = "path,class_name,part\n"
+BAD_CSV = {
+    "empty": ("", ["first line", "path"]),
+    "only a header": ("path,label\n", ["lists no images"]),
+    "no header": (PARTS, ["first line", "a.jpg,cat,train"]),
+    "unknown column": ("path,class_name,weight\n", ["first line", "weight"]),
+    "column twice": ("path,class,class_name\na,b,c\n", ["first line"]),
+    "no path column": ("label,class_name\n0,cat\n", ["first line", "path"]),
+    "short row": (TABLE + PARTS + "d.jpg,cat\n", ["line 5", "2 fields instead of 3"]),
+    "line after blank ones": (TABLE + "\n\n" + PARTS + "d.jpg,cat\n", ["line 7"]),
+    "open quote": (TABLE + '"a.jpg,cat,train\n', ["valid CSV"]),
+    "no path": (TABLE + PARTS + ",cat,test\n", ["line 5", "no path"]),
+    "no class": ("path,part\na.jpg,train\n", ["line 2", "no label and no class_name"]),
+    "some without class": (TABLE + PARTS + "d.jpg,,test\n", ["line 5", "no class_name"]),
+    "some without label": ("path,label,class_name\na,0,cat\nb,,dog\n", ["line 3", "no label"]),
+    "some without part": (TABLE + PARTS + "d.jpg,cat,\n", ["line 5", "no part"]),
+    "unknown part": (TABLE + PARTS + "d.jpg,cat,holdout\n", ["line 5", "'holdout'", "train, val or test"]),
+    "text as label": ("path,label\na.jpg,cat\n", ["line 2", "'cat'", "class_name"]),
+    "fraction as label": ("path,label\na.jpg,0.0\n", ["line 2", "'0.0'"]),
+    "negative label": ("path,label\na.jpg,-1\n", ["line 2", "'-1'"]),
+    "labels from 1": ("path,label,class_name\na,1,cat\nb,2,dog\n", ["count up from 0", "0 is missing"]),
+    "gap in labels": ("path,label,class_name\na,0,cat\nb,2,dog\n", ["1 is missing"]),
+    "two names": ("path,label,class_name\na,0,cat\nb,0,dog\n", ["line 3", "label 0", "'dog'", "'cat'"]),
+    "two labels": ("path,label,class_name\na,0,cat\nb,1,cat\n", ["same prompt"]),
+    "no names": ("path,label\na,0\nb,1\n", ["no class names", "classnames.txt"]),
+    "one class": (TABLE + "a,cat,train\nb,cat,test\n", ["one class ('cat')"]),
+    "twins": (TABLE + PARTS + "d.jpg,Cat,test\n", ["'Cat'", "'cat'", "same prompt"]),
+    "untrained class": (TABLE + PARTS + "d.jpg,eel,test\n", ["'eel'", "no image in train"]),
+    "no test": (TABLE + "a,cat,train\nb,dog,train\n", ["no image in test"]),
+    "one image": ("path,class_name\na,cat\nb,cat\nc,dog\n", ["'dog'", "one image"]),
+    "twice": (TABLE + PARTS + "a.jpg,cat,test\n", ["line 5", "'a.jpg'", "listed before"]),
+    "twice, in another spelling": (TABLE + PARTS + ".//a.jpg,cat,test\n", ["line 5", "'a.jpg'", "listed before"]),
+    "backslashes": (TABLE + PARTS + "cat\\d.jpg,cat,test\n", ["line 5", "forward slashes"]),
+    "drive": (TABLE + PARTS + "C:/pets/d.jpg,cat,test\n", ["line 5", "relative path"]),
+    "absolute": (TABLE + PARTS + "/pets/d.jpg,cat,test\n", ["line 5", "relative path"]),
+    "outside": (TABLE + PARTS + "cat/../../d.jpg,cat,test\n", ["line 5", "relative path"]),
+    "Latin-1": ("path,class_name\na,Käse\n".encode("latin-1"), ["UTF-8"]),
+}
+
+
+GOOD = {"train": [["a.jpg", 0, "cat"], ["b.jpg", 1, "dog"]], "test": [["c.jpg", 0, "cat"]]}
+ROW = {"path": "a.jpg", "class_name": "cat"}
+BAD_JSON = {
+    "no JSON": ("{", ["not JSON", "line 1"]),
+    "web page": ("<html>", ["not JSON"]),
+    "lines": ('{"path": "a"}\n{"path": "b"}\n', ["not JSON", "line 2"]),
+    "number": ("7", ["a list of objects"]),
+    "huge number": ("[" + "1" * 5000 + "]", ["not JSON"]),
+    "deep": ("[" * 100_000, ["not JSON"]),
+    "empty list": ("[]", ["lists no images"]),
+    "empty object": ("{}", ["lists no images"]),
+    "list of texts": ('["a.jpg"]', ["row 1", "expected the fields"]),
+    "unknown field": (json.dumps([ROW | {"size": 3}]), ["row 1", "expected the fields"]),
+    "path no text": (json.dumps([ROW | {"path": 3}]), ["row 1", "no path"]),
+    "true as label": (json.dumps([ROW | {"label": True}]), ["row 1", "label True"]),
+    "number as name": (json.dumps([{"path": "a", "label": 0, "class_name": 5}]), ["row 1", "class_name 5"]),
+    "list as name": (json.dumps([{"path": "a", "class_name": ["x"]}]), ["row 1", "class_name"]),
+    "list as part": (json.dumps([ROW | {"part": ["train"]}]), ["row 1", "part"]),
+    "NUL": (json.dumps([ROW | {"path": "a\0.jpg"}]), ["row 1", "relative path"]),
+    "half a character": (json.dumps([ROW | {"path": "\ud800.jpg"}]), ["row 1", "relative path"]),
+    "coop: parts no lists": (json.dumps(GOOD | {"val": 3}), ["a list of objects"]),
+    "coop: short row": (json.dumps(GOOD | {"val": [["d.jpg", 0]]}), ["val row 1", "[path, label, class name]"]),
+    "coop: other part": (json.dumps(GOOD | {"meta": [["d.jpg", 0, "cat"]]}), ["meta row 1", "'meta'"]),
+    "coop: in two parts": (json.dumps(GOOD | {"val": [["c.jpg", 0, "cat"]]}), ["val row 1", "listed before"]),
+    "coop: outside": (json.dumps(GOOD | {"val": [["../c.jpg", 0, "cat"]]}), ["val row 1", "relative path"]),
+    "coop: no test": (json.dumps(GOOD | {"test": []}), ["no image in test"]),
+}
+
+
+BAD = [("manifest.csv", *case) for case in BAD_CSV.values()]
+BAD += [("manifest.json", *case) for case in BAD_JSON.values()]
+
+
+@pytest.mark.parametrize(("name", "text", "words"), BAD, ids=[*BAD_CSV, *BAD_JSON])
+def test_bad_manifests(name, text, words, tmp_path):
+    path = manifest(tmp_path, text, name)
+    message = error_of_build("folder", tmp_path, 1, 1)
+    assert str(path) in message and all(word in message for word in words), message
+    assert not any(word in message for word in ("download", "published", "split file", "--split")), message
+
+
+def test_json_manifests_may_have_a_byte_order_mark_and_need_no_val(tmp_path):
+    split = read_manifest(manifest(tmp_path, "\ufeff" + json.dumps(GOOD), "x.json"))
+    assert split.class_names == ("cat", "dog") and split.val == () and split.test == (Item("c.jpg", 0),)
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_one_file_with_two_names_is_rejected(link, tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        picture(0, 0).save(tmp_path / name)
+    getattr(tmp_path / "d.jpg", link)(tmp_path / "a.jpg")
+    text = "path,class_name,part\na.jpg,cat,train\nb.jpg,dog,train\nc.jpg,cat,test\nd.jpg,dog,test\n"
+    with pytest.raises(DatasetError, match=r"line 5: 'd.jpg' is listed before as 'a.jpg'"):
+        read_manifest(manifest(tmp_path, text))
