@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from configs.settings import own_data_name
 from support.fabricate import error_of_build, fabricate_own, picture
 from support.runs import refused
 
 import datasets
 import datasets.folder
-from configs.settings import own_data_name
 from datasets.manifest import check_names, divide_class
 from datasets.task import DatasetError, check_images_exist
 
