@@ -99,7 +99,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 def _last(layers: Sequence[tuple[str, dict]], name: str) -> Any:
-    """Return the value that a common setting has in the last layer that names it outside of a section."""
+    """Return the value that a common setting has in the last layer that names it."""
     return [getattr(Settings, name), *(layer[name] for _, layer in layers if name in layer)][-1]
 
 
@@ -323,6 +323,8 @@ def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) ->
         raise UserError(f"{where} must hold settings under the names {', '.join(names)}")
     parts = {}
     for name, part in content.items():
+        if isinstance(part, dict) and part.keys() & {"method", "shots", "dataset"}:
+            raise UserError(f"{where}: {name}: method, shots and dataset choose between sections; write them outside")
         inside = _flags(Settings) | _flags(METHODS[name].Hparams) if kind == "methods" else known
         parts[name] = _section(part, f"{where}: {name}", inside)
     return parts
