@@ -384,9 +384,7 @@ def _search(content: Any, hparams: Hparams, method: str) -> dict[str, list]:
     """Return the values of each hyperparameter that is searched, in its type. Raise UserError for others."""
     if not isinstance(content, dict) or not all(isinstance(values, list) and values for values in content.values()):
         raise UserError(f"search must be `name: [value, value, ...]`, not {content!r}")
-    known = {
-        f.name: {**f.metadata, "optional": False} for f in dataclasses.fields(hparams) if f.name != "eval_every"
-    }
+    known = {f.name: {**f.metadata, "optional": False} for f in dataclasses.fields(hparams) if f.name != "eval_every"}
     for name in content:
         if name not in known:
             remedy = f"choose from {', '.join(known)}" if known else "leave --search out"

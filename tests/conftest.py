@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import signal
 
 import pytest
@@ -26,6 +27,7 @@ def thin_digits():
     """Give `main` only 42 of the digits' 540 test images: nothing in a short run takes as long as these."""
     read_data = entry.read_data
 
+    @functools.wraps(read_data)
     def thin(config):
         task = read_data(config)
         return dataclasses.replace(task, test=task.test[::13]) if task.name == "digits" else task
@@ -33,6 +35,12 @@ def thin_digits():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry, "read_data", thin)
         yield
+
+
+@pytest.fixture
+def all_digits(monkeypatch):
+    """Let `main` test on all of the digits, as in another process."""
+    monkeypatch.setattr(entry, "read_data", entry.read_data.__wrapped__)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import clip
 import main as entry
@@ -48,6 +49,26 @@ def killed_after(iteration: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_step", dying)
         yield
+
+
+def in_folder(folder: Path | str) -> tuple:
+    """Return the flags of a run that writes everything into one folder."""
+    return ("--results_dir", folder, "--save_path", f"{folder}/weights")
+
+
+MEASURED = ("train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "checkpoint_bytes", "finished_at")
+
+
+def outcome(folder: Path | str, record: dict) -> dict:
+    """Return all that a run `in_folder` leaves behind, bit for bit, except times and sizes."""
+    run, files = Path(folder, record["run_id"]), ("curve.csv", "search.csv", "split.json")
+    tensors = [load_file(path) for path in Path(folder, "weights").rglob("*.safetensors")]
+    return {
+        "record": {name: value for name, value in record.items() if name not in MEASURED},
+        "files": {name: (run / name).read_text() for name in files if (run / name).exists()},
+        "weights": [{name: tensor.numpy().tobytes() for name, tensor in file.items()} for file in tensors],
+        "checkpoints": list(run.glob("*.pt")),
+    }
 
 
 def refused(call, before=()) -> str:
