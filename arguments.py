@@ -99,7 +99,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 def _last(layers: Sequence[tuple[str, dict]], name: str) -> Any:
-    """Return the value that a common setting has in the last layer that names it outside of a section."""
+    """Return the value that a common setting has in the last layer that names it."""
     return [getattr(Settings, name), *(layer[name] for _, layer in layers if name in layer)][-1]
 
 
@@ -115,9 +115,12 @@ class Layers:
 
     def add(self, source: str, layer: dict[str, Any]) -> None:
         """Put a layer on top of the others. A value replaces all ways of saying the same."""
-        for name, value in self._with_complements(source, layer).items():
+        layer = self._with_complements(source, layer)
+        for name, value in layer.items():
             same = self.kind.alternatives(name)
-            twice = [other for other in same if other in layer]
+            if value is None and len(same) > 1:
+                continue  # null leaves it to the others
+            twice = [other for other in same if layer.get(other) is not None]
             if len(twice) > 1:
                 raise UserError(f"{source}: {twice[0]} and {twice[1]} say the same thing twice; give only one")
             self.values |= dict.fromkeys(same) | {name: value}
@@ -320,6 +323,8 @@ def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) ->
         raise UserError(f"{where} must hold settings under the names {', '.join(names)}")
     parts = {}
     for name, part in content.items():
+        if isinstance(part, dict) and part.keys() & {"method", "shots", "dataset"}:
+            raise UserError(f"{where}: {name}: method, shots and dataset choose between sections; write them outside")
         inside = _flags(Settings) | _flags(METHODS[name].Hparams) if kind == "methods" else known
         parts[name] = _section(part, f"{where}: {name}", inside)
     return parts
@@ -338,7 +343,7 @@ def _sections(source: str, layer: dict[str, Any], chosen: dict[str, Any]) -> lis
 def _typed(value: Any, about: dict[str, Any], where: str) -> Any:
     """Return a value of a config file in the type of its setting."""
     kind = about["kind"]
-    if value is None and (about["default"] is None or kind is int):
+    if value is None and about["optional"]:
         return None
     if kind is tuple:
         texts = [value] if isinstance(value, str) else value
@@ -379,9 +384,7 @@ def _search(content: Any, hparams: Hparams, method: str) -> dict[str, list]:
     """Return the values of each hyperparameter that is searched, in its type. Raise UserError for others."""
     if not isinstance(content, dict) or not all(isinstance(values, list) and values for values in content.values()):
         raise UserError(f"search must be `name: [value, value, ...]`, not {content!r}")
-    known = {
-        f.name: {**f.metadata, "default": f.default} for f in dataclasses.fields(hparams) if f.name != "eval_every"
-    }
+    known = {f.name: {**f.metadata, "optional": False} for f in dataclasses.fields(hparams) if f.name != "eval_every"}
     for name in content:
         if name not in known:
             remedy = f"choose from {', '.join(known)}" if known else "leave --search out"

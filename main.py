@@ -132,11 +132,7 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
     if own.number:
         print(f"resumes after iteration {own.number}, where this run was stopped")
     with run.log() as log:
-        try:
-            fit = train.fit(experiment, adaptation, batches, own, log)
-        except train.TrainingDiverged:
-            run.folder.forget_checkpoints()  # it would diverge again
-            raise
+        fit = train.fit(experiment, adaptation, batches, own, log)
         if fit.stopped_early:
             limit = experiment.hparams.early_stop_loss
             print(f"stopped at iteration {fit.iterations}: the training loss fell below {limit}")

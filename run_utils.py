@@ -24,7 +24,7 @@ from experiment import Experiment
 from methods.adaptation import Adaptation
 from records import CHECKPOINTS, Checkpoints, RecordFolder, check_writable
 from settings import Hparams, slug
-from train import Fit
+from train import Fit, TrainingDiverged
 
 CURVE = ("iteration", "loss", "train_accuracy", "test_accuracy", "lr")  # columns of curve.csv
 # Common settings that identify a run. Paths, caches and workers change no result.
@@ -138,6 +138,8 @@ class Run:
             try:
                 yield
             except BaseException as error:
+                if isinstance(error, TrainingDiverged):
+                    self.folder.forget_checkpoints()  # it would diverge again
                 self._say_how_to_resume(error)
                 raise
 
@@ -162,7 +164,9 @@ class Run:
             yield
 
     def _say_how_to_resume(self, error: BaseException) -> None:
-        if any(self.folder.path.glob(CHECKPOINTS)):
+        if self.settings.force and self.finished() is not None:
+            self.folder.forget_checkpoints()  # without --force this run is done already
+        elif any(self.folder.path.glob(CHECKPOINTS)):
             command = "the same command without --force" if self.settings.force else "the same command"
             note(f"{command} resumes where this run was stopped; its checkpoint is in {self.folder.path}")
         elif isinstance(error, KeyboardInterrupt | SystemExit) and hasattr(self.hparams, "total_iters"):

@@ -36,7 +36,7 @@ def option(
     """Return a dataclass field that is also a flag and a key of config files.
 
     `text` is its help, `group` the heading of --help that it stands under. `kind` is its type, by default that of
-    `default`; needed where the default is None. `choices` or the four bounds say which values are allowed.
+    `default`; it is given where the value may also be None. `choices` or the four bounds say which values are allowed.
     `complement` names a second flag whose value is 1 minus this one.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
@@ -46,6 +46,7 @@ def option(
             "help": text,
             "group": group,
             "kind": kind or type(default),
+            "optional": kind is not None,
             "choices": choices,
             "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
             "complement": complement,

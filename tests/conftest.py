@@ -1,8 +1,11 @@
+import dataclasses
+import functools
 import signal
 
 import pytest
 import torch
 from support.fabricate import few_imagenet_classes  # noqa: F401, a fixture
+from support.runs import call_main
 from support.server import data_root, run_download, world  # noqa: F401, fixtures of test_download*.py
 
 import main as entry
@@ -14,22 +17,35 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def feature_cache(tmp_path_factory):
+    """A folder for the features of test images, the same for all runs of a session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def thin_digits():
+    """Give `main` only 42 of the digits' 540 test images: nothing in a short run takes as long as these."""
+    read_data = entry.read_data
+
+    @functools.wraps(read_data)
+    def thin(config):
+        task = read_data(config)
+        return dataclasses.replace(task, test=task.test[::13]) if task.name == "digits" else task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry, "read_data", thin)
+        yield
+
+
 @pytest.fixture
-def run_main(tmp_path, tmp_path_factory, monkeypatch, capsys):
-    """Calls `main` in an empty folder and returns (exit code, record, stdout, stderr).
+def all_digits(monkeypatch):
+    """Let `main` test on all of the digits, as in another process."""
+    monkeypatch.setattr(entry, "read_data", entry.read_data.__wrapped__)
 
-    Features are cached in another empty folder, the same for all calls of a test.
-    """
+
+@pytest.fixture
+def run_main(tmp_path, feature_cache, monkeypatch):
+    """Call `main` in an empty folder, without worker processes. See `call_main` for what it returns."""
     monkeypatch.chdir(tmp_path)
-    cache = tmp_path_factory.mktemp("cache")
-
-    def call(*argv):
-        record, code = None, 0
-        try:
-            record = entry.main([str(word) for word in ("--cache_dir", cache, *argv)])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, record, out, err
-
-    return call
+    return lambda *argv: call_main("--cache_dir", feature_cache, "--workers", 0, *argv)

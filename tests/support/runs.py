@@ -1,8 +1,15 @@
 """Calls of the program."""
 
+import contextlib
+import io
 from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file
+
 import clip
+import main as entry
+import train
 from clip.preprocess import test_transform
 from datasets import Item, Task
 from experiment import Experiment
@@ -10,13 +17,71 @@ from methods import METHODS
 from settings import Settings
 
 
-def refused(call, before=()):
-    """The error line of a call that must fail cleanly."""
+class Killed(BaseException):
+    """Stops a run where the operating system might."""
+
+
+def call_main(*argv) -> tuple:
+    """Call `main` and return (exit code, record, stdout, stderr). The exit code of a run that is `Killed` is -9."""
+    code, record, out, err = 0, None, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            record = entry.main([str(word) for word in argv])
+        except SystemExit as stop:
+            code = stop.code
+        except Killed:
+            code = -9
+    return code, record, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def killed_after(iteration: int):
+    """Let the process of a run die after this many updates, counted over everything that it trains."""
+    step, done = train._step, []
+
+    def dying(*args):
+        result = step(*args)
+        done.append(None)
+        if len(done) == iteration:
+            raise Killed
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_step", dying)
+        yield
+
+
+def in_folder(folder: Path | str) -> tuple:
+    """Return the flags of a run that writes everything into one folder."""
+    return ("--results_dir", folder, "--save_path", f"{folder}/weights")
+
+
+MEASURED = ("train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "checkpoint_bytes", "finished_at")
+
+
+def outcome(folder: Path | str, record: dict) -> dict:
+    """Return all that a run `in_folder` leaves behind, bit for bit, except times and sizes."""
+    run, files = Path(folder, record["run_id"]), ("curve.csv", "search.csv", "split.json")
+    tensors = [load_file(path) for path in Path(folder, "weights").rglob("*.safetensors")]
+    return {
+        "record": {name: value for name, value in record.items() if name not in MEASURED},
+        "files": {name: (run / name).read_text() for name in files if (run / name).exists()},
+        "weights": [{name: tensor.numpy().tobytes() for name, tensor in file.items()} for file in tensors],
+        "checkpoints": list(run.glob("*.pt")),
+    }
+
+
+def refused(call, before=()) -> str:
+    """Return the error line of a call that must fail cleanly: without a record, and with no file left behind.
+
+    Empty folders and locks may be left. `before` names what was in the working folder.
+    """
     code, record, _, err = call
     assert code == 2 and record is None
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err
-    assert sorted(p.name for p in Path(".").iterdir()) == sorted(before), "something was left behind"
+    files = {path.parts[0] for path in Path(".").rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    assert files <= set(before) <= {path.name for path in Path(".").iterdir()}, "something was left behind, or lost"
     return lines[0]
 
 
