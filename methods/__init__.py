@@ -1,28 +1,80 @@
-"""Methods of adaptation. README.md shows how one is added: a file, and a line here.
+"""Methods of adaptation. README.md shows how to add one: a file, and a line in MODULES.
 
 Each module has `Hparams`, the method's own settings with their published defaults, and `prepare(experiment)`, which
-freezes everything but what it trains and returns an Adaptation.
+freezes everything except what it trains and returns an Adaptation.
 """
 
-from . import zero_shot
-from .adapters import adalora, dora, lora, relora
-from .heads import gda, linear_probe, tip_adapter, tip_adapter_f
-from .prompts import coop
-from .weights import adam, prolip, so, so_ablation
+import dataclasses
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
-METHODS = {
-    "so": so,
-    "adam": adam,
-    "lora": lora,
-    "relora": relora,
-    "dora": dora,
-    "adalora": adalora,
-    "prolip": prolip,
-    "linear_probe": linear_probe,
-    "tip_adapter": tip_adapter,
-    "tip_adapter_f": tip_adapter_f,
-    "gda": gda,
-    "coop": coop,
-    "zero_shot": zero_shot,
-    "so_ablation": so_ablation,
+from clip import CLIP, WeightsError, delta, weights_sha256
+from common import UserError
+from datasets import Task
+from experiment import Experiment
+from settings import Settings
+
+from .adapters.matrices import LowRank
+
+MODULES = (
+    "weights.so",
+    "weights.adam",
+    "adapters.lora",
+    "adapters.relora",
+    "adapters.dora",
+    "adapters.adalora",
+    "weights.prolip",
+    "heads.linear_probe",
+    "heads.tip_adapter",
+    "heads.tip_adapter_f",
+    "heads.gda",
+    "prompts.coop",
+    "zero_shot",
+    "weights.so_ablation",
+)
+METHODS: dict[str, ModuleType] = {
+    name.rpartition(".")[2]: import_module(f".{name}", package=__name__) for name in MODULES
 }
+
+
+def merge_file(model: CLIP, path: str | Path) -> CLIP:
+    """Change the weights of `model` to those that a run saved in `path`, and return it: a plain CLIP.
+
+    `model` has the weights that the run started from. A delta is applied; matrices of LoRA, DoRA and AdaLoRA are added
+    to the weights they belong to. Raise UserError if the file holds a head, which is no part of CLIP, and WeightsError,
+    with the model unchanged, if it does not fit.
+    """
+    path, base_sha256 = Path(path), weights_sha256(model)
+    metadata = delta.checkpoint_metadata(path)
+    if metadata.get("format", delta.FORMAT) == delta.FORMAT:  # or there is no such file: apply_delta says that
+        delta.apply_delta(model, path, base_sha256)
+        return model
+    method = metadata.get("method")
+    if method not in METHODS:
+        raise WeightsError(f"{path} is from a method {method} that is not known here; take the version that saved it")
+    kind = METHODS[method].Hparams
+    if not issubclass(kind, LowRank):
+        raise UserError(f"{path} holds no weights of CLIP but what {method} adds; evaluate it with main.py --eval_only")
+    try:
+        saved = json.loads(metadata["settings"])
+        own = {field.name: saved[field.name] for field in dataclasses.fields(kind)}
+        hparams = kind(**own).settled(saved["shots"], images=0)
+    except (KeyError, TypeError, ValueError):
+        raise WeightsError(f"{path} does not say how it was trained; save it again") from None
+    no_images = Task(method, (), (), (), (), (), None)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    adaptation = METHODS[method].prepare(
+        Experiment(Settings(method=method), hparams, no_images, model, None, base_sha256)
+    )
+    try:
+        adaptation.saved.load(path, base_sha256)
+    except WeightsError:
+        adaptation.remove()
+        raise
+    finally:
+        model.requires_grad_(True)
+        for p in frozen:
+            p.requires_grad_(False)
+    return adaptation.merge()
