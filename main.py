@@ -175,7 +175,7 @@ def introduce(run: Run, experiment: Experiment, adaptation: Adaptation | None, o
         f"{settings.backbone} on {settings.device}: {does} {tensors} tensors, {weights:,} weights"
     )
     zero_shot = train.zero_shot(experiment)
-    print(f"zero-shot accuracy {zero_shot:.2f} % on {len(run.task.test)} test images")
+    print(f"zero-shot accuracy {zero_shot:.2f} % on {len(run.task.test)} {settings.test_part} images")
     return zero_shot
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from common import UserError, note
 
 ROOT = Path(__file__).resolve().parent.parent
-INSTALL = f"pip install -r {ROOT / 'requirements-nlp.txt'}"
+INSTALL = f"pip install -r {ROOT / 'requirements-all.txt'}"
 LABELS = ("entailment", "not_entailment")
 HUB_NAME = "nyu-mll/glue"
 HUB_FILES = ("rte/train-00000-of-00001.parquet", "rte/validation-00000-of-00001.parquet")
@@ -37,7 +37,7 @@ class RTE(NamedTuple):
 
 
 def extra(name: str) -> ModuleType:
-    """Import and return a package of requirements-nlp.txt. Raise UserError if it is missing.
+    """Import and return a package of requirements-all.txt. Raise UserError if it is missing.
 
     Called where the package is used, so that --help and mistakes do not wait for it.
     """

@@ -1,1 +1,1 @@
-"""Set-up, tuning, the tiny CLIP's training, and reports."""
+"""Set-up, sweeps, reports, and the tiny CLIP's training."""

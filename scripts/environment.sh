@@ -1,5 +1,5 @@
-# To be sourced, from the project's folder: makes and enters the virtual environment .venv and installs a
-# requirements file, unless this very file is installed there already.  Usage: . scripts/environment.sh FILE
+# Source it in the project's folder: . scripts/environment.sh FILE
+# It makes and enters the virtual environment .venv, and installs a requirements file there unless that was done before.
 # PYTHON chooses the interpreter, VENV another place for the environment.
 
 venv="${VENV:-.venv}"

@@ -1,13 +1,13 @@
 """A grid of runs, several at a time, on this machine or on a slurm cluster.
 
     python scripts/sweep.py --methods so lora --shots 1 4 16 --seeds 1 2 3 --cluster local --workers 2
+    python scripts/sweep.py --grid configs/grids/compare_digits.yaml --dry_run
     python scripts/sweep.py --grid grid.yaml --cluster slurm --partition gpu --gpus_per_task 1 --time 120
-    python scripts/sweep.py --grid grid.yaml --dry_run
 
-Needs requirements-sweep.txt. Flags that are not listed in --help are main.py's, for all runs, and so is everything
-after --. Runs that are recorded already are skipped; after Ctrl-C or a crash the same command goes on. A run that fails
-stops no other: failures are listed at the end with their logs, and the exit code is then 1. README.md in this folder
-has the details.
+Needs requirements-all.txt. Flags that --help does not list are main.py's, for all runs, and so is everything after --.
+Recorded runs are skipped: after Ctrl-C or a crash the same command continues. A run that fails does not stop the
+others: failures are listed at the end with their logs, and the exit code is 1. README.md in this folder has the
+details.
 """
 
 import argparse
@@ -20,41 +20,28 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main as entry  # isort: skip (before torch: it sets how torch's threads wait)
-
-import pandas as pd
-from tqdm import tqdm
-
-from run_utils import UserError, device_name, rebuild_table
-from scripts.sweeping import estimates
+from common import Parser, UserError, one_line_errors, progress
+from records import rebuild_table
+from run_utils import device_name
 from scripts.sweeping.grid import LISTS, Cell, cells, read_grid
 
-
-class Parser(argparse.ArgumentParser):
-    """Reports mistakes as UserError, so that all of them reach the user in one way."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
+if TYPE_CHECKING:  # submitit is optional
+    from scripts.sweeping.clusters import Cluster
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Does the sweep. A mistake of the user ends in one line and exit code 2, before anything has started."""
-    try:
+    """Do the sweep. A mistake of the user ends in one line and exit code 2, before anything has started."""
+    with one_line_errors():
         code = sweep(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        code = entry.fail(str(error))
-    except OSError as error:
-        code = entry.fail(f"{error.filename}: {error.strerror}; choose another --results_dir")
-    except KeyboardInterrupt:
-        code = 130
     sys.exit(code)
 
 
 def sweep(argv: Sequence[str]) -> int:
-    """The exit code: 1 if runs failed."""
+    """Do the sweep and return the exit code: 1 if runs failed."""
     options, flags = _arguments(argv)
     grid = read_grid(options.grid) if options.grid else {}
     grid |= {name: getattr(options, name) for name in LISTS if getattr(options, name)}
@@ -62,11 +49,10 @@ def sweep(argv: Sequence[str]) -> int:
     if options.cluster == "slurm":  # which has other machines than this one
         device = "cuda" if options.gpus_per_task else "cpu"
     planned = cells(grid, flags, device)
-    bar = tqdm(planned, desc="looking for finished runs", unit="run", leave=False, disable=None)
-    to_do = [cell for cell in bar if not cell.finished()]
+    to_do = [cell for cell in progress(planned, "looking for finished runs", "run") if not cell.finished()]
     results = Path(planned[0].settings.results_dir)
     if options.dry_run:
-        show(planned, to_do, estimates.read_results(results), anywhere=device is not None)
+        show(planned, to_do, results, anywhere=device is not None)
         return 0
     failures = watch(_cluster(options, results, to_do), to_do, len(planned)) if to_do else []
     rebuild_table(results)  # a run may have been killed after its record and before the table
@@ -78,21 +64,22 @@ def sweep(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The sweep's options, and the flags that are main.py's."""
-    parser = Parser(prog="sweep.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="YAML file of the grid; these lists win over it:")
+    """Return the sweep's options, and the flags that are main.py's."""
+    epilog = (
+        "All other flags are main.py's, for all runs. What only some of the methods have belongs in a grid file's rows."
+    )
+    parser = Parser(prog="sweep.py", description=__doc__.splitlines()[0], epilog=epilog)
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="YAML file of the grid; the lists below win over it")
     parser.add_argument("--methods", nargs="+", help="[so]")
     parser.add_argument("--datasets", nargs="+", help="[digits]")
     parser.add_argument("--shots", nargs="+", help="[1 2 4 8 16]")
     parser.add_argument("--seeds", nargs="+", help="[1 2 3]")
-    parser.add_argument("--dry_run", action="store_true", help="only show what is to be done, and what it will cost")
+    parser.add_argument("--dry_run", action="store_true", help="only show the runs, and how long they will take")
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="[local]")
     parser.add_argument("--workers", type=positive, help="runs at a time [local: one a GPU, or one; slurm: 256]")
-    parser.add_argument("--partition", help="slurm: where jobs queue [the cluster's default]")
+    parser.add_argument("--partition", help="slurm: partition of the jobs [the cluster's default]")
     parser.add_argument("--time", type=positive, default=240, metavar="MINUTES", help="slurm: limit of a job [240]")
-    parser.add_argument(
-        "--timeouts", type=positive, default=10, help="slurm: times that a run may meet that limit [10]"
-    )
+    parser.add_argument("--timeouts", type=positive, default=10, help="slurm: times a run may reach that limit [10]")
     parser.add_argument("--mem_gb", type=positive, help="slurm: memory of a job [the cluster's default]")
     parser.add_argument("--cpus_per_task", type=positive, help="slurm: cores of a job [the cluster's default]")
     parser.add_argument("--gpus_per_task", type=int, choices=(0, 1), default=1, help="slurm: GPUs of a job [1]")
@@ -102,28 +89,34 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, flags = parser.parse_known_args(argv[:end])
     flags += argv[end + 1 :]
     for word in flags:
-        if word.partition("=")[0] in ("--method", "--dataset", "--seed"):
-            parser.error(f"a sweep has --{word.partition('=')[0][2:]}s, and no {word}")
+        name = word.partition("=")[0]
+        if name in ("--method", "--dataset", "--seed"):
+            raise UserError(f"{name}: a sweep takes lists; write {name}s")
     return options, flags
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return a whole number from 1 on."""
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
     return int(text)
 
 
-def show(planned: Sequence[Cell], to_do: Sequence[Cell], records: pd.DataFrame, anywhere: bool) -> None:
-    """Prints every run, whether it is recorded, and the time that the others will take; on whatever GPU, if the runs
-    are done `anywhere`."""
+def show(planned: Sequence[Cell], to_do: Sequence[Cell], results: Path, anywhere: bool) -> None:
+    """Print every run, whether it is recorded, and the time that the others will take by the records in `results`.
+
+    If the runs are done `anywhere`, records of all GPUs count.
+    """
+    from scripts.sweeping import estimates  # pandas is slow to import
+
+    records = estimates.read_results(results)
     hours, unknown = Counter(), 0
     for cell in planned:
         state = "finished"
         if cell in to_do:
             on_gpu = cell.settings.device != "cpu"
             device = None if on_gpu and anywhere else device_name(cell.settings.device)
-            seconds = estimates.seconds(cell.settings, records, device)
+            seconds = estimates.seconds(cell.config, records, device)
             hours["GPU" if on_gpu else "CPU"] += (seconds or 0) / 3600
             unknown += seconds is None
             state = "to do" if seconds is None else f"to do, {seconds / 3600:.3f} h"
@@ -133,13 +126,13 @@ def show(planned: Sequence[Cell], to_do: Sequence[Cell], records: pd.DataFrame, 
         total = " and ".join(f"{number:.3f} {kind} hours" for kind, number in hours.items())
         print(f"training and evaluation of {len(to_do) - unknown}: {total}, by past records, if none stops early")
     if unknown:
-        print(f"no estimate for {unknown}: no past records of this method, data set, backbone, precision and device")
+        print(f"no estimate for {unknown}: no past records of this method, dataset, backbone, precision and device")
 
 
-def _cluster(options: argparse.Namespace, results: Path, to_do: Sequence[Cell]):
+def _cluster(options: argparse.Namespace, results: Path, to_do: Sequence[Cell]) -> "Cluster":
     if importlib.util.find_spec("submitit") is None:
-        raise UserError("sweep.py needs the package submitit; pip install -r requirements-sweep.txt")
-    from scripts.sweeping import clusters  # an extra
+        raise UserError("sweep.py needs the package submitit; pip install -r requirements-all.txt")
+    from scripts.sweeping import clusters  # needs submitit
 
     folder = results.resolve() / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"
     if options.cluster == "local":
@@ -167,12 +160,12 @@ def _cluster(options: argparse.Namespace, results: Path, to_do: Sequence[Cell]):
     return cluster
 
 
-def watch(cluster, to_do: Sequence[Cell], total: int) -> list[str]:
-    """Does the runs, `total` with those that are finished already. Returns a line for each that failed."""
+def watch(cluster: "Cluster", to_do: Sequence[Cell], total: int) -> list[str]:
+    """Do the runs, `total` with those that are finished already. Return a line for each that failed."""
     queued = {cell.key for cell in cluster.jobs.values()}
     waiting = [cell for cell in to_do if cell.key not in queued]
     skipped, failures, shown = total - len(to_do), [], None
-    with tqdm(total=total, initial=skipped, desc="sweep", unit="run") as bar:
+    with progress(None, "sweep", "run", total=total, initial=skipped, leave=True) as bar:
         try:
             while waiting or cluster.jobs:
                 cluster.start(waiting)

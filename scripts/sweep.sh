@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# A grid of runs, one after another. Edit the variables, or set them for one call; arguments go to every run.
+# A grid of runs, one after another. Edit the variables, or set them for one call. Arguments go to every run, so all
+# METHODS must have these flags; scripts/sweep.py takes grids whose rows differ in their flags.
 #
 #     bash scripts/sweep.sh
 #     DATASETS="dtd eurosat" SHOTS="1 4" ROOT_PATH=$DATA bash scripts/sweep.sh --precision bf16
 #
-# Runs that are recorded already are skipped: an interrupted sweep is simply started again. A run that fails stops no
-# other; failures are listed at the end, and the exit code is then 1. Ctrl-C stops the run and the sweep.
+# Recorded runs are skipped: to continue an interrupted sweep, start it again. A run that fails does not stop the others;
+# failures are listed at the end, and the exit code is 1. Ctrl-C stops the run and the sweep.
 
 METHODS=${METHODS:-so lora}
 DATASETS=${DATASETS:-digits}
 SHOTS=${SHOTS:-1 2 4 8 16}
 SEEDS=${SEEDS:-1 2 3}
-ROOT_PATH=${ROOT_PATH:-} # folder of the data sets
+ROOT_PATH=${ROOT_PATH:-} # folder of the datasets
 RESULTS_DIR=${RESULTS_DIR:-results}
 PYTHON=${PYTHON:-python}
 
@@ -22,11 +23,11 @@ fi
 main="$(dirname "$0")/../main.py"
 failures=""
 
-stop() { # the run keeps its last state
+stop() { # the run keeps its last checkpoint
     trap "" INT TERM HUP
     kill -TERM "$run" 2> /dev/null
     wait "$run" 2> /dev/null
-    echo "stopped; the same command goes on" >&2
+    echo "stopped; the same command continues" >&2
     exit "$1"
 }
 trap "stop 130" INT
@@ -41,7 +42,7 @@ for seed in $SEEDS; do
                 command+=(--root_path "$ROOT_PATH" --results_dir "$RESULTS_DIR" --wait "$@")
                 printf -v words "%q " "${command[@]}"
                 echo "== $words"
-                "${command[@]}" & # not in the foreground, where bash would hear a signal only after the run
+                "${command[@]}" & # in the foreground bash would handle a signal only after the run
                 run=$!
                 wait "$run" || failures+="(exit code $?) $words"$'\n'
             done
@@ -50,6 +51,6 @@ for seed in $SEEDS; do
 done
 
 if [ -n "$failures" ]; then
-    printf "failed:\n%s" "$failures" >&2
+    printf "failed, for reasons that each run printed above:\n%s" "$failures" >&2
     exit 1
 fi

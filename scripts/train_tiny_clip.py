@@ -1,27 +1,25 @@
-"""Trains the tiny CLIP that ships with this project, from random weights, on generated pictures.
+"""Trains the tiny CLIP that ships with this project, from random weights, on generated images.
 
-    pip install -r requirements-tiny.txt
+    pip install -r requirements-all.txt
     python scripts/train_tiny_clip.py --out clip/tiny.safetensors
 
-The pictures are printed characters (0-9, A-Z, a-z) of many fonts, bent, squeezed, blurred, coloured and
-lowered in resolution; the captions name the character in varied words. No handwritten digit is ever seen:
-the digits data set stays unseen for the experiments. Same seed, same machine, same thread count, same
-packages, same code: same weights. The shipped ones (seed 0) are older than the packing of prompts in
-`clip/layouts.py`, which rounds differently. The default 2,500 steps took 13 minutes on two cores of an Intel Xeon
-with AMX, shared with other work; the progress bar shows what they take elsewhere.
+The images are printed characters (0-9, A-Z, a-z) of many fonts, bent, squeezed, blurred, coloured and lowered in
+resolution; the captions name the character in varied words. No handwritten digit is ever seen: the digits dataset stays
+unseen for the experiments. Same seed, same machine, same thread count, same packages, same code: same weights. The
+shipped weights (seed 0) are older than the packing of prompts in `clip/layouts.py`, which rounds differently. The
+default 2,500 steps took 13 minutes on two cores of an Intel Xeon with AMX, shared with other work.
 """
 
-import argparse
 import importlib.util
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,6 +27,7 @@ import clip
 from clip.model import CLIP, Architecture
 from clip.preprocess import MEAN, STD
 from clip.weights import save_weights
+from common import Parser, UserError, one_line_errors, progress
 
 ARCHITECTURE = Architecture(
     embed_dim=64,
@@ -69,12 +68,12 @@ WORDINGS = (
     "the {}, written large",
     "{}",
 )
-START_SCALE, END_SCALE = math.log(1 / 0.07), math.log(100)  # of the logarithm of the factor on the cosines
-GLYPH, SIDE = 48, 32  # side of a rendered glyph and of a training picture, in pixels
+START_SCALE, END_SCALE = math.log(1 / 0.07), math.log(100)  # logarithm of the factor on the cosines
+GLYPH, SIDE = 48, 32  # side of a rendered glyph and of a training image, in pixels
 
 
 def names_of(character: str) -> tuple[str, ...]:
-    """What a caption may call this character."""
+    """Return the words for this character in captions."""
     if character.isdigit():
         word = DIGITS[int(character)]
         return (word, word, word, f"digit {word}", f"number {word}", character, f"digit {character}")
@@ -83,10 +82,16 @@ def names_of(character: str) -> tuple[str, ...]:
 
 
 def render_glyphs() -> tuple[Tensor, Tensor, Tensor]:
-    """Every character of every font, thin and thickened: masks [N, 48, 48] in 0..255, character and family."""
+    """Return every character of every font, thin and thickened: masks [N, 48, 48] in 0..255, character and family.
+
+    Raise UserError if the fonts are not installed.
+    """
     masks, characters, families = [], [], []
     for family, (package, pattern) in enumerate(FAMILIES):
-        folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise UserError(f"the fonts need the package {package}; pip install -r requirements-all.txt")
+        folder = Path(spec.submodule_search_locations[0])
         for file in sorted(folder.glob(pattern)):
             font = ImageFont.truetype(str(file), size=64)
             for index, character in enumerate(CHARACTERS):
@@ -104,13 +109,13 @@ def render_glyphs() -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(masks), torch.tensor(characters), torch.tensor(families)
 
 
-class Pictures:
-    """Draws batches of pictures and captions; all randomness from one generator."""
+class Images:
+    """Random batches of images and captions; all randomness is from one generator."""
 
     def __init__(self, generator: torch.Generator):
         self.generator = generator
         self.masks, self.characters, families = render_glyphs()
-        # Every family weighs the same, however many faces it has; digits weigh as much as letters.
+        # Each family has the same weight, however many faces it has; digits have as much as letters.
         weight = 1 / families.bincount()[families].double()
         digit = self.characters < 10
         self.weight = torch.where(digit, weight / weight[digit].sum(), weight / weight[~digit].sum())
@@ -121,19 +126,19 @@ class Pictures:
         return torch.rand(*size, generator=self.generator) * (high - low) + low
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures [size, 3, 32, 32] as CLIP takes them, captions [size, 77], character indices [size]."""
+        """Return images [size, 3, 32, 32], normalised for CLIP, captions [size, 77], character indices [size]."""
         picks = torch.multinomial(self.weight, size, replacement=True, generator=self.generator)
         ink = self._distort(self.masks[picks].float().unsqueeze(1) / 255)
         ink = self._lower_resolution(ink)
-        pictures = self._colour(ink)
-        pictures = (pictures - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        images = self._colour(ink)
+        images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         characters = self.characters[picks]
         choices = torch.rand(size, generator=self.generator)
         captions = [self.captions[c][int(r * len(self.captions[c]))] for c, r in zip(characters, choices)]
-        return pictures, torch.stack(captions), characters
+        return images, torch.stack(captions), characters
 
     def _distort(self, ink: Tensor) -> Tensor:
-        """A random affine map and a smooth random displacement; the glyph's box fills 55-98 % of a side."""
+        """Apply a random affine map and a smooth random displacement; the glyph's box fills 55-98 % of a side."""
         n = len(ink)
         angle, shear = self.uniform(-0.3, 0.3, n), self.uniform(-0.4, 0.4, n)
         grow_x, grow_y = self.uniform(0.65, 1.15, n), self.uniform(0.75, 1.15, n)
@@ -149,7 +154,7 @@ class Pictures:
         return F.grid_sample(ink, grid + bend.permute(0, 2, 3, 1), align_corners=False)
 
     def _lower_resolution(self, ink: Tensor) -> Tensor:
-        """Averages to between 8 and 32 pixels a side and enlarges again, another size for each quarter."""
+        """Average to between 8 and 32 pixels a side and enlarge again, with another size for each quarter."""
         sizes = [8, 8, *(int(s) for s in torch.randint(8, SIDE + 1, (2,), generator=self.generator))]
         parts = [
             F.interpolate(F.adaptive_avg_pool2d(part, side), size=(SIDE, SIDE), mode="bicubic", align_corners=False)
@@ -159,21 +164,21 @@ class Pictures:
         return (torch.cat(parts) * contrast).clamp(0, 1)
 
     def _colour(self, ink: Tensor) -> Tensor:
-        """Three quarters light grey on dark grey, the rest two random colours; a little noise on all."""
+        """Colour three quarters light grey on dark grey, the rest in two random colours; add a little noise to all."""
         n = len(ink)
         front = self.uniform(0.6, 1.0, n, 1, 1, 1).expand(n, 3, 1, 1)
         back = self.uniform(0.0, 0.2, n, 1, 1, 1).expand(n, 3, 1, 1)
         coloured = self.uniform(0, 1, n, 1, 1, 1) < 0.25
         front = torch.where(coloured, self.uniform(0, 1, n, 3, 1, 1), front)
         back = torch.where(coloured, self.uniform(0, 1, n, 3, 1, 1), back)
-        pictures = back + (front - back) * ink
-        noise = torch.randn(pictures.shape, generator=self.generator) * self.uniform(0.0, 0.08, n, 1, 1, 1)
-        return (pictures + noise).clamp(0, 1)
+        images = back + (front - back) * ink
+        noise = torch.randn(images.shape, generator=self.generator) * self.uniform(0.0, 0.08, n, 1, 1, 1)
+        return (images + noise).clamp(0, 1)
 
 
 def contrastive_loss(model: CLIP, images: Tensor, captions: Tensor, characters: Tensor) -> Tensor:
-    """CLIP's symmetric cross-entropy; all pairs that show the same character share the target equally,
-    because a batch holds every character several times."""
+    """Return CLIP's symmetric cross-entropy. A batch has every character several times: all pairs that show the same
+    character share the target equally."""
     image = F.normalize(model.encode_image(images).float(), dim=-1)
     text = F.normalize(model.encode_text(captions).float(), dim=-1)
     logits = model.logit_scale.exp() * image @ text.T
@@ -183,9 +188,10 @@ def contrastive_loss(model: CLIP, images: Tensor, captions: Tensor, characters: 
 
 
 def train(steps: int, batch_size: int, lr: float, seed: int, device: str) -> CLIP:
-    torch.manual_seed(seed)  # the initial weights; the pictures have a generator of their own
+    """Return the model after that many steps."""
+    torch.manual_seed(seed)  # the initial weights; the images have a separate generator
     model = CLIP(ARCHITECTURE).to(device).train()
-    pictures = Pictures(torch.Generator().manual_seed(seed))
+    batches = Images(torch.Generator().manual_seed(seed))
     model.logit_scale.requires_grad_(False)
     matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in model.named_parameters() if p.requires_grad and (p.ndim < 2 or "embedding" in name)]
@@ -195,12 +201,12 @@ def train(steps: int, batch_size: int, lr: float, seed: int, device: str) -> CLI
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps))
     )
-    bar = tqdm(range(steps), desc="tiny CLIP", unit="step")
+    bar = progress(range(steps), "tiny CLIP", "step", leave=True)
     for step in bar:
-        # OpenAI's models learned their scale up to 100, which few-shot training then takes as a constant; so
-        # many pictures of one character in a batch would keep it low, so here it is raised by a schedule.
+        # OpenAI's models learned a scale of 100, which few-shot training takes as a constant. Here, with many images of
+        # one character in a batch, a learned scale would stay low: a schedule raises it instead.
         model.logit_scale.data.copy_(torch.tensor(START_SCALE).lerp(torch.tensor(END_SCALE), step / steps))
-        images, captions, characters = (tensor.to(device) for tensor in pictures.batch(batch_size))
+        images, captions, characters = (tensor.to(device) for tensor in batches.batch(batch_size))
         with torch.autocast(device, torch.bfloat16):
             loss = contrastive_loss(model, images, captions, characters)
         optimizer.zero_grad()
@@ -212,18 +218,20 @@ def train(steps: int, batch_size: int, lr: float, seed: int, device: str) -> CLI
     return model
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, and write the weight file."""
+    parser = Parser(prog="train_tiny_clip.py", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    model = train(args.steps, args.batch_size, args.lr, args.seed, args.device)
-    save_weights(model, args.out, half=True)
-    print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
+    with one_line_errors():
+        args = parser.parse_args(argv)
+        model = train(args.steps, args.batch_size, args.lr, args.seed, args.device)
+        save_weights(model, args.out, half=True)
+        print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

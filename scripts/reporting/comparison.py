@@ -7,27 +7,29 @@ import pandas as pd
 import yaml
 from scipy import stats
 
-from run_utils import UserError
+from common import UserError
 from scripts.reporting.results import ELEVEN, Results, text
 from scripts.reporting.sheets import MISSING, Cell, Sheet, average, in_words, suites
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 CONFIDENCE = 0.95
-DIFFERENCES = "a b shots data_set pairs data_sets mean_a mean_b difference low high".split()
-# Over data sets: in 1000 simulated samples of 11 the t interval of the mean covered the truth more often than the
+DIFFERENCES = ["a", "b", "shots", "data_set", "pairs", "data_sets", "mean_a", "mean_b", "difference", "low", "high"]
+DEVIATIONS = ["name", "paper", "configuration", "shots", "data_set", "published", "read_off", "measured", "sd", "seeds"]
+DEVIATIONS += ["deviation"]
+# Over datasets: in 1000 simulated samples of 11 the t interval of the mean covered the truth more often than the
 # percentile and the BCa bootstrap: normal values 96, 90, 90 %; exponential 89, 85, 88 %; with outliers 73, 71, 70 %.
 ASSUMPTIONS = (
-    "Runs are paired by data set, shots and seed, and only where both saw the same images; zero-shot runs, which see "
-    "no training images, are paired with any. In a data set the interval is Student's t of the paired differences over "
-    "seeds: it takes them for independent and normal, and says what other seeds would give. Over data sets it is "
-    "Student's t of the data sets' mean differences: it takes the data sets for a random sample of tasks, each "
-    "counting the same, and their differences for normal; where a few data sets stand out it is too narrow. Intervals "
-    "are of 95 %, each for itself: of twenty comparisons without any difference, one is expected to exclude zero."
+    "Runs are paired by dataset, shots and seed, and only if both saw the same images; zero-shot runs, which see no "
+    "training images, are paired with any. Within a dataset the interval is Student's t of the paired differences over "
+    "seeds. It assumes that they are independent and normal, and predicts other seeds. Over datasets it is Student's t "
+    "of the datasets' mean differences. It assumes that the datasets are a random sample of tasks of equal weight, "
+    "with normal differences; if a few datasets stand out it is too narrow. Each interval alone is of 95 %: of twenty "
+    "comparisons without any difference, one is expected to exclude zero."
 )
 
 
 def interval(differences: pd.Series) -> tuple[float, float] | None:
-    """Student's t confidence interval of the mean; None for fewer than two values."""
+    """Return Student's t confidence interval of the mean; None for fewer than two values."""
     n = len(differences)
     if n < 2:
         return None
@@ -36,9 +38,9 @@ def interval(differences: pd.Series) -> tuple[float, float] | None:
 
 
 def chosen_pairs(results: Results, asked: Sequence[Sequence[str]] | None) -> list[tuple[str, str]]:
-    """The labels of the configurations to compare: those asked for, or SO, if there is one configuration of it, with
-    every other. UserError for a name that is unknown or has several configurations."""
-    labels = results.labels(results.runs[~results.runs.evaluated])
+    """Return the labels of the configurations to compare: those `asked` for or, if SO has one configuration, SO with
+    every other. Raise UserError for a name that is unknown or has several configurations."""
+    labels = results.labels(results.tested)
     if asked:
         pairs = [tuple(_label(name, labels, results) for name in pair) for pair in asked]
         for a, b in pairs:
@@ -61,12 +63,12 @@ def _label(name: str, labels: list[str], results: Results) -> str:
 
 
 def differences(results: Results, a: str, b: str) -> pd.DataFrame:
-    """A row for each number of shots and data set with pairs, and one for the mean over a suite's data sets with pairs.
+    """Return a row for each number of shots and dataset with pairs, and one for the mean over a suite's datasets.
 
     Columns: a, b, shots, data_set, pairs, data_sets, mean_a, mean_b (per cent, of the pairs), difference (a - b), low,
     high (empty where there are too few values for an interval).
     """
-    runs = results.runs[~results.runs.evaluated]
+    runs = results.tested
     place = ["shots", "tested_on", "classes", "seed"]
     one, two = (runs[runs.configuration == label].set_index(place) for label in (a, b))
     one = one.assign(images=one.split_sha256 + one.data_sha256, mean_a=one.test_accuracy)
@@ -74,7 +76,7 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
         {"mean_b": two.test_accuracy, "others": two.split_sha256 + two.data_sha256, "other_method": two.method}
     )
     both = one.join(two, how="inner").reset_index()
-    untrained = both[["method", "other_method"]].eq("zero_shot").any(axis=1)  # its hashes are of the test part alone
+    untrained = both[["method", "other_method"]].eq("zero_shot").any(axis=1)  # its hashes are of the test part only
     both = both[untrained | (both.images == both.others)]
     both = both.assign(difference=both.mean_a - both.mean_b)
     rows = []
@@ -97,12 +99,11 @@ def _difference(values: pd.DataFrame) -> dict[str, float | None]:
 
 
 def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sheet:
-    """The same for people."""
-    runs = results.runs[~results.runs.evaluated & results.runs.configuration.isin([a, b])]
+    """Return the same as a table."""
     pairs = int(rows.pairs[rows.data_sets == 1].sum())
-    alone = len(runs) - 2 * pairs
+    alone = results.tested.configuration.isin([a, b]).sum() - 2 * pairs
     title = f"{a} minus {b}"
-    header = ["data set", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]
+    header = ["dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]
     cells = [
         [
             Cell(row.data_set),
@@ -114,11 +115,11 @@ def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sh
         ]
         for row in rows.itertuples()
     ]
-    notes = [f"{pairs} pairs of runs; percentage points; means are of the pairs alone."]
+    notes = [f"{pairs} pairs of runs; percentage points; means are of the pairs only."]
     if alone:
         notes.append(f"{alone} runs of the two have no partner with the same images and are left out.")
     if rows.low.isna().any():
-        notes.append(f"{MISSING}: an interval takes at least two pairs.")
+        notes.append(f"{MISSING}: an interval needs at least two pairs.")
     return Sheet(title, header, cells, notes)
 
 
@@ -127,20 +128,20 @@ def signed(value: float) -> str:
 
 
 def read_published() -> dict:
-    """The content of published.yaml, which explains itself."""
+    """Return the content of published.yaml, which explains itself."""
     return yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
 
 
 def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
-    """Measured minus published, where the settings match, and notes on those that do not.
+    """Return measured minus published accuracy where the settings match, and notes on those that do not.
 
     A configuration matches a published row if it is of its method, trained and tested on all classes, and equal to one
     of the row's `settings` in every setting named there. Columns: name, paper, configuration, shots, data_set,
-    published, read_off (error of that), measured (mean over seeds), sd, seeds, deviation. Means over
-    data sets are compared if all eleven are there.
+    published, read_off (error of that), measured (mean over seeds), sd, seeds, deviation. Means over datasets are
+    compared if all eleven are there.
     """
     published, rows, notes = read_published(), [], []
-    runs = results.runs[~results.runs.evaluated & results.runs.tested_on.isin(ELEVEN)]
+    runs = results.tested[results.tested.tested_on.isin(ELEVEN)]
     for row in published["rows"]:
         own = runs[runs.method == row.get("method")]
         for (label, shots), group in own.groupby(["configuration", "shots"], sort=False):
@@ -164,12 +165,11 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
                 head |= {"measured": accuracies.mean(), "sd": accuracies.std()}
                 head |= {"seeds": len(measured[name]) if name in measured else fewest}
                 rows.append(head | {"deviation": accuracies.mean() - value})
-    names = "name paper configuration shots data_set published read_off measured sd seeds deviation".split()
-    return pd.DataFrame(rows, columns=names), notes
+    return pd.DataFrame(rows, columns=DEVIATIONS), notes
 
 
 def _mismatch(run: pd.Series, wanted: dict) -> list[str]:
-    """In which settings a run is not as published, in words."""
+    """Return in words the settings in which a run is not as published."""
     wanted = {"classes": "all"} | {name: value for name, value in wanted.items() if value is not None}
     if "n_iters" in wanted:
         wanted["total_iters"] = wanted.pop("n_iters") * run.shots
@@ -181,7 +181,7 @@ def _mismatch(run: pd.Series, wanted: dict) -> list[str]:
 
 
 def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
-    """The same for people, a table for each configuration and what it is compared with."""
+    """Return the same as tables, one for each configuration and published row."""
     known = {row["name"]: ", ".join(row["settings"][0]) for row in read_published()["rows"] if "settings" in row}
     sheets = []
     for (label, name), part in rows.groupby(["configuration", "name"], sort=False):
@@ -197,13 +197,13 @@ def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
             for row in part.itertuples(index=False)
         ]
         notes = [f"Percentage points. The runs agree with what is known of the published settings: {known[name]}."]
-        header = ["data set", "shots", "deviation", "published", "here", "seeds"]
+        header = ["dataset", "shots", "deviation", "published", "here", "seeds"]
         sheets.append(Sheet(f"{label} minus {name} as published", header, cells, notes))
     return sheets
 
 
 def published_sheet() -> Sheet:
-    """What papers report as averages over the eleven data sets."""
+    """Return the averages over the eleven datasets that papers report."""
     content = read_published()
     shots = sorted({number for row in content["rows"] for number in row["means"]})
     rows = [
@@ -215,7 +215,7 @@ def published_sheet() -> Sheet:
         for row in content["rows"]
     ]
     header = ["method", *map(in_words, shots), "source"]
-    notes = ["Per cent, ViT-B/16, averages over the eleven data sets. ≈: read off a plot."]
+    notes = ["Per cent, ViT-B/16, averages over the eleven datasets. ≈: read off a plot."]
     return Sheet("Published averages", header, rows, notes)
 
 

@@ -1,4 +1,4 @@
-"""The figures: each is a grid of panels, drawn as one picture for files and panel by panel for the page."""
+"""The figures: each is a grid of panels, drawn as one image for files and panel by panel for the page."""
 
 import io
 import re
@@ -15,15 +15,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from scripts.reporting.results import Results
-from scripts.reporting.sheets import average, in_words, suites
+from scripts.reporting.sheets import accuracies, in_words, main_places, places
 
-# Okabe and Ito's colours that show on white and on black; markers and dashes say the same without colour. Only after
-# 56 configurations a colour meets its marker again.
+# Okabe and Ito's colours that show on white and on black; markers and dashes say the same without colour. A colour has
+# the same marker again only after 56 configurations.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", (0, (1, 1)))
-INK = "#123456"  # of text and axes on the page, where the page's own colour takes its place
-TRAINING_POINTS = 100  # to which a longer training curve is averaged; in full, curves would weigh megabytes
+INK = "#123456"  # colour of text and axes, which the page replaces by its own
+TRAINING_POINTS = 100  # longer training curves are averaged to so many; whole, they would make megabytes
 WIDEST = 4  # panels side by side
 
 Style = dict[str, str | tuple]
@@ -31,7 +31,7 @@ Style = dict[str, str | tuple]
 
 @dataclass
 class Grid:
-    """A figure: its file name, what it shows, its panels by title, and the styles of its lines by configuration."""
+    """A figure: its file name, title and caption, its panels by title, and its lines' styles by configuration."""
 
     name: str
     title: str
@@ -41,8 +41,8 @@ class Grid:
 
 
 def grids(results: Results, folder: Path) -> tuple[list[Grid], list[str]]:
-    """All figures of the runs that were trained, and notes on curves that cannot be read."""
-    runs = results.runs[~results.runs.evaluated]
+    """Return all figures of the runs that were trained, and notes on curves that cannot be read."""
+    runs = results.tested
     labels = results.labels(runs)
     styles = {
         label: {
@@ -63,21 +63,21 @@ def grids(results: Results, folder: Path) -> tuple[list[Grid], list[str]]:
 def _against_shots(runs: pd.DataFrame, styles: dict[str, Style]) -> Grid:
     shots = sorted(runs.shots.unique())
     panels = {}
-    for title, part, columns in _places(runs):
+    for title, part, columns in places(runs):
         means = {}
         for label, own in part.groupby("configuration"):
-            values = {n: _accuracies(at, columns) for n, at in own.groupby("shots")}
+            values = {n: accuracies(at, columns) for n, at in own.groupby("shots")}
             means[label] = {n: value for n, value in values.items() if value is not None}
         if any(means.values()):
             panels[title] = lambda ax, means=means: _draw_against_shots(ax, means, shots, styles)
-    caption = "Mean and standard deviation over seeds. An average is shown where no data set is missing."
+    caption = "Mean and standard deviation over seeds. An average is shown if no dataset is missing."
     return Grid("accuracy_against_shots", "Test accuracy against shots", caption, panels, _only(styles, runs))
 
 
 def _draw_against_shots(ax: Axes, means: dict, shots: list[int], styles: dict[str, Style]) -> None:
     present = [label for label in styles if means.get(label)]
     for i, label in enumerate(present):
-        aside = 2 ** (0.06 * (i - (len(present) - 1) / 2))  # so that error bars do not hide each other
+        aside = 2 ** (0.06 * (i - (len(present) - 1) / 2))  # error bars would hide each other
         points = sorted(means[label].items())
         ax.errorbar(
             [n * aside for n, _ in points],
@@ -92,24 +92,6 @@ def _draw_against_shots(ax: Axes, means: dict, shots: list[int], styles: dict[st
     ax.set_xlim(shots[0] / 1.4, shots[-1] * 1.4)
     ax.set_xlabel("shots")
     ax.set_ylabel("test accuracy, %")
-
-
-def _places(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
-    """What accuracies can be shown of: averages over suites, then single data sets; each as title, runs, data sets."""
-    averages, single = [], []
-    for suite, columns in suites(runs).items():
-        part = runs[runs.tested_on.isin(columns)]
-        if suite and len(columns) > 1:
-            averages.append((f"average of {len(columns)}", part, columns))
-        for column in columns:
-            own = part[part.tested_on == column]
-            single.append((own.short_name.iloc[0], own, [column]))
-    return averages + single
-
-
-def _accuracies(own: pd.DataFrame, columns: list[str]) -> pd.Series | None:
-    """Accuracies of one configuration and number of shots, one for each seed; of several data sets averages."""
-    return average(own, columns) if len(columns) > 1 else own.test_accuracy
 
 
 def _sd(values: pd.Series) -> float:
@@ -131,20 +113,17 @@ COSTS = {
 
 
 def _against_cost(runs: pd.DataFrame, styles: dict[str, Style]) -> list[Grid]:
-    """One point a configuration; of the data sets of a suite their average."""
+    """Return figures with a point for each configuration; for the datasets of a suite it is their average."""
     found = []
-    places = _places(runs)
-    averaged = {column for _, _, columns in places if len(columns) > 1 for column in columns}
-    places = [place for place in places if len(place[2]) > 1 or place[2][0] not in averaged]
     for cost, (axis, name) in COSTS.items():
         panels, shown = {}, []
-        for title, part, columns in places if cost in runs else ():
+        for title, part, columns in main_places(runs) if cost in runs else ():
             for shots, at in part.groupby("shots"):
                 points = {}
                 for label, own in at.dropna(subset=cost).groupby("configuration"):
-                    accuracies = _accuracies(own, columns)
-                    if accuracies is not None:
-                        points[label] = (own.groupby("tested_on")[cost].mean().mean(), accuracies)
+                    values = accuracies(own, columns)
+                    if values is not None:
+                        points[label] = (own.groupby("tested_on")[cost].mean().mean(), values)
                         shown.append(own)
                 if points:
                     panels[f"{title}, {in_words(shots)}"] = lambda ax, points=points, axis=axis: _draw_against_cost(
@@ -152,16 +131,16 @@ def _against_cost(runs: pd.DataFrame, styles: dict[str, Style]) -> list[Grid]:
                     )
         caption = "Mean and standard deviation over seeds."
         if cost == "peak_memory_mb":
-            caption += " Memory is that of torch on a GPU, of the whole process on a CPU: compare on one device only."
+            caption += " Memory is torch's on a GPU and the whole process's on a CPU: compare only on one device."
         used = _only(styles, pd.concat(shown)) if shown else {}
         found.append(Grid(name, f"Test accuracy against {axis.split(',')[0]}", caption, panels, used))
     return found
 
 
 def _draw_against_cost(ax: Axes, points: dict, axis: str, styles: dict[str, Style]) -> None:
-    for label, (cost, accuracies) in points.items():
+    for label, (cost, values) in points.items():
         style = styles[label] | {"linestyle": "none"}
-        ax.errorbar([cost], [accuracies.mean()], yerr=[_sd(accuracies)], capsize=2, **style)
+        ax.errorbar([cost], [values.mean()], yerr=[_sd(values)], capsize=2, **style)
     costs = [cost for cost, _ in points.values() if cost > 0]
     if costs and max(costs) / min(costs) > 20 and len(costs) < len(points):
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(min(costs))))
@@ -178,7 +157,7 @@ def _draw_against_cost(ax: Axes, points: dict, axis: str, styles: dict[str, Styl
 
 
 def _read_curves(runs: pd.DataFrame, folder: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """The curve of each run that has one, by run_id."""
+    """Return the curve of each run that has one, by run_id, and notes on those that are damaged."""
     curves, notes = {}, []
     for run_id in runs.run_id:
         path = folder / str(run_id) / "curve.csv"
@@ -199,7 +178,7 @@ def _curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame], styles: dict[st
     for shots, at in runs.groupby("shots"):
         panels = {
             title: lambda ax, part=part: _draw_curves(ax, part, curves, styles)
-            for title, part, columns in _places(at)
+            for title, part, columns in places(at)
             if len(columns) == 1
         }
         caption = (
@@ -225,11 +204,11 @@ def _draw_curves(ax: Axes, runs: pd.DataFrame, curves: dict[str, pd.DataFrame], 
     ax.set_ylabel("accuracy, %")
 
 
-# --- pictures
+# --- images
 
 
 def _settings(ink: str) -> dict:
-    names = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color".split()
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     return dict.fromkeys(names, ink) | {
         "font.size": 9,
         "axes.titlesize": 9,
@@ -243,8 +222,8 @@ def _settings(ink: str) -> dict:
     }
 
 
-def picture(grid: Grid, kind: str) -> bytes:
-    """The whole figure, `kind` png or svg, on white. The same grid gives the same bytes."""
+def image(grid: Grid, kind: str) -> bytes:
+    """Return the whole figure on white; `kind` is png or svg. The same grid gives the same bytes."""
     with matplotlib.rc_context(_settings("black") | {"svg.hashsalt": grid.name}):
         columns = min(WIDEST, len(grid.panels))
         rows = -(-len(grid.panels) // columns)
@@ -263,7 +242,7 @@ def picture(grid: Grid, kind: str) -> bytes:
 
 
 def inline(grid: Grid) -> tuple[str, list[str]]:
-    """The legend and the panels as SVG elements of a page, in its text colour, that scale with their container."""
+    """Return the legend and the panels as SVG elements of a page, in its text colour; they scale with the page."""
     with matplotlib.rc_context(_settings(INK)):
         panels = []
         for title, draw in grid.panels.items():
@@ -282,7 +261,7 @@ def _handles(grid: Grid) -> list[Line2D]:
 
 
 def _plain(words: str) -> str:
-    """Words in which a dollar sign begins no formula."""
+    """Return words in which a dollar sign does not begin a formula."""
     return words.replace("$", r"\$")
 
 
@@ -294,8 +273,10 @@ def _saved(figure: Figure, kind: str, **options) -> bytes:
 
 
 def _element(figure: Figure, description: str, salt: str) -> str:
-    """A figure as an <svg> that can stand in a page beside others: without header, metadata, fixed size and ids that
-    nothing refers to. The ids that stay differ from those of other figures by `salt`."""
+    """Return a figure as an <svg> for a page with other figures: without header, metadata, fixed size and unused ids.
+
+    The ids that stay differ from those of other figures by `salt`.
+    """
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         svg = _saved(figure, "svg", transparent=True).decode("utf-8")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -26,8 +26,11 @@ def page(
     figures: Sequence[tuple[Grid, str, list[str]]],
     notes: Sequence[str],
 ) -> str:
-    """The HTML of the whole report. `runs_csv` is the tidy table, whose every value is in the page; `figures` are grids
-    with the SVG of their legend and panels."""
+    """Return the HTML of the whole report.
+
+    `runs_csv` is the tidy table; all of its values are in the page. `figures` are grids with the SVG of their legend
+    and panels.
+    """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -50,7 +53,7 @@ def page(
 
 
 def _runs_sheet(runs_csv: str) -> tuple[Sheet, dict[str, str]]:
-    """The table of all runs, and apart what is the same in all of several."""
+    """Return the table of all runs and, separately, the columns with the same value in all of several runs."""
     table = pd.read_csv(io.StringIO(runs_csv), dtype=str, keep_default_na=False)
     same = [name for name in table if table[name].nunique() == 1 and len(table) > 1]
     rest = table.drop(columns=same)
@@ -61,7 +64,7 @@ def _runs_sheet(runs_csv: str) -> tuple[Sheet, dict[str, str]]:
 
 
 def _short(name: str, value: str) -> str:
-    """A value of the tidy table as it is shown; the page holds it in full beside."""
+    """Return a value of the tidy table as it is shown; the page also holds the whole value."""
     if name.endswith("_sha256"):
         return value[:8]
     try:

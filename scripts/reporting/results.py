@@ -1,7 +1,7 @@
-"""The runs of a results folder: which of them belong together, and what tells the others apart.
+"""The runs of a results folder: which of them belong together, and in which settings the others differ.
 
 Runs that differ in a setting other than the seed are never mixed. A configuration is a method with all of its settings;
-its label is the method and those settings in which the method's configurations differ. Shots and data set are no part
+its label is the method and those settings in which the method's configurations differ. Shots and dataset are not part
 of it: they are the tables' captions and columns.
 """
 
@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from run_utils import FIRST, LAST, Settings, UserError, read_record
+from common import UserError
+from records import FIRST, LAST, read_record
+from settings import Settings
 
 # Columns with which the published tables are made, in their order.
 ELEVEN = {
@@ -30,51 +32,59 @@ ELEVEN = {
     "ucf101": "UCF101",
 }
 VARIANTS = {"imagenet_v2": "V2", "imagenet_sketch": "Sketch", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
-SHORT = ELEVEN | VARIANTS  # in tables; others are called by their own names
-# Data sets over which an average is usual.
-SUITES = {"the eleven data sets": ELEVEN, "variants of ImageNet": VARIANTS}
+SHORT = ELEVEN | VARIANTS  # in tables; other datasets keep their names
+SUITES = {"the eleven datasets": ELEVEN, "variants of ImageNet": VARIANTS}  # datasets over which an average is usual
 
-NEEDED = "run_id method dataset backbone shots seed test_accuracy finished_at".split()
+NEEDED = ("run_id", "method", "dataset", "backbone", "shots", "seed", "test_accuracy", "finished_at")
 # What a run measures, and where and when it did. Every other column, known or not, is a setting.
-MEASURED = frozenset(
-    "run_id test_accuracy zero_shot_accuracy train_accuracy val_accuracy final_loss iterations stopped_early "
-    "train_seconds eval_seconds search_seconds peak_memory_mb trainable_weights changed_weights optimizer_bytes "
-    "checkpoint_bytes split_sha256 data_sha256 weights_sha256 git_commit torch_version finished_at".split()
-)
-# What says on which data a run was, and how often it was repeated.
-PLACE = frozenset(("dataset", "test_dataset", "root_path", "shots", "seed"))
-# Settings of every run whose column older records lack.
-ALWAYS = ("classes", "draw", "prompts", "precision", "eval_only")
+MEASURED = {
+    *("run_id", "test_accuracy", "zero_shot_accuracy", "train_accuracy", "val_accuracy", "final_loss", "iterations"),
+    *("stopped_early", "train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "trainable_weights"),
+    *("changed_weights", "optimizer_bytes", "checkpoint_bytes", "split_sha256", "data_sha256", "weights_sha256"),
+    *("git_commit", "torch_version", "finished_at"),
+}
+PLACE = {"dataset", "test_dataset", "root_path", "shots", "seed"}  # the data of a run, and its repetition
+ALWAYS = ("classes", "draw", "prompts", "precision", "eval_only", "test_part")  # settings that old records may lack
 BUDGETS = ("epochs", "n_iters", "total_iters")
 
 
 @dataclass
 class Results:
-    """`runs` has a row for each run and, beside the record's columns, `configuration` (label), `tested_on` (data set),
-    `short_name` (of that, in tables) and `evaluated` (whether saved weights were evaluated). Of runs that repeat
-    another's configuration, data set, shots and seed, the newest is here. `settings` has a row for each label, in the
-    order of the tables' rows. `recorded` are the records' columns."""
+    """Runs by configuration.
+
+    `runs` has a row for each run. Its columns are the record's and `configuration` (label), `tested_on` (dataset),
+    `short_name` (of that, in tables) and `evaluated` (whether saved weights were evaluated). Of runs with the same
+    configuration, dataset, shots and seed only the newest is here. `settings` has a row for each label, in the order of
+    the tables' rows. `recorded` are the records' columns.
+    """
 
     runs: pd.DataFrame
     settings: pd.DataFrame
     recorded: list[str]
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def tested(self) -> pd.DataFrame:
+        """The runs that methods are compared by: they trained, and were tested on the test part."""
+        return self.runs[~self.runs.evaluated & (self.runs.test_part == "test")]
+
     def tidy(self) -> pd.DataFrame:
-        """One row a run: its configuration, then all recorded columns in the order of results.csv."""
+        """Return one row a run: its configuration, then all recorded columns in the order of results.csv."""
         between = [name for name in self.recorded if name not in FIRST and name not in LAST]
         ordered = ["configuration", *FIRST[1:], *between, *LAST, "run_id"]
         return self.runs[[name for name in ordered if name == "configuration" or name in self.recorded]]
 
     def labels(self, runs: pd.DataFrame) -> list[str]:
-        """The configurations of these runs, in order."""
+        """Return the configurations of these runs, in order."""
         present = set(runs.configuration)
         return [label for label in self.settings.index if label in present]
 
 
 def read_results(folder: Path) -> Results:
-    """The runs of a results folder: of its `*/result.json`, or where there are none of its results.csv. UserError
-    names what is missing or damaged."""
+    """Return the runs of a results folder, from its `*/result.json` or, if there are none, from its results.csv.
+
+    Raise UserError that names what is missing or damaged.
+    """
     notes = []
     paths = sorted(folder.glob("*/result.json"))
     records = [(path, record) for path, record in zip(paths, map(read_record, paths)) if record is not None]
@@ -91,13 +101,15 @@ def read_results(folder: Path) -> Results:
     except OSError as error:
         raise UserError(f"{source}: {error.strerror}") from None
     except ValueError as error:  # of pandas and of decoding
-        raise UserError(f"{source} is damaged ({' '.join(str(error).split())}); any run of main.py mends it") from None
+        raise UserError(
+            f"{source} is damaged ({' '.join(str(error).split())}); any run of main.py writes it again"
+        ) from None
     _check(runs, source)
     return arrange(runs.astype({"shots": int, "seed": int, "test_accuracy": float}), notes)
 
 
 def _searched(folder: Path) -> dict[str, str]:
-    """What a run chose on val images, and from which values, as the setting `searched`; empty without a search."""
+    """Return the values that a run chose from on val images, as the setting `searched`; empty without a search."""
     path = folder / "search.csv"
     if not path.exists():
         return {}
@@ -128,7 +140,7 @@ def _check(runs: pd.DataFrame, source: Path) -> None:
 
 
 def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
-    """Runs by configuration and data set."""
+    """Return the runs by configuration and dataset."""
     runs, recorded = runs.copy(), list(runs)
     hashes = ("split_sha256", "data_sha256", "weights_sha256")
     for name in ("test_dataset", "root_path", "searched", "template", "device", *hashes, *ALWAYS, *BUDGETS):
@@ -156,7 +168,7 @@ def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
     if repeats.any():
         older = runs.run_id[repeats].astype(str).tolist()
         named = ", ".join(older[:5]) + (", ..." if len(older) > 5 else "")
-        reason = "because a newer one has the same settings, data set, shots and seed"
+        reason = "because a newer one has the same settings, dataset, shots and seed"
         notes.append(f"{len(older)} run(s) left out {reason}: {named}")
     rows = {label: i for i, label in enumerate(order)}
     columns = {name: i for i, name in enumerate(dict.fromkeys((*SHORT, *sorted(set(runs.tested_on)))))}
@@ -167,8 +179,8 @@ def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
     return Results(runs.reset_index(drop=True), settings, recorded, notes)
 
 
-def text(value) -> str:
-    """A setting as it is shown and compared: `-` where a method has none, numbers without trailing zeros."""
+def text(value: object) -> str:
+    """Return a setting as it is shown and compared: `-` where a method has none, numbers without trailing zeros."""
     if isinstance(value, (list, dict)):
         return json.dumps(value)
     if pd.isna(value):
@@ -179,7 +191,7 @@ def text(value) -> str:
 
 
 def _columns(runs: pd.DataFrame) -> pd.Series:
-    """The data set that each run was tested on; one's own data sets go by their folders."""
+    """Return the dataset that each run was tested on; your own datasets are named by their folders."""
     own = runs.test_dataset == "folder"
     paths = runs.root_path.astype(object).where(runs.root_path.notna(), "")
     names = "folder:" + paths.map(lambda path: Path(path).stem)
@@ -189,11 +201,11 @@ def _columns(runs: pd.DataFrame) -> pd.Series:
 
 
 def _settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """All settings of each run as text, a column for each."""
+    """Return all settings of each run as text, a column for each."""
     added = {"evaluated", "tested_on", "short_name"}
     names = [name for name in runs if name not in MEASURED | PLACE | added and name not in BUDGETS]
     settings = runs[names].apply(lambda column: column.map(text))
-    # Prompts that belong to the data set vary with it; those of the user's own are a setting.
+    # Prompts that belong to the dataset vary with it; the user's own are a setting.
     settings["template"] = settings.template.where(settings.prompts == "own", "-")
     settings["device"] = runs.device.map(lambda name: "cpu" if text(name) in ("cpu", "-") else "gpu")
     weights = settings.backbone.map(lambda name: Path(name).name if Path(name).suffix else name)
@@ -210,10 +222,10 @@ def _settings(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _budgets(runs: pd.DataFrame, settings: pd.DataFrame) -> pd.Series:
-    """How many iterations were asked for, in a form that is the same for all shots of a sweep.
+    """Return how many iterations were asked for, in a form that is the same for all shots of a sweep.
 
-    Records have the number of iterations in all. Whether that was meant per shot shows only in several runs: among runs
-    that agree in all else, the rule that holds for the most numbers of shots is taken first.
+    Records have the number of iterations in all. Only several runs show whether it was meant per shot: among runs with
+    the same other settings, the rule that holds for the most numbers of shots is taken first.
     """
     budgets = pd.Series("-", index=runs.index)
     budgets = budgets.mask(runs.epochs.notna(), "epochs " + runs.epochs.map(text))

@@ -1,6 +1,7 @@
-"""A table that knows how to be Markdown, LaTeX and, through page.html, HTML; and the tables of accuracies."""
+"""Tables, written as Markdown, LaTeX and, through page.html, HTML: accuracies, costs, validation accuracies."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -12,7 +13,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and the number behind it in full, by which columns are sorted."""
+    """What a table shows, and the exact number behind it, by which columns are sorted."""
 
     text: str
     value: float | None = None
@@ -34,7 +35,7 @@ class Sheet:
         return "\n\n".join([f"## {self.title}", table, *self.notes]) + "\n"
 
     def latex(self) -> str:
-        """A table environment for the booktabs package, as wide as it is: shrink or turn it to fit the page."""
+        """Return a table environment for the booktabs package, as wide as its content."""
         frame = pd.DataFrame([[_latex(cell.text) for cell in row] for row in self.rows])
         body = frame.to_latex(
             header=[_latex(name) for name in self.header],
@@ -55,39 +56,75 @@ _ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textas
 
 
 def in_words(shots: int) -> str:
-    return f"{shots} shot{'s' * (shots > 1)}"
+    return "1 shot" if shots == 1 else f"{shots} shots"
 
 
-def spread(values: pd.Series, usual: int | None = None) -> Cell:
-    """Mean and, of several, standard deviation (of a sample, n - 1) in per cent; and how many, unless as `usual`."""
-    if values.empty:
+def spread(values: pd.Series | None, usual: int | None = None) -> Cell:
+    """Return mean and, of several, standard deviation (of a sample, n - 1); and how many, unless as `usual`."""
+    if values is None or values.empty:
         return Cell(MISSING)
     shown = f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
     return Cell(shown + (f" (n={len(values)})" if usual not in (None, len(values)) else ""), float(values.mean()))
 
 
+# --- which datasets stand together
+
+
 def suites(runs: pd.DataFrame) -> dict[str, list[str]]:
-    """Data sets that share a table, in order, by the name of the suite; those of no suite are under ``."""
+    """Return datasets that share a table, in order, by the name of the suite; those of no suite are under ""."""
     present = list(runs.tested_on.unique())
     found = {suite: [column for column in names if column in present] for suite, names in SUITES.items()}
     found[""] = sorted(set(present) - {column for columns in found.values() for column in columns})
     return {suite: columns for suite, columns in found.items() if columns}
 
 
-def average(runs: pd.DataFrame, columns: list[str]) -> pd.Series | None:
-    """Averages over data sets of one configuration and number of shots, one for each seed. None if a data set is
-    missing. If not all data sets have the same seeds there is one value, the average of the data sets' means."""
+def places(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
+    """Return what accuracies can be shown of, as title, runs and datasets: averages over suites, then each dataset."""
+    averages, single = [], []
+    for suite, columns in suites(runs).items():
+        part = runs[runs.tested_on.isin(columns)]
+        if suite and len(columns) > 1:
+            averages.append((f"average of {len(columns)}", part, columns))
+        for column in columns:
+            own = part[part.tested_on == column]
+            single.append((own.short_name.iloc[0], own, [column]))
+    return averages + single
+
+
+def main_places(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
+    """Return the same without datasets that are part of an average."""
+    found = places(runs)
+    averaged = {column for _, _, columns in found if len(columns) > 1 for column in columns}
+    return [place for place in found if len(place[2]) > 1 or place[2][0] not in averaged]
+
+
+def average(runs: pd.DataFrame, columns: Sequence[str]) -> pd.Series | None:
+    """Return averages over datasets of one configuration and number of shots, one for each seed.
+
+    Return None if a dataset is missing, and a single value, the average of the datasets' means, if not all datasets
+    have the same seeds.
+    """
     if set(runs.tested_on) != set(columns):
         return None
     table = runs.pivot(index="seed", columns="tested_on", values="test_accuracy")
     return table.mean(axis=1) if table.notna().all(axis=None) else pd.Series([table.mean().mean()])
 
 
+def accuracies(own: pd.DataFrame, columns: Sequence[str]) -> pd.Series | None:
+    """Return accuracies of one configuration and number of shots, one for each seed; of several datasets averages."""
+    return average(own, columns) if len(columns) > 1 else own.test_accuracy
+
+
+# --- accuracy
+
+
 def accuracy_tables(results: Results) -> list[Sheet]:
-    """For each number of shots the configurations' test accuracies by data set; saved weights that were evaluated, and
-    data sets of no suite, have tables of their own."""
+    """Return for each number of shots the configurations' test accuracies by dataset.
+
+    Saved weights that were evaluated, and datasets of no suite, have separate tables.
+    """
     sheets = []
-    for evaluated, kind in results.runs.groupby("evaluated"):
+    for evaluated, kind in results.runs[results.runs.test_part == "test"].groupby("evaluated"):
         for suite, columns in suites(kind).items():
             for shots, runs in kind[kind.tested_on.isin(columns)].groupby("shots"):
                 sheets.append(_accuracy_table(results, runs, suite, columns, shots, evaluated))
@@ -100,7 +137,7 @@ def _accuracy_table(
     counts = runs.groupby(["configuration", "tested_on"]).size()
     usual = int(counts.mode().max())
     title = f"Test accuracy after {in_words(shots)} on {suite or ', '.join(columns)}"
-    title += ", evaluated weights" * evaluated
+    title += ", evaluated weights" if evaluated else ""
     header, rows, mixed = ["method", *(SHORT.get(column, column) for column in columns)], [], False
     if suite:
         header.append(f"average of {len(columns)}")
@@ -110,13 +147,13 @@ def _accuracy_table(
         if suite:
             mean = average(own, columns)
             mixed |= mean is not None and len(mean) < own.groupby("tested_on").size().max()
-            row.append(Cell(MISSING) if mean is None else spread(mean))
+            row.append(spread(mean))
         rows.append(row)
     notes = [_seeds(sorted(runs.seed.unique()), usual, counts.nunique() > 1)]
     if any(cell.text == MISSING for row in rows for cell in row):
         notes.append(f"{MISSING}: no run" + (", and no average without it." if suite else "."))
     if mixed:
-        notes.append("An average without ± is of data sets that have different seeds.")
+        notes.append("An average without ± is over datasets that have different seeds.")
     absent = [name for column, name in SUITES.get(suite, {}).items() if column not in columns]
     if absent:
         notes.append(f"Of {suite} there is no run, at any number of shots, on {', '.join(absent)}.")
@@ -129,3 +166,80 @@ def _seeds(seeds: list[int], usual: int, uneven: bool) -> str:
         return f"Per cent, seed {listed}."
     over = f"{usual} of the seeds" if uneven or usual < len(seeds) else "the seeds"
     return f"Per cent, mean ± standard deviation over {over} {listed}" + (", or n where it says so." if uneven else ".")
+
+
+# --- accuracy and cost
+
+COSTS = {  # column of the records: heading, format, unit
+    "trainable_weights": ("trained", "{:,.0f}", 1),
+    "changed_weights": ("changed", "{:,.0f}", 1),
+    "optimizer_bytes": ("optimizer", "{:,.0f} kB", 1000),
+    "train_seconds": ("training", "{:.1f} s", 1),
+}
+MADE_ON = {"device": "device", "torch_version": "torch", "git_commit": "commit"}
+
+
+def cost_tables(results: Results) -> list[Sheet]:
+    """Return the configurations' accuracies beside what they cost, for each dataset or average over a suite."""
+    return [_cost_table(results, *place) for place in main_places(results.tested)]
+
+
+def _cost_table(results: Results, title: str, runs: pd.DataFrame, columns: list[str]) -> Sheet:
+    shots, rows = sorted(runs.shots.unique()), []
+    counts = runs.groupby(["configuration", "shots", "tested_on"]).size()
+    usual = int(counts.mode().max())
+    for label in results.labels(runs):
+        own = runs[runs.configuration == label]
+        found = [accuracies(own[own.shots == number], columns) for number in shots]
+        most = own[own.shots == shots[-1]]
+        row = [Cell(label), *(spread(values, usual) for values in found)]
+        rows.append([*row, *(_cost(most, column, *about) for column, about in COSTS.items())])
+    header = ["method", *map(in_words, shots), *(heading for heading, _, _ in COSTS.values())]
+    days = sorted({str(finished)[:10] for finished in runs.finished_at})
+    made = [f"{days[0]} to {days[-1]}"]
+    for name, word in MADE_ON.items():
+        if name in runs:
+            made.append(f"{word} {', '.join(sorted(set(runs[name].astype(str))))}")
+    notes = [
+        _seeds(sorted(runs.seed.unique()), usual, counts.nunique() > 1),
+        f"After {in_words(shots[-1])}: weights that are trained, weights that changed, size of the optimizer's state, "
+        "seconds of training.",
+        f"{'; '.join(made)}.",
+    ]
+    return Sheet(f"Accuracy and cost, {title}", header, rows, notes)
+
+
+def _cost(runs: pd.DataFrame, column: str, heading: str, shown: str, unit: float) -> Cell:
+    """Return the mean of a column, over datasets if there are several."""
+    values = pd.to_numeric(runs[column]).groupby(runs.tested_on).mean() if column in runs else pd.Series(dtype=float)
+    return Cell(MISSING) if values.isna().all() else Cell(shown.format(values.mean() / unit), float(values.mean()))
+
+
+# --- accuracy on validation images
+
+
+def validation_tables(results: Results) -> list[Sheet]:
+    """Return for each dataset the configurations that were tested on its validation part, each method's best first."""
+    runs = results.runs[results.runs.test_part == "val"]
+    return [_validation_table(part) for _, part in runs.groupby("tested_on", sort=False)]
+
+
+def _validation_table(runs: pd.DataFrame) -> Sheet:
+    shots = sorted(runs.shots.unique())
+    counts = runs.groupby(["configuration", "shots"]).size()
+    usual = int(counts.max())
+    rows = []
+    for _, of_method in runs.groupby("method", sort=False):
+        ranked = []
+        for label, own in of_method.groupby("configuration", sort=False):
+            cells = [spread(own.test_accuracy[own.shots == number], usual) for number in shots]
+            whole = all((own.shots == number).sum() == usual for number in shots)
+            mean = pd.Series([cell.value for cell in cells]).mean() if whole else None
+            ranked.append([Cell(label), *cells, Cell(MISSING) if mean is None else Cell(f"{mean:.2f}", float(mean))])
+        rows += sorted(ranked, key=lambda row: -1.0 if row[-1].value is None else row[-1].value, reverse=True)
+    notes = [
+        _seeds(sorted(runs.seed.unique()), usual, counts.nunique() > 1),
+        f"The mean is over the numbers of shots; {MISSING} where runs are missing, as those that diverged are.",
+    ]
+    title = f"Validation accuracy on {runs.short_name.iloc[0]}, each method's best settings first"
+    return Sheet(title, ["method", *map(in_words, shots), "mean"], rows, notes)

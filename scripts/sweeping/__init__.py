@@ -1,1 +1,1 @@
-"""The parts of sweep.py: the grid, what it will cost, and the cluster that does it."""
+"""The parts of sweep.py: the grid, the time it will take, and the cluster that does it."""

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are done, as jobs of submitit: on this machine or on a slurm cluster."""
+"""The jobs that do the runs of a sweep: submitit's, on this machine or on a slurm cluster."""
 
 import getpass
 import os
@@ -16,22 +16,22 @@ import submitit
 import torch
 from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 
-from run_utils import PROJECT, UserError
-
-from .grid import Cell
+from common import UserError
+from records import PROJECT
+from scripts.sweeping.grid import Cell
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs do not find this module: they start elsewhere
 MAIN = PROJECT / "main.py"
-TERMINATED = 128 + signal.SIGTERM  # main.py's exit code once it has left its run in order
+TERMINATED = 128 + signal.SIGTERM  # exit code of a main.py that was stopped and left its run in order
 
 
 class RunJob:
-    """The job of a run: `python main.py` as a process of its own, whose exit code is the job's result.
+    """The job of a run: `python main.py` in a process of its own, whose exit code is the job's result.
 
-    A process of its own, because it and submitit want other things of the same signals. Slurm announces the time limit
-    and preemptions with SIGUSR2; submitit then calls `checkpoint` and puts the job back into the queue. main.py must
-    not hear that signal, which would end it on the spot, but a SIGTERM, which submitit for its part ignores. And a
-    process group of its own, where a terminal's Ctrl-C is not heard.
+    It is a separate process because main.py and submitit use the same signals differently. Slurm announces the time
+    limit and preemptions with SIGUSR2; submitit then calls `checkpoint` and puts the job back into the queue. That
+    signal would kill main.py, so main.py is sent SIGTERM instead, which submitit ignores. The process has its own
+    process group, which a terminal's Ctrl-C does not reach.
     """
 
     def __init__(self, key: str, words: Sequence[str]):
@@ -50,19 +50,19 @@ class RunJob:
         code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
         self.process = None
         if on_slurm and code in (TERMINATED, -signal.SIGTERM):
-            # Cancelled, preempted or requeued: this is no result, and slurm is about to end this process as well.
+            # Cancelled, preempted or requeued: there is no result, and slurm will end this process as well.
             time.sleep(600)
         return code
 
     def _stop(self, *_) -> None:
-        """On this machine a sweep is stopped by SIGTERM to its jobs: main.py gets it once."""
+        """Pass SIGTERM on to main.py, once. On this machine it is how a sweep stops its jobs."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.process is None:
             sys.exit(TERMINATED)
         os.kill(self.process, signal.SIGTERM)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What goes back into the queue, once main.py has ended: the same run, which goes on from its last state."""
+        """Stop main.py and return the job that goes back into the queue: the same run, which resumes."""
         if self.process is not None:
             os.kill(self.process, signal.SIGTERM)
             os.waitpid(self.process, 0)
@@ -80,24 +80,24 @@ class Cluster:
         self.jobs: dict[submitit.Job, Cell] = {}
 
     def start(self, waiting: list[Cell]) -> None:
-        """Makes jobs of the first cells, as many as there is room for, and takes them off the list."""
+        """Start jobs for the first cells, as many as there is room for, and remove these cells from the list."""
         raise NotImplementedError
 
     def _over(self) -> list[submitit.Job]:
-        """Those of the jobs that have ended."""
+        """Return the jobs that have ended."""
         raise NotImplementedError
 
     def running(self) -> int:
-        """How many of the jobs have begun."""
+        """Return how many of the jobs have begun."""
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Leaves the jobs in such a way that the same sweep can be started again."""
+        """Leave the jobs so that the same sweep can be started again."""
         raise NotImplementedError
 
     def ended(self) -> list[tuple[Cell, int | None, Path]]:
-        """What has ended since the last call: the run, main.py's exit code (None if the job ended without one) and the
-        log, which alone is kept."""
+        """Return what has ended since the last call: the run, main.py's exit code (None if the job ended without one)
+        and the log. Of submitit's files only the log is kept."""
         ended = []
         for job in self._over():
             ended.append((self.jobs.pop(job), self._exit_code(job), job.paths.stdout))
@@ -117,13 +117,13 @@ class Cluster:
     def _tidy(paths: JobPaths) -> None:
         paths.submitted_pickle.unlink(missing_ok=True)
         paths.result_pickle.unlink(missing_ok=True)
-        if not any(paths.folder.glob("*_submitted.pkl")):  # of a job that is still to come
+        if not any(paths.folder.glob("*_submitted.pkl")):  # no other job needs the rest
             for path in (*paths.folder.glob("*_submission.sh"), *paths.folder.glob(".submission_file_*")):
                 path.unlink(missing_ok=True)
 
 
 class Local(Cluster):
-    """A number of runs at a time on this machine. GPUs are dealt out in turn: each run sees one of them."""
+    """A number of runs at a time on this machine. Each run sees one GPU; they are assigned in turn."""
 
     poll_seconds = 0.2
 
@@ -131,7 +131,7 @@ class Local(Cluster):
         super().__init__(folder)
         devices = {cell.settings.device for cell in cells}
         if any(":" in device for device in devices):
-            raise UserError("GPUs are dealt out; leave the number of --device out, and see CUDA_VISIBLE_DEVICES")
+            raise UserError("--device: a sweep assigns the GPUs; leave the number out, and set CUDA_VISIBLE_DEVICES")
         gpus = _gpus() if "cuda" in devices else []
         workers = workers or max(len(gpus), 1)
         self.gpus = [gpus[place % len(gpus)] for place in range(workers)] if gpus else [None] * workers
@@ -145,7 +145,7 @@ class Local(Cluster):
             executor.update_parameters(timeout_min=10**7, stderr_to_stdout=True)  # never
             if cell.settings.device == "cuda":
                 executor.update_parameters(gpus_per_node=1, visible_gpus=[self.gpus[place]])
-            # The job inherits that Ctrl-C is not heard: the sweep hears it, and then stops its jobs in order.
+            # The job inherits this mask: only the sweep gets Ctrl-C, and then stops its jobs in order.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 job = executor.submit(RunJob(cell.key, cell.words))
@@ -161,31 +161,31 @@ class Local(Cluster):
         return len(self.jobs)
 
     def stop(self) -> None:
-        print(f"stopping {len(self.jobs)} runs; the same command goes on", file=sys.stderr)
+        print(f"stopping {len(self.jobs)} runs; the same command continues", file=sys.stderr)
         while self.jobs:
             for job in self.jobs:
-                os.kill(int(job.job_id), signal.SIGTERM)  # again and again: it may just be starting
+                os.kill(int(job.job_id), signal.SIGTERM)  # repeatedly: the job may just be starting
             time.sleep(self.poll_seconds)
             self.ended()
 
 
 def _gpus() -> list[int]:
-    """The numbers of this machine's GPUs, as far as CUDA_VISIBLE_DEVICES allows."""
+    """Return the numbers of this machine's GPUs that CUDA_VISIBLE_DEVICES allows."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(range(torch.cuda.device_count()))
     try:
         return [int(number) for number in visible.split(",")][: torch.cuda.device_count()]
     except ValueError:
-        raise UserError(f"CUDA_VISIBLE_DEVICES={visible} must have numbers, to be dealt out among the runs") from None
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible} must hold numbers: a sweep assigns them to its runs") from None
 
 
 class Slurm(Cluster):
-    """Job arrays. Jobs go on without the sweep; a later one finds those that slurm still has."""
+    """Job arrays. Jobs continue without the sweep; a later one finds those that slurm still has."""
 
     poll_seconds = 5.0
-    MOST = 1000  # in an array, slurm's default
-    LATE_SECONDS = 60.0  # a shared file system may show a result later than slurm says that its job is gone
+    MOST = 1000  # jobs in an array, slurm's default
+    LATE_SECONDS = 60.0  # after the end of a job its result may be invisible for so long on a shared file system
 
     def __init__(self, folder: Path, parameters: dict, timeouts: int):
         super().__init__(folder)
@@ -200,7 +200,7 @@ class Slurm(Cluster):
             raise UserError(f"--slurm: {str(error).splitlines()[0]}; see submitit's SlurmExecutor") from None
 
     def find(self, cells: Iterable[Cell]) -> None:
-        """Takes over the jobs of earlier sweeps that slurm still has."""
+        """Take over the jobs of earlier sweeps that slurm still has."""
         of_key = {cell.key: cell for cell in cells}
         if not self._look():
             raise UserError("slurm does not answer squeue; start the sweep again when it does")
@@ -218,7 +218,7 @@ class Slurm(Cluster):
             except FailedJobError as error:
                 if not self.jobs:
                     shutil.rmtree(self.folder)
-                raise UserError(f"slurm takes no jobs: {' '.join(str(error).split())}") from None
+                raise UserError(f"slurm rejects the jobs: {' '.join(str(error).split())}") from None
             self.jobs |= dict(zip(jobs, part))
             del waiting[: self.MOST]
 
@@ -230,7 +230,7 @@ class Slurm(Cluster):
         return [job for job in self.jobs if job in late or job.paths.result_pickle.exists()]
 
     def _look(self) -> bool:
-        """Whether slurm says what it has of this user: a state for each job's number."""
+        """Ask slurm for the state of each of this user's jobs. Return whether it answers."""
         command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i %T"]
         answer = subprocess.run(command, capture_output=True, text=True)
         if answer.returncode == 0:

@@ -1,54 +1,69 @@
-"""From lists of methods, data sets, shots and seeds to the runs of a sweep."""
+"""From lists of methods, datasets, shots and seeds to the runs of a sweep."""
 
+import dataclasses
 import difflib
+import itertools
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import main as entry
-from configs.arguments import read_yaml
-from configs.settings import one_by_one
-from run_utils import Run, Settings, UserError, parse
+from arguments import Config, parse, read_yaml
+from common import UserError
+from run_utils import run_identity
+from settings import Settings
 
 LISTS = ("methods", "datasets", "shots", "seeds")
 KEYS = (*LISTS, "rows", "settings")
+REPEATED = {f.name for f in dataclasses.fields(Settings) if f.metadata["kind"] is tuple}  # a list is one value of these
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid: what `python main.py` is given, and the settings that these words mean."""
+    """One run of the grid: the arguments of `python main.py`, and what they ask for."""
 
     words: tuple[str, ...]
-    settings: Settings
+    config: Config
+
+    @property
+    def settings(self) -> Settings:
+        return self.config.settings
 
     @property
     def command(self) -> str:
         return shlex.join(["python", "main.py", *self.words])
 
+    @property
+    def epochs(self) -> int | None:
+        return getattr(self.config.hparams, "epochs", None)
+
     @cached_property
     def key(self) -> str:
-        """What two spellings of the same run have in common, without a look at the data."""
-        return f"{self.settings.settled(1).run_id} {self.settings.epochs}"
+        """A text that two spellings of the same run share. The data are not read, so epochs stay epochs."""
+        return f"{run_identity(self.config, images=1)} {self.epochs}"
 
     def finished(self) -> bool:
-        """Whether main.py would find all of it recorded. False, too, where its data cannot be read from here."""
+        """Return whether main.py would find all of it recorded. Return False, too, if its data cannot be read here."""
         if self.settings.force:
             return False
         try:
-            known = [Run(single).folder for single in one_by_one(self.settings) if single.epochs is None]
-            if not all((folder / "result.json").is_file() for folder in known):
-                return False  # and no need to read the data, which takes longer
-            runs = entry.single_runs(self.settings)
-            return all(run.finished(task.split_sha256, task.data_sha256) for run, task in runs)
-        except (*entry.MISTAKES, OSError):
+            if self.epochs is None:  # then the identity is known without the data, which take longer to read
+                known = [run_identity(single, images=1) for single in self.config.one_by_one()]
+                if not all(Path(self.settings.results_dir, name, "result.json").is_file() for name in known):
+                    return False
+            return all(run.finished() is not None for run in entry.planned(self.config))
+        except (UserError, OSError):
             return False
 
 
 def read_grid(path: Path) -> dict:
-    """The grid in a YAML file: under `methods`, `datasets`, `shots`, `seeds` lists; under `rows` settings by the name
-    of a row, instead of methods or beside them; under `settings` those of all runs. UserError names file and key."""
+    """Return the grid in a YAML file. Raise UserError that names file and key.
+
+    `methods`, `datasets`, `shots` and `seeds` hold lists. `rows` holds settings by the name of a row, instead of
+    methods or in addition to them. `settings` holds those of all runs.
+    """
     where = f"--grid {path}"
     grid = read_yaml(path, where)
     if not isinstance(grid, dict):
@@ -59,69 +74,78 @@ def read_grid(path: Path) -> dict:
             raise UserError(f"{where}: unknown key {name!r}" + (f"; meant {close[0]}?" if close else ""))
         if name in LISTS and not (isinstance(value, list) and value):
             raise UserError(f"{where}: {name} must be a list, not {value!r}")
-    settings = grid.get("settings", {})
     rows = grid.get("rows", {})
     if not isinstance(rows, dict):
         raise UserError(f"{where}: rows must be `name: {{setting: value}}`, not {rows!r}")
-    for name, own in (("settings", settings), *((f"rows: {name}", own) for name, own in rows.items())):
-        if not isinstance(own, dict):
-            raise UserError(f"{where}: {name} must be `setting: value`, not {own!r}")
+    parts = {"settings": grid.get("settings", {})} | {f"rows: {name}": row for name, row in rows.items()}
+    for name, part in parts.items():
+        if not isinstance(part, dict) or [] in part.values():
+            raise UserError(f"{where}: {name} must be `setting: value` or `setting: [value, ...]`, not {part!r}")
     return grid
 
 
 def cells(grid: dict, flags: Sequence[str], device: str | None = None) -> list[Cell]:
-    """All runs of the grid, the first seed's first, so that there is a whole table early. `flags` are main.py's, for
-    all of them. With a `device` that this machine need not have, they run there.
+    """Return all runs of the grid, those of the first seed first, so that there is a whole table early.
 
-    UserError if a run is a mistake, the same as another, or saves its weights where another does.
+    `flags` are main.py's, for all runs. With a `device`, the runs are done there; this machine need not have it. Raise
+    UserError if a run is a mistake, the same as another, or saves its weights in the same file as another.
     """
-    rows = {str(name): _flags(own) for name, own in grid.get("rows", {}).items()}
-    methods = grid.get("methods", [] if rows else ["so"])
-    rows |= {f"method {name}": ["--method", str(name)] for name in methods}
-    flags = [*_flags(grid.get("settings", {})), *flags]
-    if device and any(word.partition("=")[0] == "--device" for word in flags):
-        raise UserError("--cluster slurm takes --gpus_per_task to say on what runs are done; leave --device out")
+    rows = [words for row in grid.get("rows", {}).values() for words in _combinations(row)]
+    rows += [["--method", str(name)] for name in grid.get("methods", [] if rows else ["so"])]
+    shared = [[*words, *flags, "--wait"] for words in _combinations(grid.get("settings", {}))]
+    if device and any(word.partition("=")[0] == "--device" for words in shared for word in words):
+        raise UserError("--cluster slurm: --gpus_per_task says where the runs are done; leave --device out")
+    axes = itertools.product(
+        grid.get("seeds", [1, 2, 3]), grid.get("datasets", ["digits"]), grid.get("shots", [1, 2, 4, 8, 16])
+    )
     made: dict[str, Cell] = {}
-    axes = [
-        (s, d, n)
-        for s in grid.get("seeds", [1, 2, 3])
-        for d in grid.get("datasets", ["digits"])
-        for n in grid.get("shots", [1, 2, 4, 8, 16])
-    ]
     for seed, dataset, shots in axes:
-        for row in rows.values():
-            words = [*row, "--dataset", str(dataset), "--shots", str(shots), "--seed", str(seed), *flags, "--wait"]
-            cell = _cell(words, device)
+        place = ["--dataset", str(dataset), "--shots", str(shots), "--seed", str(seed)]
+        for row, common in itertools.product(rows, shared):
+            cell = _cell([*row, *place, *common], device)
             if cell.key in made:
                 raise UserError(f"the grid has a run twice: {made[cell.key].command}; and {cell.command}")
             made[cell.key] = cell
-    if len({cell.settings.results_dir for cell in made.values()}) > 1:
-        raise UserError("a sweep has one --results_dir; the rows of this one name several")
-    files: dict[Path, Cell] = {}
-    for cell in made.values():
-        path = cell.settings.checkpoint
-        if path is not None and not cell.settings.eval_only and files.setdefault(path, cell) is not cell:
-            raise UserError(f"two runs save their weights as {path}; give each row a filename of its own")
+    _check_output(made.values())
     return list(made.values())
+
+
+def _combinations(settings: dict) -> list[list[str]]:
+    """Return settings of a YAML file as main.py's arguments: one list of arguments for each combination of values."""
+    choices = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) and name not in REPEATED else [value]
+        choices.append([_flags(name, single) for single in values])
+    return [list(itertools.chain(*choice)) for choice in itertools.product(*choices)]
+
+
+def _flags(name: str, value: object) -> list[str]:
+    """Return one setting of a YAML file as main.py's arguments."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, dict):  # of search
+        lists = {key: values if isinstance(values, list) else [values] for key, values in value.items()}
+        return [f"--{name}={key}={','.join(map(str, values))}" for key, values in lists.items()]
+    return [f"--{name}={item}" for item in (value if isinstance(value, list) else [value])]
 
 
 def _cell(words: list[str], device: str | None) -> Cell:
     given = [*words, "--device", device] if device else words
     try:
-        settings = parse([*words, "--device", "cpu"] if device else words)
+        config = parse([*words, "--device", "cpu"] if device else words)
     except UserError as error:
         raise UserError(f"{shlex.join(['python', 'main.py', *given])}: {error}") from None
-    return Cell(tuple(given), replace(settings, device=device) if device else settings)
+    if device:
+        config = dataclasses.replace(config, settings=dataclasses.replace(config.settings, device=device))
+    return Cell(tuple(given), config)
 
 
-def _flags(settings: dict) -> list[str]:
-    """Settings of a YAML file as main.py's arguments."""
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, dict):  # of search
-            words += [f"--{name}={key}={','.join(map(str, values))}" for key, values in value.items()]
-        else:
-            words += [f"--{name}={item}" for item in (value if isinstance(value, list) else [value])]
-    return words
+def _check_output(made: Collection[Cell]) -> None:
+    """Raise UserError if two runs save their weights in the same file, or if there are several results folders."""
+    if len({cell.settings.results_dir for cell in made}) > 1:
+        raise UserError("a sweep has one --results_dir; the rows of this one name several")
+    files: dict[Path, Cell] = {}
+    for cell in made:
+        path = cell.settings.weights_file
+        if path is not None and cell.config.trains and files.setdefault(path, cell) is not cell:
+            raise UserError(f"two runs save their weights as {path}; give each row a filename of its own")
