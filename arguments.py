@@ -166,15 +166,23 @@ def _checked(config: Config) -> Config:
     settings = config.settings
     check_data(settings, config.trains)
     check_output(settings)
-    if settings.eval_only and METHODS[settings.method].prepare is None:
-        raise UserError(f"--eval_only evaluates adapted weights, and {settings.method} has none; leave it out")
-    if settings.eval_only and not settings.weights_file.is_file():
-        raise UserError(f"--eval_only: there is no {settings.weights_file}; check --save_path and the run's settings")
+    if settings.eval_only:
+        _check_saved(settings)
     workers = datasets.default_workers() if settings.workers is None else settings.workers
     settings = dataclasses.replace(settings, device=choose_device(settings.device), workers=workers)
     if config.search:
         config.candidates()  # raises for values out of range
     return dataclasses.replace(config, settings=settings)
+
+
+def _check_saved(settings: Settings) -> None:
+    """Raise UserError if there are no saved weights to evaluate."""
+    if METHODS[settings.method].prepare is None:
+        raise UserError(f"--eval_only evaluates adapted weights, and {settings.method} has none; leave it out")
+    if settings.save_path is None:
+        raise UserError("--eval_only needs --save_path, the folder given when the weights were saved")
+    if not settings.weights_file.is_file():
+        raise UserError(f"--eval_only: there is no {settings.weights_file}; check --save_path and the run's settings")
 
 
 def _evaluated(config: Config, given: dict[str, Any]) -> Config:

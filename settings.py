@@ -246,8 +246,6 @@ def check_output(settings: Settings) -> None:
     """Raise UserError for output flags that cannot work."""
     if settings.save_path == "":
         raise UserError("--save_path is empty; name a folder, or . for this one")
-    if settings.eval_only and settings.save_path is None:
-        raise UserError("--eval_only needs --save_path, the folder given when the weights were saved")
     if settings.filename and Path(settings.filename).name != settings.filename:
         raise UserError(f"--filename {settings.filename} must be a plain name; folders belong in --save_path")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
