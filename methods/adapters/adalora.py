@@ -73,11 +73,12 @@ class AdaLoRA(PeftAdapters):
     def after_step(self, iteration: int) -> None:
         """Move the budget on. It needs the gradients of the step that was done."""
         # peft takes a k-th value, which CUDA has only as an algorithm that is not marked deterministic; its value is.
-        torch.use_deterministic_algorithms(False)
+        mode = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("default")
         try:
             self.tuner.update_and_allocate(iteration)
         finally:
-            torch.use_deterministic_algorithms(True)
+            torch.set_deterministic_debug_mode(mode)
 
     def state_dict(self) -> dict:
         allocator = self.tuner.rankallocator
