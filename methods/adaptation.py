@@ -26,7 +26,7 @@ class Adaptation:
     # Whether all prompts may share the activations of their common beginning in training: not if a method draws
     # something at random for every token.
     shares_prefix = True
-    # What the method draws from while it trains.
+    # The random generators that the method draws from in training.
     generators: Sequence[torch.Generator] = ()
 
     def __init__(
@@ -67,8 +67,8 @@ class Adaptation:
     # --- how it is trained
 
     def build(self) -> None:
-        """Compute what the method takes from the training images without the training loop. Called once before
-        training, and not where saved weights are evaluated."""
+        """Compute from the training images what does not need the training loop. Called once, before training, and not
+        when saved weights are evaluated."""
 
     @cached_property
     def prompts(self) -> PackedPrompts:
@@ -103,7 +103,8 @@ class Adaptation:
         return 0.0
 
     def after_step(self, iteration: int) -> None:
-        """Do what happens now and then, after the update of `iteration` (counted from 1)."""
+        """Do what happens after some updates only. Called after the update of each `iteration`, counted from 1; with
+        `full_batch` after the last one of each epoch."""
 
     def finish(self) -> None:
         """Do what happens once, after the last update."""
@@ -120,7 +121,7 @@ class Adaptation:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Make this adaptation, fresh from the method's `prepare` and built, continue from there, bit for bit."""
+        """Bring this adaptation, which was only prepared and built, to that state, bit for bit."""
         self.saved.load_state_dict(state["saved"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

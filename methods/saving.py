@@ -13,6 +13,8 @@ from clip.weights import save_tensors
 
 
 class Saved(Protocol):
+    """What an adaptation leaves behind: it can be counted, saved, loaded, and kept in a checkpoint."""
+
     def changed_weights(self) -> int:
         """Return how many of CLIP's weights differ from those at the start, or how many the method adds to them."""
 
@@ -23,7 +25,7 @@ class Saved(Protocol):
         """Take over what `save` wrote. Raise WeightsError, with nothing changed, if it does not fit."""
 
     def state_dict(self) -> dict:
-        """Return the same for a resumed run, in main memory."""
+        """Return the same for a checkpoint, in main memory."""
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` returned."""

@@ -7,7 +7,7 @@ from settings import Hparams as Base
 
 @dataclass(frozen=True)
 class Hparams(Base):
-    """None."""
+    """No settings."""
 
 
 prepare = None

@@ -201,8 +201,8 @@ def test_a_weight_file_that_does_not_fit_changes_nothing(tmp_path, method):
     rejected()
 
 
-@pytest.mark.parametrize("method", ["tip_adapter", "linear_probe"])
-def test_a_head_is_not_merged(tmp_path, method):
+@pytest.mark.parametrize("method", ["tip_adapter", "linear_probe", "gda", "coop"])
+def test_what_is_no_weight_of_clip_is_not_merged(tmp_path, method):
     path, experiment = tmp_path / "head.safetensors", experiment_of(method)
     methods.METHODS[method].prepare(experiment).saved.save(path, experiment.base_sha256, {"method": method})
     with pytest.raises(UserError, match=f"{path}.*{method}"):

@@ -1,12 +1,11 @@
-"""LoRA on packed attention projections: beside its definition, and beside an implementation without packing."""
+"""LoRA on packed attention projections: beside its definition, with each weight written out."""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from support.training import TOKENS, VIT_B16, cosine, filled, fitted, noise, prepared
+from support.training import VIT_B16, cosine, filled, fitted, noise, plain_loss, prepared
 from torch import nn
 
 import clip
@@ -81,26 +80,29 @@ def test_matrices_start_as_published_and_from_the_seed_alone():
     assert len({p[0, 0].item() for p in matrices}) == len(matrices), "two branches start alike"
 
 
+def with_lora(weights, matrices, scaling):
+    """CLIP's weights with W + s B A in place of each W, written out for queries, keys and values one by one."""
+    result = dict(weights)
+    for name, weight in weights.items():
+        layer, _, kind = name.partition(".attn.")
+        if parts := {"in_proj.weight": "qkv", "out_proj.weight": "o"}.get(kind):
+            changed = []
+            for part, W in zip(parts, weight.chunk(len(parts))):
+                A, B = (matrices.get(f"{layer}.attn.{part}.lora_{matrix}") for matrix in "AB")
+                changed.append(W if A is None else W + scaling * B @ A)
+            result[name] = torch.cat(changed)
+    return result
+
+
 def test_a_weight_becomes_w_plus_scaled_b_a():
-    base = clip.load("tiny")[0].double().state_dict()
+    base = dict(clip.load("tiny")[0].double().named_parameters())
     adaptation = filled(lora(rank=4, alpha=3.0, lora_on="q,v,o"))
-    matrices = {name: p.detach().clone() for name, p in adaptation.parameters.items()}
-    changed = 0
-    for name, merged in adaptation.merge().state_dict().items():
-        expected = base[name].clone()
-        prefix = name.removesuffix(".in_proj_weight").removesuffix(".out_proj.weight")
-        D = expected.shape[-1] if expected.dim() else 0
-        for part, kind, start in (
-            ("q", "in_proj_weight", 0),
-            ("v", "in_proj_weight", 2 * D),
-            ("o", "out_proj.weight", 0),
-        ):
-            if name.endswith(f".attn.{kind}"):  # the rows of k, between those of q and v, stay as they are
-                A, B = matrices[f"{prefix}.{part}.lora_A"], matrices[f"{prefix}.{part}.lora_B"]
-                expected[start : start + D] += 3 / math.sqrt(4) * B @ A
-        torch.testing.assert_close(merged, expected, rtol=0, atol=1e-14)
-        changed += not torch.equal(merged, base[name])
-    assert changed == 12
+    expected = with_lora(base, adaptation.parameters, 3 / math.sqrt(4))
+    assert sum(not torch.equal(expected[name], base[name]) for name in base) == 12
+    for name, merged in adaptation.merge().named_parameters():
+        torch.testing.assert_close(merged, expected[name], rtol=0, atol=1e-14)
+    name, k = "transformer.resblocks.0.attn.in_proj.weight", slice(64, 128)  # between the rows of q and those of v
+    assert torch.equal(adaptation.model.get_parameter(name)[k], base[name][k])
 
 
 @pytest.mark.parametrize("encoder, position, lora_on", [("text", "top1", "q,v"), ("vision", "half-bottom", "k,o")])
@@ -147,74 +149,33 @@ def test_with_dropout_no_prompt_shares_its_beginning():
     assert [lora(dropout=dropout).prompts.prefix for dropout in (0.0, 0.25)] == [1, 0]
 
 
-# --- an implementation without packing
+class PlainLoss(nn.Module):
+    """The training loss as a function of all weights, for `functional_call`."""
 
+    def __init__(self):
+        super().__init__()
+        self.clip = clip.load("tiny")[0].double()
 
-class PlainLoRA:
-    """CLIP with separate projections and LoRA on them, each written out; prompts padded, every token computed."""
-
-    def __init__(self, model, matrices, scaling):
-        self.w = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        self.matrices = {name: p.detach().clone().requires_grad_() for name, p in matrices.items()}
-        self.scaling = scaling
-
-    def project(self, name, part, x, weight, bias):
-        y = x @ weight.T + bias
-        A, B = (self.matrices.get(f"{name}.{part}.lora_{matrix}") for matrix in "AB")
-        return y if A is None else y + self.scaling * (x @ A.T) @ B.T
-
-    def norm(self, name, x):
-        return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"])
-
-    def tower(self, x, prefix, blocks, causal):
-        D, w = x.shape[-1], self.w
-        for i in range(blocks):
-            name = f"{prefix}resblocks.{i}"
-            h = self.norm(f"{name}.ln_1", x)
-            weights, biases = w[f"{name}.attn.in_proj_weight"].split(D), w[f"{name}.attn.in_proj_bias"].split(D)
-            q, k, v = (
-                self.project(f"{name}.attn", part, h, weight, bias).unflatten(-1, (-1, 64)).transpose(1, 2)
-                for part, weight, bias in zip("qkv", weights, biases)
-            )
-            scores = q @ k.transpose(-1, -2) / 8
-            if causal:
-                scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
-            h = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-            o = w[f"{name}.attn.out_proj.weight"], w[f"{name}.attn.out_proj.bias"]
-            x = x + self.project(f"{name}.attn", "o", h, *o)
-            h = self.norm(f"{name}.ln_2", x) @ w[f"{name}.mlp.c_fc.weight"].T + w[f"{name}.mlp.c_fc.bias"]
-            h = h * torch.sigmoid(1.702 * h)
-            x = x + h @ w[f"{name}.mlp.c_proj.weight"].T + w[f"{name}.mlp.c_proj.bias"]
-        return x
-
-    def image(self, images):
-        w = self.w
-        x = F.conv2d(images, w["visual.conv1.weight"], stride=w["visual.conv1.weight"].shape[-1]).flatten(2).mT
-        x = torch.cat([w["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + w["visual.positional_embedding"]
-        x = self.tower(self.norm("visual.ln_pre", x), "visual.transformer.", 4, causal=False)[:, 0]
-        return F.normalize((self.norm("visual.ln_post", x) @ w["visual.proj"]).float(), dim=-1)  # as train.fit does
-
-    def text(self, tokens):
-        w = self.w
-        x = self.tower(w["token_embedding.weight"][tokens] + w["positional_embedding"], "transformer.", 2, causal=True)
-        x = x[torch.arange(len(x)), tokens.argmax(-1)]
-        return F.normalize((self.norm("ln_final", x) @ w["text_projection"]).float(), dim=-1)
+    def forward(self, images, labels):
+        return plain_loss(self.clip, images, labels)
 
 
 @pytest.mark.parametrize(
     "options",
     [{}, {"lora_on": "q,v,o", "rank": 3, "alpha": 2.0, "position": "half-up"}, {"encoder": "text", "lora_on": "k"}],
 )
-def test_ten_steps_in_lockstep_with_plain_projections(options):
-    adaptation = lora(lr=1e-2, total_iters=10, batch_size=3, **options)
+def test_ten_steps_in_lockstep_with_weights_written_out(options):
+    adaptation, plain = lora(lr=1e-2, total_iters=10, batch_size=3, **options), PlainLoss()
     scaling = options.get("alpha", 1.0) / math.sqrt(options.get("rank", 2))
-    plain = PlainLoRA(adaptation.model, adaptation.parameters, scaling)
-    optimizer = torch.optim.AdamW(plain.matrices.values(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.01)
+    weights = {name: p.detach() for name, p in plain.clip.named_parameters()}
+    matrices = {name: p.detach().clone().requires_grad_() for name, p in adaptation.parameters.items()}
+    optimizer = torch.optim.AdamW(matrices.values(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.01)
     batches = [(images, labels.roll(step)) for step, (images, labels) in enumerate(noise(10))]
     losses = []
-    for step, (images, labels) in enumerate(batches):
+    for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = cosine(1e-2, step, 10)
-        loss = F.cross_entropy(100 * plain.image(images) @ plain.text(TOKENS).T, labels)
+        changed = {f"clip.{name}": weight for name, weight in with_lora(weights, matrices, scaling).items()}
+        loss = torch.func.functional_call(plain, changed, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -223,5 +184,5 @@ def test_ten_steps_in_lockstep_with_plain_projections(options):
     means = [sum(losses[i : i + 2]) / 2 for i in range(0, 10, 2)]  # four images, so an epoch is two steps
     assert measured == pytest.approx(means, rel=1e-5) and len(set(measured)) == 5
     for name, p in adaptation.parameters.items():
-        torch.testing.assert_close(p, plain.matrices[name], rtol=0, atol=1e-6)  # where a step is 1e-2
+        torch.testing.assert_close(p, matrices[name], rtol=0, atol=1e-6)  # where a step is 1e-2
         assert p.abs().max() > 1e-3

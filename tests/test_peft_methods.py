@@ -133,7 +133,9 @@ def test_the_budget_of_adalora_falls_to_the_target():
 @pytest.mark.parametrize("iterations", [2, 3, 5])
 def test_adalora_of_few_iterations(iterations):
     adaptation = adapter("adalora", total_iters=iterations, position="top1")
+    mode = torch.get_deterministic_debug_mode()
     fitted(adaptation)
+    assert torch.get_deterministic_debug_mode() == mode, "a setting of torch was left changed"
     assert adaptation.saved.changed_weights() > 0
     assert sum(int((p != 0).sum()) for p in singular_values(adaptation)) <= 8 * 2
 

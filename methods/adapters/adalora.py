@@ -2,10 +2,10 @@
 nearly orthogonal by a penalty, and a budget of ranks that falls from 1.5 `rank` to `rank` a matrix on average while the
 least important entries of E are set to zero.
 
-On the four matrices of each block that SO trains (peft_layers.py). No settings for CLIP are published. Those
-of the authors' run with the least data (RTE): alpha 32, lr 1.2e-3, penalty 0.3, betas 0.85, no dropout; of 3,900
-iterations the first 600 keep the whole budget and the last 1,800 the final one. Here the same parts of the run, and the
-rest, such as 500 iterations a shot, is CLIP-LoRA's. The scaling is alpha / (1.5 rank).
+On the four matrices of each block that SO trains (peft_layers.py). No settings for CLIP are published. These are those
+of the authors' run with the least data (RTE): alpha 32, lr 1.2e-3, penalty 0.3, betas 0.85, no dropout. Of its 3,900
+iterations the first 600 keep the whole budget and the last 1,800 the final one; here it is the same fractions of the
+run. The other values, such as 500 iterations a shot, are CLIP-LoRA's. The scaling is alpha / (1.5 rank).
 """
 
 import math
@@ -31,6 +31,8 @@ IMPORTANCE = "ipt", "exp_avg_ipt", "exp_avg_unc"  # where peft keeps it: by name
 
 @dataclass(frozen=True)
 class Hparams(LowRank):
+    """The values of the authors' run on RTE, as far as they are named above; the others are CLIP-LoRA's."""
+
     lr: float = with_default(LowRank, "lr", 1.2e-3)
     rank: int = option(2, "mean rank of the updates at the end", at_least=1)
     alpha: float = option(32.0, "updates are scaled by alpha / (1.5 rank)", above=0)
@@ -38,6 +40,8 @@ class Hparams(LowRank):
 
 
 class AdaLoRA(PeftAdapters):
+    """AdaLoRA in the chosen blocks, trained with AdamW."""
+
     FORMAT = "clip-adalora-1"
 
     def __init__(self, experiment: Experiment[Hparams]):
@@ -63,7 +67,7 @@ class AdaLoRA(PeftAdapters):
         self.scheduler = cosine_schedule(self.optimizer, hparams.total_iters)
 
     def penalty(self) -> Tensor:
-        """The mean over all A and B of the distance |A A^T - I| or |B^T B - I| (Frobenius), times 0.3."""
+        """Return 0.3 times the mean over all A and B of the distance |A A^T - I| or |B^T B - I| (Frobenius norm)."""
         distances = []
         for layer in self.layers.values():
             for P in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].T):  # [r, in] and [r, out]
@@ -71,13 +75,14 @@ class AdaLoRA(PeftAdapters):
         return PENALTY * torch.stack(distances).mean()
 
     def after_step(self, iteration: int) -> None:
-        """Move the budget on. It needs the gradients of the step that was done."""
-        # peft takes a k-th value, which CUDA has only as an algorithm that is not marked deterministic; its value is.
-        torch.use_deterministic_algorithms(False)
+        """Lower the budget, from the gradients of the step that was done."""
+        # peft takes a k-th value. On CUDA torch counts that as not deterministic, although the value always is.
+        mode = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("default")
         try:
             self.tuner.update_and_allocate(iteration)
         finally:
-            torch.use_deterministic_algorithms(True)
+            torch.set_deterministic_debug_mode(mode)
 
     def state_dict(self) -> dict:
         allocator = self.tuner.rankallocator

@@ -1,8 +1,8 @@
 """DoRA (Liu et al., arXiv 2402.09353), from the library peft: LoRA on the direction of each row of a weight, and the
 row's length as a trained weight beside it.
 
-On the four matrices of each block that SO trains (peft_layers.py). No settings for CLIP are published: they
-are CLIP-LoRA's (lora.py), with its scaling alpha / sqrt(r); weight decay spares the lengths.
+On the four matrices of each block that SO trains (peft_layers.py). No settings for CLIP are published. These are
+CLIP-LoRA's (lora.py), with its scaling alpha / sqrt(r), and without weight decay on the lengths.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from .peft_layers import PeftAdapters, library
 
 @dataclass(frozen=True)
 class Hparams(LowRank):
-    pass
+    """CLIP-LoRA's published values."""
 
 
 class DoRA(PeftAdapters):
+    """DoRA in the chosen blocks, trained with AdamW."""
+
     FORMAT = "clip-dora-1"
 
     def __init__(self, experiment: Experiment[Hparams]):

@@ -54,25 +54,26 @@ class Branches:
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:
-        """A random, B zero. `generator` is the CPU's, so that all devices start alike."""
+        """Set A to random numbers and B to zero. `generator` is the CPU's, so that all devices start alike."""
         for part in self.A:
             A = nn.init.kaiming_uniform_(torch.empty(self.A[part].shape), a=math.sqrt(5), generator=generator)
             self.A[part].copy_(A)
             self.B[part].zero_()
 
     def scaled_B(self, parts: str) -> Tensor:
-        """s B of these parts as one matrix [rows of the parts, r x number of branches], zero where rows have none."""
+        """Return s B of these parts as one matrix [rows of the parts, r x number of branches]; rows without a branch
+        are zero."""
         none = self.layer.weight.new_zeros(self.height, 0)
         return self.scaling * torch.block_diag(*(self.B.get(part, none) for part in parts))
 
     def merged(self) -> Tensor:
-        """W + s B A, in the weight's own precision."""
+        """Return W + s B A, in the weight's own precision."""
         weight = self.layer.weight
         with torch.autocast(weight.device.type, enabled=False):
             return weight + self.scaled_B(self.parts) @ torch.cat(list(self.A.values()))
 
     def forward(self, x: Tensor, parts: str | None = None) -> Tensor:
-        """The layer's output [..., out] of x [..., in], or only these neighbouring `parts` of it."""
+        """Return the layer's output [..., out] for x [..., in], or only these neighbouring `parts` of it."""
         parts = self.parts if parts is None else parts
         start = self.parts.index(parts) * self.height
         rows = slice(start, start + len(parts) * self.height)
@@ -84,7 +85,7 @@ class Branches:
 
 
 class LoRA(Adapters):
-    """Adds LoRA to the chosen blocks of `model` and trains it with AdamW."""
+    """LoRA in the chosen blocks, trained with AdamW."""
 
     FORMAT = "clip-lora-1"
 

@@ -1,4 +1,5 @@
-"""What LoRA, DoRA and AdaLoRA share: small matrices beside frozen weights, saved on their own and merged into them.
+"""What LoRA, DoRA and AdaLoRA share: small matrices beside frozen weights, which are saved without the weights and can
+be merged into them.
 
 Two rules hold for all of them. A forward pass that records gradients computes the parts of the weights and of the
 matrices side by side, with dropout. A forward pass without gradients, as in evaluation, uses the merged weights, at the
@@ -24,8 +25,9 @@ WEIGHT_DECAY = 1e-2  # of all matrices, as in CLIP-LoRA
 
 @dataclass(frozen=True)
 class LowRank(BlockTraining):
-    """CLIP-LoRA's values (arXiv 2405.18541), as far as they are not about which layers are adapted: 500 iterations a
-    shot without early stop, AdamW with lr 2e-4 and weight decay 1e-2, cosine to 1e-6, batch 32."""
+    """CLIP-LoRA's values (arXiv 2405.18541), except which layers are adapted: 500 iterations a shot without early stop,
+    AdamW with lr 2e-4 and weight decay 1e-2, cosine to 1e-6, batch 32. `methods.merge_file` knows by this class which
+    files hold matrices."""
 
     n_iters: int | None = with_default(BlockTraining, "n_iters", 500)
     early_stop_loss: float = with_default(BlockTraining, "early_stop_loss", 0.0)
@@ -35,8 +37,8 @@ class LowRank(BlockTraining):
 
 
 class SeededDropout(nn.Module):
-    """`nn.Dropout` that draws from its own `generator`. It acts in every forward pass that it takes part in; forward
-    passes without gradients do without it."""
+    """`nn.Dropout` that draws from its own `generator`. It always drops: forward passes without gradients, which use
+    merged weights, do not call it."""
 
     def __init__(self, p: float, generator: torch.Generator):
         super().__init__()
@@ -50,7 +52,7 @@ class SeededDropout(nn.Module):
 
 
 class Matrices(Tensors):
-    """The file of the matrices alone. What counts as changed are CLIP's weights once the matrices are merged."""
+    """A file with only the matrices. The weights that count as changed are CLIP's, once the matrices are merged."""
 
     def __init__(self, adapters: "Adapters"):
         super().__init__(adapters.FORMAT, adapters.parameters)
@@ -62,7 +64,7 @@ class Matrices(Tensors):
 
 
 class Adapters(Adaptation):
-    """Trains matrices beside the model's weights.
+    """Matrices that are trained beside the model's weights.
 
     A subclass sets FORMAT, the kind of its files, puts its matrices into the model before it calls `__init__`, and
     implements `merged_weights` and `remove`.
@@ -71,7 +73,7 @@ class Adapters(Adaptation):
     FORMAT: str
 
     def __init__(self, experiment: Experiment[LowRank], parameters: dict[str, nn.Parameter]):
-        self.parameters = parameters
+        self.parameters = parameters  # now, because `Matrices` reads them
         super().__init__(experiment, parameters, saved=Matrices(self))
         self.shares_prefix = experiment.hparams.dropout == 0  # with dropout each prompt draws for itself, as published
 

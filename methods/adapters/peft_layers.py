@@ -1,7 +1,7 @@
 """Layers of the library peft in CLIP, for DoRA and AdaLoRA.
 
 They go on the four matrices of each chosen block that SO trains too (`select_matrices`). The attention's input
-projection counts as one matrix [3D, D]: peft knows no parts of a layer, so query, key and value share a rank and the
+projection counts as one matrix [3D, D]: peft does not divide a layer, so query, key and value share a rank and the
 matrix A.
 """
 
@@ -25,7 +25,7 @@ ADAPTER = "default"  # peft's name for a model's only adapter
 
 
 def library(method: str) -> ModuleType:
-    """Return peft, which takes seconds to import and is needed only by two methods."""
+    """Return peft, which takes seconds to import. Raise UserError if it is not installed."""
     try:
         return importlib.import_module("peft")
     except ImportError as error:
@@ -33,15 +33,15 @@ def library(method: str) -> ModuleType:
 
 
 class PeftAdapters(Adapters):
-    """Puts the layers that `tuner` (a class of peft) makes from `config` into the chosen blocks of `model`."""
+    """The layers that `tuner`, a class of peft, makes from `config`, in the chosen blocks of the model."""
 
     def __init__(self, experiment: Experiment[LowRank], tuner: type, config: object):
         model, dropout, seed = experiment.model, experiment.hparams.dropout, experiment.settings.seed
         blocks = select_blocks(model, experiment.hparams)
         kinds = ("attn.in_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
         names = [f"{block}.{kind}" for block in blocks for kind in kinds]
-        # A pattern for whole names: of names in a list peft would also take those that end in one, such as the image
-        # tower's visual.transformer... for the text tower's transformer...
+        # A pattern for whole names. Given a list, peft also takes layers whose names only end in one of the list: for
+        # the text tower's transformer... the image tower's visual.transformer... too.
         config.target_modules = "|".join(re.escape(name) for name in names)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -76,19 +76,20 @@ class PeftAdapters(Adapters):
 
 
 def _project(attention: nn.Module, x: Tensor, parts: str) -> Tensor:
-    """Replaces `Attention.project` where `in_proj` is a peft layer."""
+    """Return what `Attention.project` does, where `in_proj` is a peft layer."""
     return _forward(attention.in_proj, x, attention.rows(parts))
 
 
 def _forward(layer: nn.Module, x: Tensor, rows: slice = slice(None)) -> Tensor:
-    """A peft layer's output, or those `rows` of it."""
+    """Return a peft layer's output [..., out] for x [..., in], or only these `rows` of it."""
     if not torch.is_grad_enabled():
         return F.linear(x, merged(layer)[rows], layer.base_layer.bias[rows])
     return type(layer).forward(layer, x)[..., rows]
 
 
 def merged(layer: nn.Module) -> Tensor:
-    """The weight with which a plain linear layer computes what this peft layer does. Call without gradients."""
+    """Return the weight with which a plain linear layer computes what this peft layer does. Call it without
+    gradients."""
     weight = layer.base_layer.weight
     before = weight.data
     with torch.autocast(before.device.type, enabled=False):

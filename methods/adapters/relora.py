@@ -1,15 +1,15 @@
-"""ReLoRA (Lialin et al., arXiv 2307.05695): LoRA that is merged into the weights and started anew again and again, so
+"""ReLoRA (Lialin et al., arXiv 2307.05695): LoRA that is merged into the weights and started again several times, so
 that the sum of its updates may have a high rank.
 
-Every `merge_every` iterations W becomes W + s B A, A is drawn anew, B is zero again, the optimizer forgets its state,
-and the learning rate, a cosine over the whole run, drops and climbs back to it in a tenth of the cycle. Published:
-cycles of 1,000 to 5,000 iterations, 50 to 100 of them to climb. Layers, rank and all else are LoRA's, see
-methods/lora.py.
+Every `merge_every` iterations W becomes W + s B A, A is drawn again, B is set to zero, and the optimizer's state is
+dropped. The learning rate, a cosine over the whole run, drops and climbs back to the cosine in a tenth of the cycle.
+Published: cycles of 1,000 to 5,000 iterations, 50 to 100 of them to climb. Layers, rank and everything else are LoRA's
+(lora.py).
 
-Different from the paper, which trains language models from scratch: there is no warm start with all weights trained,
-and the optimizer's state is dropped whole, step count included, where the paper keeps the largest 1 % of the moments.
-With cycles shorter than Adam's memory (1,000 iterations at beta2 0.999), moments near zero under an old step count
-would make steps several times too long.
+Differences from the paper, which trains language models from scratch: all weights are not trained first, and the whole
+state of the optimizer is dropped, with its step count, where the paper keeps the largest 1 % of the moments. With
+cycles shorter than Adam's memory (1,000 iterations at beta2 0.999), moments near zero with an old step count would make
+steps several times too long.
 """
 
 import math
@@ -30,13 +30,13 @@ CLIMB = 0.1  # part of a cycle in which the learning rate comes back
 
 @dataclass(frozen=True)
 class Hparams(lora.Hparams):
-    """CLIP-LoRA's published values. 125 iterations between merges are this project's choice."""
+    """CLIP-LoRA's published values. The 125 iterations between two merges are this project's choice."""
 
     merge_every: int = option(125, "iterations between two merges", at_least=1)
 
 
 class ReLoRA(lora.LoRA):
-    """LoRA with restarts. What it changes is dense in the adapted matrices, and is saved as a delta on the base."""
+    """LoRA with restarts. It changes all entries of the adapted matrices, and is saved as a delta."""
 
     def __init__(self, experiment: Experiment[Hparams]):
         super().__init__(experiment)

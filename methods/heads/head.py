@@ -13,9 +13,9 @@ FORMAT = "clip-head-1"
 
 
 class Head(Adaptation):
-    """Tensors beside CLIP that make logits of frozen features. A subclass fills them in `build`, if not by training.
+    """Tensors beside CLIP that make logits of frozen features. A subclass fills them in `build`, or by training.
 
-    Tensors that require a gradient count as trainable; all except integers count as weights that CLIP did not have.
+    Tensors that require a gradient are trained. All except integers count as weights that the method adds to CLIP.
     Those in `varying` have a row for each training image.
     """
 

@@ -5,13 +5,13 @@ openai/CLIP: `LogisticRegression(C=0.316, max_iter=1000)`, with the remark that 
 validation data. Defaults here: that C and that max_iter; scikit-learn's for the rest (tolerance 1e-4, no penalty on
 the intercept).
 
-- Images are not augmented: one centre crop each, as there.
-- Features enter as CLIP's logits use them, 100 x unit length, where the example takes them as the encoder gives them.
-  They are longer then, and the same C is a weaker penalty. Logits are W (100 f) + b, so that the text classifier as W,
-  with b = 0, is zero-shot CLIP.
+- Images are not augmented: one centre crop each, as in that example.
+- The features have length 100, as in CLIP's logits. The example takes them as the encoder gives them, which is shorter,
+  so that the same C is a stronger penalty there. For unit features f the logits are W (100 f) + b: with the text
+  classifier as W and b = 0 they are zero-shot CLIP's.
 - `text_init` starts the solver at that W and b instead of at zero, by scikit-learn's warm start. Nothing else changes:
-  the penalty still pulls W towards zero. The problem is strictly convex in W, so that at convergence the start has no
-  say; it has where the solver stops before, by its tolerance or by `probe_iters`. Relatives that differ: ZS-LP of CLAP
+  the penalty still pulls W towards zero. The problem is strictly convex in W, so the start makes no difference if the
+  solver converges, only if it stops earlier, by its tolerance or by `probe_iters`. Related methods: ZS-LP of CLAP
   (arXiv 2312.12730) starts at the text classifier and takes 300 epochs of SGD; LP++ (arXiv 2404.02285) adds the text
   classifier to W, with a learned factor per class.
 - With two classes scikit-learn fits one vector w, the difference of the two; the rows of W are then -w/2 and w/2.

@@ -7,12 +7,12 @@ one-hot labels L:
     logits = 100 f T' + alpha exp(-beta (1 - f F')) L
 
 A key is the mean of an image's features, as the encoder gives them, over 10 augmented views (random crops of 50 to
-100 % of the area, flips), then of unit length: so in that code. alpha = 1 and beta = 5.5 are known as the base of the
-paper's ablations (ImageNet, 16 shots); that could not be checked against its text. The code starts at other values
+100 % of the area, flips), scaled to unit length, as in that code. alpha = 1 and beta = 5.5 are said to be the base of
+the paper's ablations (ImageNet, 16 shots); that was not checked against its text. The code starts at other values
 (ImageNet: 1.17 and 1; DTD and EuroSAT: 2 and 1) and searches both on validation images, for ImageNet on the test
-images. Nothing is searched here, and the prompts are those of all methods (--prompts), where that code uses each data
-set's own. With several prompts (ImageNet's seven) its text classifier is their mean; here the first one's, as for all
-methods.
+images. Nothing is searched here without --search. The prompts are those of all methods (--prompts), where that code
+uses each dataset's own. With several prompts (ImageNet's seven) its text classifier is their mean; here it is the first
+one's, as for all methods.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Cache(Base):
 
 @dataclass(frozen=True)
 class Hparams(Views, Cache):
-    pass
+    """The cache's, and the released augmentation."""
 
 
 class TipAdapter(Head):
@@ -55,7 +55,7 @@ class TipAdapter(Head):
 
     @cached_property
     def values(self) -> Tensor:
-        """The labels as one-hot rows [N, C]."""
+        """One-hot rows [N, C] of the labels."""
         return F.one_hot(self.labels, len(self.experiment.task.class_names)).float()
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:

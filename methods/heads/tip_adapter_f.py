@@ -19,6 +19,8 @@ from .tip_adapter import Cache, TipAdapter
 
 @dataclass(frozen=True)
 class Hparams(Training, Cache):
+    """The released settings."""
+
     lr: float = with_default(Training, "lr", 1e-3)
     epochs: int | None = with_default(Training, "epochs", 20)
     batch_size: int = with_default(Training, "batch_size", 256)

@@ -8,9 +8,9 @@ of a ResNet `attnpool.c_proj.weight` without its bias. The text classifier is fr
 
 Read in that code: Adam with eps 1e-4; 300 updates, each from all training images at once, augmented again (random crops
 of 50 to 100 % of the area, flips); cosine schedule to 0. Its configurations have lr 1e-5, 1e-4, 1e-3 and 1e-2 with this
-lambda; the default here is 1e-5, with which it trains the weights that it evaluates on other datasets. Its other
-variants are lambda = 1 / shots^2 and a search of lr and lambda on validation images. Which tables of the paper use
-which was not checked.
+lambda. The default here is 1e-5, which that code uses for the weights that it evaluates on other datasets. It also has
+lambda = 1 / shots^2, and a search of lr and lambda on validation images. It was not checked which tables of the paper
+use which.
 
 Differences: features are computed during training instead of beforehand, in float32 instead of half precision, and the
 prompts are those of all methods (--prompts), where that code uses each dataset's own.

@@ -29,6 +29,8 @@ class Sparse(BlockTraining):
 
 @dataclass(frozen=True)
 class Hparams(Sparse):
+    """SO's released settings."""
+
     sampled_gradients: bool = option(True, "compute weight gradients only at the support; the same to rounding")
 
 
