@@ -394,4 +394,4 @@ def test_the_variants_have_nothing_to_replay(run_main):
     fabricate_variant(Path("."), "imagenet-a", imagenet_classes()[0][:3])
     Path("split.json").write_text("{}")
     flags = ("--dataset", "imagenet_a", "--root_path", ".", "--method", "zero_shot", "--split", "split.json")
-    assert "no training images" in refused(run_main(*QUICK, *flags), ["imagenet-a", "split.json"])
+    assert "no training images" in refused(run_main(*flags), ["imagenet-a", "split.json"])
