@@ -1,13 +1,12 @@
-"""Large datasets: the time and memory that a list of images takes before any is opened.
+"""Large datasets: the time and memory that a list of images takes before any image is opened.
 
     python -m benchmarks.datasets
 
-ImageNet's 50,000 validation images in 1000 folders, and one's own data with 100,000 images in one class folder, three
-tenths of which become the test part. The files are hard links to a few JPEGs of 224 x 224, in a temporary folder.
-Times are medians of 5, after one for the disk's cache; memory is what Python's allocator holds for the finished Task.
+ImageNet's 50,000 validation images in 1000 folders, and a user's folder with 100,000 images in one class, 30 % of which
+become the test part. The files are hard links to a few JPEGs of 224 x 224 in a temporary folder. Times are medians of
+5, after one for the disk's cache. Memory is what Python's allocator holds for the finished Task.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 
 import datasets
+from common import Parser, one_line_errors
 from datasets.splits import imagenet_classes
 
 PIXELS = 224 * 224 * 3  # bytes of a decoded image
@@ -27,7 +27,7 @@ LINKS = 10_000  # hard links per file; some disks allow 65,000
 
 
 def fill(folder: Path, count: int, source: Path) -> None:
-    """`count` images in `folder`."""
+    """Write `count` images into `folder`."""
     folder.mkdir(parents=True)
     for number in range(count):
         if number % LINKS == 0:
@@ -63,7 +63,7 @@ def measure(name: str, root: Path, shots: int | None) -> None:
 
 
 def main(argv=None) -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    Parser(description=__doc__).parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         noise = torch.randint(256, (224, 224, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -77,4 +77,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -43,7 +43,7 @@ def flags(run_main):
 
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [("dtd", ()), ("dtd", ("--draw", "coop")), ("folder", ()), ("folder", ("--classes", "base"))],
+    [("dtd", ("--draw", "coop")), ("dtd", ("--test_part", "val")), ("folder", ()), ("folder", ("--classes", "base"))],
 )
 def test_a_replay_trains_on_the_same_images_and_gives_the_same_curve(name, extra, run_main, flags):
     _, first, _, _ = run_main(*QUICK, *flags[name], *extra)
@@ -51,7 +51,9 @@ def test_a_replay_trains_on_the_same_images_and_gives_the_same_curve(name, extra
     content = json.loads(split.read_text())
     assert content["split_sha256"] == first["split_sha256"] and content["dataset"] == name
     parts = {"train", "val", "test"} if name == "folder" else {"train", "val"}
-    assert content.keys() == {"dataset", "class_names", "split_sha256", *parts}
+    part = {"test_part"} if "val" in extra else set()
+    assert content.keys() == {"dataset", "class_names", "split_sha256", *parts} | part
+    assert first.get("test_part", "test") == content.get("test_part", "test") == ("val" if part else "test")
     classes = 2 if "base" in extra else 4
     assert Counter(label for _, label in content["train"]) == dict.fromkeys(range(classes), 2)
     assert len(content["val"]) >= classes
@@ -394,4 +396,4 @@ def test_the_variants_have_nothing_to_replay(run_main):
     fabricate_variant(Path("."), "imagenet-a", imagenet_classes()[0][:3])
     Path("split.json").write_text("{}")
     flags = ("--dataset", "imagenet_a", "--root_path", ".", "--method", "zero_shot", "--split", "split.json")
-    assert "no training images" in refused(run_main(*QUICK, *flags), ["imagenet-a", "split.json"])
+    assert "no training images" in refused(run_main(*flags), ["imagenet-a", "split.json"])

@@ -14,15 +14,17 @@ from support.runs import refused
 import clip
 import datasets
 import main as entry
-import run_utils
 import utils
+from arguments import parse
 from datasets.fewshot import base_or_new
 from datasets.splits import imagenet_classes
 from datasets.task import Item
 from methods import METHODS
 
-QUICK = ("--backbone", "tiny", "--shots", 2, "--total_iters", 3, "--workers", 0, "--lr", "1e-3")
-DTD = (*QUICK, "--dataset", "dtd", "--root_path", "data", "--save_path", "saved")
+TINY = ("--backbone", "tiny", "--shots", 2, "--workers", 0)
+QUICK = (*TINY, "--total_iters", 3, "--lr", "1e-3")
+DATA = ("--dataset", "dtd", "--root_path", "data")
+DTD = (*QUICK, *DATA, "--save_path", "saved")
 WEIGHTS = Path("saved/tiny/dtd/2shots/seed3/so.safetensors")
 
 
@@ -78,13 +80,12 @@ def accuracy_by_hand(name: str) -> float:
 def test_every_method_is_evaluated_elsewhere_or_says_why_not(method, run_main):
     for name, classes in (("dtd", 3), ("eurosat", 3), ("ucf101", 4)):  # eurosat with the class names of dtd
         fabricate(name, Path("data"), classes=classes, per_class=4)
-    whole = "--epochs" if method in ("prolip", "tip_adapter_f") else "--total_iters"
-    flags = ("--method", method, "--backbone", "tiny", "--shots", 2, whole, 3, "--workers", 0, "--root_path", "data")
-    flags = (*flags, "--dataset", "dtd", "--save_path", "saved")
+    lengths = [name for name in ("epochs", "total_iters") if name in METHODS[method].Hparams.__dataclass_fields__]
+    flags = ("--method", method, *TINY, "--root_path", "data", "--dataset", "dtd", "--save_path", "saved")
+    flags += (f"--{lengths[0]}", 3) if lengths else ()
     code, trained, _, err = run_main(*flags)
     assert code == 0, err
-    assert trained["epochs"] == (3 if whole == "--epochs" else None)
-    is_head = method in ("linear_probe", "tip_adapter", "tip_adapter_f")
+    is_head = ".heads." in METHODS[method].__name__
     other = "eurosat" if is_head else "ucf101"
     code, (same, elsewhere), _, err = run_main(*flags, "--eval_only", "--eval_datasets", f"dtd,{other}")
     assert code == 0, err
@@ -110,8 +111,8 @@ def test_an_evaluation_records_how_its_weights_were_drawn(run_main):
 def test_finished_evaluations_are_skipped_and_others_done(data, run_main, monkeypatch):
     flags = (*DTD, "--eval_only", "--eval_datasets")
     _, (variant,), _, _ = run_main(*flags, "imagenet_a")
-    experiment, done = entry.experiment, []
-    monkeypatch.setattr(entry, "experiment", lambda *args: done.append(args[1].name) or experiment(*args))
+    do_now, done = entry.do_now, []
+    monkeypatch.setattr(entry, "do_now", lambda run: done.append(run.task.name) or do_now(run))
     _, records, out, _ = run_main(*flags, "eurosat,imagenet_a")
     assert done == ["eurosat"] and records[1] == variant and out.count("already done") == 1
     _, same, _, _ = run_main(*DTD, "--eval_only")
@@ -125,12 +126,15 @@ def test_finished_evaluations_are_skipped_and_others_done(data, run_main, monkey
 
 
 def test_a_missing_dataset_is_found_before_any_is_evaluated(data, run_main):
-    before = sorted(Path("results").rglob("*"))
-    line = refused(run_main(*DTD, "--eval_only", "--eval_datasets", "eurosat,food101"), ["data", "results", "saved"])
-    assert "food101: no dataset folder in data" in line and sorted(Path("results").rglob("*")) == before
+    def files():
+        return sorted(Path("results").rglob("result*"))
+
+    before, left = files(), ["data", "results", "saved"]
+    line = refused(run_main(*DTD, "--eval_only", "--eval_datasets", "eurosat,food101"), left)
+    assert "food101: no dataset folder in data" in line and files() == before
     Path("data/eurosat/2750", datasets.build("eurosat", "data", None, 1).test[0].path).write_bytes(b"")
-    line = refused(run_main(*DTD, "--eval_only", "--eval_datasets", "eurosat"), ["data", "results", "saved"])
-    assert ".jpg is empty" in line and sorted(Path("results").rglob("*")) == before
+    line = refused(run_main(*DTD, "--eval_only", "--eval_datasets", "eurosat"), left)
+    assert ".jpg is empty" in line and files() == before
 
 
 ROOT = ("--root_path", "data")
@@ -155,8 +159,8 @@ SAVED = ("--save_path", "saved", "--eval_only")
         ((*SAVED, "--eval_datasets", "digits", "--classes", "new"), ["--eval_datasets", "--classes"]),
         ((*SAVED, "--eval_datasets", "digits", "--split", "data/x"), ["--eval_datasets", "--split"]),
         ((*SAVED, "--eval_datasets", "digits", "--method", "zero_shot"), ["--eval_only", "zero_shot"]),
-        (("--dataset", "imagenet_r", *ROOT), ["imagenet_r", "test part", "--eval_datasets imagenet_r"]),
-        ((*SAVED, "--dataset", "imagenet_r", *ROOT), ["imagenet_r", "test part"]),
+        (("--dataset", "imagenet_r", *ROOT), ["imagenet_r", "--eval_datasets imagenet_r"]),
+        ((*SAVED, "--dataset", "imagenet_r", *ROOT), ["imagenet_r"]),
         ((*SAVED, *ROOT, "--dataset", "folder", "--eval_datasets", "dtd"), ["--dataset folder", "take digits"]),
         ((*SAVED, "--dataset", "folder", "--eval_datasets", "digits"), ["--dataset folder needs --root_path"]),
     ],
@@ -164,7 +168,7 @@ SAVED = ("--save_path", "saved", "--eval_only")
 def test_evaluations_that_cannot_work(flags, words, run_main):
     Path("data").mkdir()
     Path("data/x").touch()
-    line = refused(run_main(*QUICK, *flags), ["data"])
+    line = refused(run_main(*TINY, *flags), ["data"])
     assert all(word in line for word in words), line
 
 
@@ -180,7 +184,7 @@ def test_weights_of_your_own_images_on_the_digits(run_main):
 def test_a_variant_without_training(few_imagenet_classes, run_main):
     wnids, names = imagenet_classes()
     fabricate_variant(Path("data"), VARIANTS["imagenet_r"][0], wnids[11:7:-1])
-    flags = (*QUICK, "--dataset", "imagenet_r", "--root_path", "data", "--method", "zero_shot")
+    flags = (*TINY, "--dataset", "imagenet_r", "--root_path", "data", "--method", "zero_shot")
     code, record, _, err = run_main(*flags)
     assert code == 0 and record["test_dataset"] == "imagenet_r" and "published split has 4" in err
     assert not Path("results", record["run_id"], "split.json").exists()
@@ -221,7 +225,7 @@ def test_training_on_base_and_evaluation_on_both(data, run_main):
     _, new, out, _ = run_main(*DTD, "--classes", "new", "--eval_only")
     assert "dtd (2 classes)" in out and "on 4 test images" in out
     assert new["changed_weights"] == base["changed_weights"] != 0
-    _, zero_shot, _, _ = run_main(*DTD, "--classes", "new", "--method", "zero_shot")
+    _, zero_shot, _, _ = run_main(*TINY, *DATA, "--classes", "new", "--method", "zero_shot")
     assert zero_shot["test_accuracy"] == zero_shot["zero_shot_accuracy"] == new["zero_shot_accuracy"]
     records = [data, base, again, new, zero_shot]
     assert [record["classes"] for record in records] == ["all", "base", "base", "new", "new"]
@@ -250,7 +254,7 @@ def test_training_on_new_classes_is_rejected(run_main):
 def test_a_half_without_test_images_is_rejected(run_main):
     fabricate_own("pets/train", ("ant", "bee", "cat", "dog"))
     fabricate_own("pets/test", ("ant", "bee"))
-    flags = (*QUICK, "--dataset", "folder", "--root_path", "pets", "--method", "zero_shot", "--classes", "new")
+    flags = (*TINY, "--dataset", "folder", "--root_path", "pets", "--method", "zero_shot", "--classes", "new")
     assert "2 classes and 0 test images" in refused(run_main(*flags), ["pets"])
 
 
@@ -271,7 +275,7 @@ def test_zero_shot_averages_all_templates_and_training_takes_the_first(run_main,
     _, alone, _, _ = run_main(*DTD, "--template", TEMPLATES[0], "--filename", "alone")
     assert alone["run_id"] != record["run_id"] and alone["final_loss"] == record["final_loss"]
     asked.clear()
-    _, zero_shot, _, _ = run_main(*DTD, *flags, "--method", "zero_shot")
+    _, zero_shot, _, _ = run_main(*TINY, *DATA, *flags, "--method", "zero_shot")
     assert asked == [*TEMPLATES, *TEMPLATES]
     assert zero_shot["test_accuracy"] == zero_shot["zero_shot_accuracy"] == record["zero_shot_accuracy"]
 
@@ -280,9 +284,9 @@ def test_templates_in_config_files_and_above_them(run_main):
     one, two = (f"template: {value}\n" for value in ('"a {}."', "['a {}.', 'b {}.']"))
     Path("one.yaml").write_text(one)
     Path("two.yaml").write_text(two)
-    assert run_utils.parse(["--config", "one.yaml"]).template == ("a {}.",)
-    assert run_utils.parse(["--config", "two.yaml"]).template == ("a {}.", "b {}.")
-    assert run_utils.parse(["--config", "two.yaml", "--template", "c {}"]).template == ("c {}",)
+    assert parse(["--config", "one.yaml"]).settings.template == ("a {}.",)
+    assert parse(["--config", "two.yaml"]).settings.template == ("a {}.", "b {}.")
+    assert parse(["--config", "two.yaml", "--template", "c {}"]).settings.template == ("c {}",)
     fabricate("dtd", Path("data"), classes=2)
     _, record, _, _ = run_main(*DTD, "--config", "two.yaml")
     config = Path("results", record["run_id"], "config.yaml")
