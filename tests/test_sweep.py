@@ -103,7 +103,7 @@ def table(results):
 # --- real runs
 
 
-def test_both_sweeps_do_what_main_does_and_skip_what_is_done(run_main, run_sweep, tmp_path):
+def test_both_sweeps_do_what_main_does_and_skip_what_is_done(run_main, run_sweep, all_digits, tmp_path):
     run_main(*QUICK, "--seed", 5, "--results_dir", "direct")
     flags = [*QUICK, "--cache_dir", tmp_path / "cache", "--results_dir", "swept"]
     code, out, err = run_sweep("--methods", "so", "--seeds", 5, *flags)
