@@ -3,8 +3,8 @@
 import itertools
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -15,21 +15,11 @@ from scipy import stats
 from scripts import report
 from scripts.reporting import comparison, figures
 from scripts.reporting.results import ELEVEN, read_results
-from scripts.reporting.sheets import accuracy_tables
+from scripts.reporting.sheets import accuracy_tables, cost_tables, validation_tables
 
 SO = {"encoder": "both", "position": "all", "lr": 0.0002, "batch_size": 32, "early_stop_loss": 0.01, "min_area": 0.08}
 SO |= {"flip": True, "prune_first": False, "density_ratio": 5e-05, "t": 5, "eval_every": 0, "sampled_gradients": True}
-LORA = {
-    "encoder": "both",
-    "position": "all",
-    "rank": 2,
-    "alpha": 1.0,
-    "dropout": 0.25,
-    "lora_on": "q,k,v",
-    "lr": 0.0002,
-}
-LORA |= {"batch_size": 32, "early_stop_loss": 0.0, "min_area": 0.08, "flip": True, "eval_every": 0}
-OWN = {"so": SO, "lora": LORA, "adam": {"lr": 0.0002}, "zero_shot": {}}
+OWN = {"so": SO, "lora": {"lr": 0.0002, "rank": 2}, "adam": {"lr": 0.0002}, "zero_shot": {}}
 PER_SHOT = {"so": 2000, "lora": 500, "adam": 2000}
 
 
@@ -50,11 +40,8 @@ class Folder:
             **{"precision": "fp32", "draw": "released", "classes": "all", "prompts": "released"},
             **{"template": "a photo of a {}.", "test_dataset": dataset, "root_path": None, "eval_only": False},
             **{"split_sha256": f"{dataset} {shots} {seed}", "weights_sha256": "f" * 64, "git_commit": "abc"},
-            **{
-                "torch_version": "2.6.0",
-                "device": "cpu",
-                "finished_at": f"2026-01-01T00:{number // 60:02}:{number % 60:02}",
-            },
+            **{"torch_version": "2.6.0", "device": "cpu"},
+            **{"finished_at": f"2026-01-01T00:{number // 60:02}:{number % 60:02}"},
             **OWN[method],
             **({"total_iters": PER_SHOT[method] * shots} if method in PER_SHOT else {}),
             **changes,
@@ -66,7 +53,6 @@ class Folder:
             pd.DataFrame(curve).to_csv(folder / "curve.csv", index=False)
         if search is not None:
             pd.DataFrame(search | {"val_accuracy": 1.0, "chosen": True}).to_csv(folder / "search.csv", index=False)
-        return record
 
     def read(self):
         return read_results(self.path)
@@ -87,13 +73,13 @@ def no_figures(monkeypatch):
 def make(results, tmp_path, capsys):
     """Makes the report; returns (exit code, stdout, stderr, folder)."""
 
-    def call(*argv):
+    def call(*argv, out=tmp_path / "report"):
         code = 0
         try:
-            report.main([str(word) for word in (results.path, "--out", tmp_path / "report", *argv)])
+            report.main([str(word) for word in (results.path, "--out", out, *argv)])
         except SystemExit as stop:
             code = stop.code
-        return code, *capsys.readouterr(), tmp_path / "report"
+        return code, *capsys.readouterr(), out
 
     return call
 
@@ -108,14 +94,10 @@ def texts(sheet):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"lr": 0.001}, "lr 0.001"),
         ({"lr": 0.0002000001}, "lr 0.0002000001"),
         ({"precision": "bf16"}, "precision bf16"),
-        ({"draw": "coop"}, "draw coop"),
-        ({"classes": "base"}, "classes base"),
         ({"prompts": "specific", "template": "a {} texture."}, "prompts specific"),
         ({"prompts": "own", "template": "one {}."}, "prompts own, template one {}."),
-        ({"backbone": "ViT-B/32"}, "backbone ViT-B/32"),
         ({"backbone": "w/mine.pt"}, "backbone mine.pt"),
         ({"weights_sha256": "e" * 64}, "backbone ViT-B/16 eeeeeeee"),
         ({"device": "NVIDIA H100"}, "device gpu"),
@@ -138,24 +120,15 @@ def test_runs_that_differ_in_a_setting_are_not_mixed(results, change, words):
     assert texts(sheet)[label][0] == "60.00 ± 0.00"
 
 
-def test_what_runs_measure_does_not_part_them(results):
+def test_what_runs_measure_and_what_varies_with_the_dataset_does_not_part_them(results):
     results.add(seed=1, device="NVIDIA H100")
     measured = {"train_seconds": 5.0, "changed_weights": 3, "optimizer_bytes": 9, "iterations": 3, "final_loss": 0.3}
-    measured |= {
-        "data_sha256": "a" * 64,
-        "stopped_early": True,
-        "peak_memory_mb": 3.0,
-        "search_seconds": 1.0,
-        "checkpoint_bytes": 55,
-    }
-    results.add(seed=2, git_commit="def", torch_version="2.9", device="NVIDIA A100", **measured)
-    assert list(results.read().settings.index) == ["so"]
-
-
-def test_prompts_of_the_data_set_and_iterations_by_epochs_vary_with_it(results):
+    measured |= {"data_sha256": "a" * 64, "stopped_early": True, "peak_memory_mb": 3.0, "search_seconds": 1.0}
+    measured |= {"checkpoint_bytes": 55, "git_commit": "def", "torch_version": "2.9"}
+    results.add(seed=2, device="NVIDIA A100", **measured)
     for dataset, template, iterations in (("dtd", "{} texture.", 80), ("eurosat", "satellite photo of {}.", 30)):
-        results.add(dataset=dataset, prompts="specific", template=template, epochs=10, total_iters=iterations)
-    assert list(results.read().settings.index) == ["so"]
+        results.add("adam", dataset, prompts="specific", template=template, epochs=10, total_iters=iterations)
+    assert list(results.read().settings.index) == ["adam", "so"]
 
 
 def test_values_that_were_searched_are_outcomes_and_their_list_is_the_setting(results):
@@ -184,16 +157,19 @@ def test_iterations_per_shot_and_in_all_are_told_apart_over_shots(results):
     }
 
 
-def test_a_run_of_the_same_settings_and_seed_replaces_the_older_with_a_note(results, make, no_figures):
+def test_what_is_left_out_is_named(results, make, no_figures):
     results.add(accuracy=50, run_id="old")
-    results.add(accuracy=60, run_id="new")
+    results.add(accuracy=60, run_id="new")  # the same settings and seed
+    results.add(seed=2, accuracy=70, run_id="damaged")
+    (results.path / "damaged" / "result.json").write_text('{"run_id": ')
     code, _, err, out = make()
-    assert code == 0 and "old" in err and "1 run(s) left out" in err
-    assert "1 run(s) left out" in (out / "index.html").read_text() and "1 run(s)" in (out / "tables.md").read_text()
+    assert code == 0 and "old" in err and "damaged" in err
+    for file in ("index.html", "tables.md"):
+        assert all(note in (out / file).read_text() for note in ("1 run(s) left out", "1 of 3 records are damaged"))
     assert pd.read_csv(out / "runs.csv").test_accuracy.tolist() == [60]
 
 
-def test_evaluated_weights_and_data_sets_of_no_suite_have_tables_of_their_own(results):
+def test_evaluated_weights_and_datasets_of_no_suite_have_separate_tables(results):
     results.add(accuracy=50)
     results.add(accuracy=40, eval_only=True, dataset="imagenet", test_dataset="dtd")
     results.add(accuracy=30, eval_only=True, dataset="imagenet", test_dataset="imagenet_v2")
@@ -204,20 +180,20 @@ def test_evaluated_weights_and_data_sets_of_no_suite_have_tables_of_their_own(re
     sheets = {sheet.title: sheet for sheet in accuracy_tables(results.read())}
     after = "Test accuracy after 4 shots on"
     assert list(sheets) == [
-        f"{after} the eleven data sets",
+        f"{after} the eleven datasets",
         f"{after} digits, folder:/a/mine, folder:/b/mine, folder:other",
-        f"{after} the eleven data sets, evaluated weights",
+        f"{after} the eleven datasets, evaluated weights",
         f"{after} variants of ImageNet, evaluated weights",
     ]
     first, own, moved, variants = sheets.values()
     assert texts(first) == {"so (backbone ViT-B/16)": ["50.00", "50.00"]}
     assert texts(own) == {"so (backbone tiny)": ["10.00", "7.00", "7.00", "8.00"]}
-    from_imagenet, new = (
-        "so, evaluated weights (classes all, trained_on imagenet)",
-        "so, evaluated weights (classes new, ",
-    )
-    assert texts(moved) == {from_imagenet: ["40.00"] * 2, f"{new}trained_on the same)": ["20.00"] * 2}
-    assert texts(variants) == {from_imagenet: ["30.00"] * 2}
+    label = "so, evaluated weights (classes {}, trained_on {})"
+    assert texts(moved) == {
+        label.format("all", "imagenet"): ["40.00"] * 2,
+        label.format("new", "the same"): ["20.00"] * 2,
+    }
+    assert texts(variants) == {label.format("all", "imagenet"): ["30.00"] * 2}
 
 
 # --- tables
@@ -246,9 +222,7 @@ def test_the_table_has_means_and_deviations_and_marks_what_is_missing(results):
     assert texts(sheet)["lora"][-1] == "-"
     means = [values[:2].mean() if name == "fgvc" else values.mean() for name, values in zip(ELEVEN, by_name["so"])]
     assert texts(sheet)["so"][-1] == f"{np.mean(means):.2f}"
-    notes = " ".join(sheet.notes)
-    assert "over 3 of the seeds 5, 6, 7, or n where it says so" in notes
-    assert "no average without it" in notes and "different seeds" in notes
+    assert "over 3 of the seeds 5, 6, 7" in sheet.notes[0] and len(sheet.notes) == 3
 
 
 def test_markdown_and_latex_have_the_same_table(results):
@@ -264,7 +238,42 @@ def test_markdown_and_latex_have_the_same_table(results):
     assert len(body) == 4 and {len(re.split(r"(?<!\\)&", line)) for line in body} == {4}
     assert [latex.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule", "{lccc}")] == [1] * 4
     assert r"51.50 $\pm$ 0.71 & - & - \\" in latex and r"50\% \& a\_b\textbackslash{}c|d" in latex
-    assert "± 0.71 | - | - |" in sheet.markdown() and "Of the eleven data sets there is no run" in latex
+    assert "± 0.71 | - | - |" in sheet.markdown()
+
+
+def test_costs_stand_beside_accuracies_of_all_shots(results):
+    for seed, shots in itertools.product((1, 2), (1, 16)):
+        cost = {"trainable_weights": 9000, "changed_weights": 1000 * shots + seed, "optimizer_bytes": 1500 * seed}
+        for name in ("digits", "imagenet", "dtd"):
+            accuracy = 10 * shots / 16 + seed + (name == "dtd")
+            results.add("so", name, shots=shots, seed=seed, accuracy=accuracy, **cost, train_seconds=shots * seed)
+    results.add("zero_shot", "digits", seed=1, shots=1, accuracy=70)
+    of_eleven, digits = cost_tables(results.read())
+    assert digits.header == ["method", "1 shot", "16 shots", "trained", "changed", "optimizer", "training"]
+    so = ["2.12 ± 0.71", "11.50 ± 0.71", "9,000", "16,002", "2 kB", "24.0 s"]
+    assert texts(digits) == {"zero_shot": ["70.00 (n=1)", *"-----"], "so": so}
+    assert texts(of_eleven)["so"] == ["2.62 ± 0.71", "12.00 ± 0.71", *so[2:]]
+    assert "2026-01-01; device cpu; torch 2.6.0; commit abc." in digits.notes[-1]
+
+
+def test_validation_accuracies_are_ranked_and_stand_in_no_other_table(results):
+    found = {1e-4: (50, 70), 1e-3: (70, 60), 1e-2: (99, None)}  # at 1 and 4 shots; the last diverged once
+    for lr, accuracies in found.items():
+        for shots, accuracy in zip((1, 4), accuracies):
+            for seed in (1, 2) if accuracy else (1,):
+                results.add("so", "digits", shots, seed, accuracy or 98, lr=lr, test_part="val", total_iters=600)
+    results.add("lora", "digits", test_part="val", accuracy=65)
+    (sheet,) = validation_tables(results.read())
+    assert [row[0].text for row in sheet.rows if "so" in row[0].text] == [
+        "so (lr 0.001)",
+        "so (lr 0.0001)",
+        "so (lr 0.01)",
+    ]
+    assert texts(sheet)["so (lr 0.001)"] == ["70.00 ± 0.00", "60.00 ± 0.00", "65.00"]
+    assert texts(sheet)["so (lr 0.01)"] == ["99.00 ± 0.00", "98.00 (n=1)", "-"]
+    assert not accuracy_tables(results.read()) and not cost_tables(results.read())
+    assert comparison.chosen_pairs(results.read(), None) == []
+    assert figures.grids(results.read(), results.path)[0] == []
 
 
 # --- differences
@@ -279,11 +288,10 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
         results.add("so", names[d], seed=seed, accuracy=a[d, seed], **own)
         if (d, seed) != (1, 0):  # a run that is missing
             results.add("lora", names[d], seed=seed, accuracy=b[d, seed], **own)
-    results.add("so", "fgvc", accuracy=99)  # a data set that is missing
-    results.add("so", "ucf101", seed=9, accuracy=99)
-    results.add("lora", "ucf101", seed=9, accuracy=1, split_sha256="other images")
-    results.add("so", "ucf101", seed=10, accuracy=99)
-    results.add("lora", "ucf101", seed=10, accuracy=1, data_sha256="changed images")
+    results.add("so", "fgvc", accuracy=99)  # a dataset that is missing
+    for seed, changed in ((9, "split_sha256"), (10, "data_sha256")):
+        results.add("so", "ucf101", seed=seed, accuracy=99)
+        results.add("lora", "ucf101", seed=seed, accuracy=1, **{changed: "other images"})
     code, _, _, out = make()
     assert code == 0
     rows = pd.read_csv(out / "differences.csv").set_index("data_set")
@@ -316,23 +324,16 @@ def test_zero_shot_runs_which_have_no_training_images_are_paired_with_others(res
     assert comparison.differences(results.read(), "zero_shot", "so").difference.tolist() == [-10] * pairs
 
 
-def test_one_pair_has_no_interval_and_the_order_decides_the_sign(results, make, no_figures):
-    results.add("so", accuracy=52)
+def test_pairs_are_chosen_by_method_or_label(results, make, no_figures):
     results.add("lora", accuracy=50)
-    _, _, _, out = make("--compare", "lora", "so", "--compare", "so", "lora")
-    rows = pd.read_csv(out / "differences.csv")
-    assert rows.difference.tolist() == [-2, 2] and rows.low.isna().all() and rows.high.isna().all()
-    assert "at least two pairs" in (out / "tables.md").read_text()
-
-
-def test_methods_with_several_configurations_are_compared_by_label(results, make, no_figures):
     for t in (5, 10):
         results.add("so", accuracy=50 + t, t=t)
-    results.add("lora", accuracy=50)
     _, _, _, out = make()
     assert pd.read_csv(out / "differences.csv").empty and "--compare A B" in (out / "index.html").read_text()
-    _, _, _, out = make("--compare", "so (t 10)", "lora")
-    assert pd.read_csv(out / "differences.csv").difference.tolist() == [10]
+    _, _, _, out = make("--compare", "so (t 10)", "lora", "--compare", "lora", "so (t 5)")
+    rows = pd.read_csv(out / "differences.csv")
+    assert rows.difference.tolist() == [10, -5]
+    assert rows.low.isna().all() and rows.high.isna().all()  # one pair has no interval
 
 
 # --- published numbers
@@ -343,7 +344,7 @@ def published_row(name):
     return row
 
 
-def test_published_means_are_those_of_the_data_sets():
+def test_published_means_are_those_of_the_datasets():
     for name in ("SO", "LoRA by SO's authors"):
         row = published_row(name)
         assert row["data_sets"][4].keys() == ELEVEN.keys()
@@ -357,6 +358,8 @@ def test_deviations_where_the_settings_match(results):
             results.add("so", name, seed=seed, accuracy=accuracy + seed)
             results.add("so", name, seed=seed, accuracy=accuracy - 1, density_ratio=5e-4, t=10, total_iters=2000)
     results.add("so", "dtd", shots=1, accuracy=60)  # no mean without the other ten
+    results.add("so", "dtd", eval_only=True)
+    results.add("so", "digits")
     rows, notes = comparison.deviations(results.read())
     assert not notes and len(rows) == 24 and set(rows.shots) == {4}
     released = rows[rows.configuration.str.contains("t 5")].set_index("data_set")
@@ -374,33 +377,15 @@ def test_deviations_where_the_settings_match(results):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"backbone": "ViT-B/32"}, {"prompts": "specific"}, {"precision": "bf16"}, {"draw": "coop"}, {"t": 10}),
-        *({"density_ratio": 5e-4}, {"total_iters": 2000}, {"prune_first": True}, {"classes": "base"}, {"flip": False}),
-        {"encoder": None},
+        *({"backbone": "ViT-B/32"}, {"prompts": "specific"}, {"t": 10}, {"total_iters": 2000}, {"prune_first": True}),
+        *({"classes": "base"}, {"encoder": None}),
     ],
     ids=str,
 )
 def test_other_settings_are_not_compared_with_published_numbers(results, change):
     results.add("so", "dtd", **change)
     rows, notes = comparison.deviations(results.read())
-    assert rows.empty and next(iter(change)) in notes[0] and "not compared with SO" in notes[0]
-
-
-def test_evaluated_weights_and_other_data_are_not_compared_with_published_numbers(results):
-    results.add("so", "dtd", eval_only=True)
-    results.add("so", "digits")
-    assert comparison.deviations(results.read())[0].empty
-
-
-def test_clip_lora_is_compared_at_its_settings_alone(results):
-    for name in ELEVEN:
-        results.add("lora", name, shots=16, accuracy=82)
-        results.add("lora", name, shots=16, accuracy=82, rank=4)
-    rows, notes = comparison.deviations(results.read())
-    assert rows[["name", "configuration", "shots", "data_set"]].values.tolist() == [
-        ["CLIP-LoRA", "lora (rank 2)", 16, "mean of 11"]
-    ]
-    assert rows.deviation.item() == pytest.approx(-1) and any("rank is 4, published 2" in note for note in notes)
+    assert rows.empty and next(iter(change)) in notes[0]
 
 
 # --- figures
@@ -463,50 +448,20 @@ def test_accuracy_against_cost_has_a_point_for_each_configuration(results):
 # --- the page and the other files
 
 
-LOADING = ("src", "srcset", "href", "xlink:href", "data", "action", "poster")
-
-
-class Page(HTMLParser):
-    """What a page would load, and the cells of its tables."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.loads, self.links, self.full, self.ids, self.used = [], [], set(), [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        for name, value in attributes:
-            if name == "data-v":
-                self.full.add(value)
-            if name == "id":
-                self.ids.append(value)
-        if tag == "use":
-            self.used.append(dict(attributes).get("href"))
-        for name, value in attributes:
-            if tag == "a" and name == "href":
-                self.links.append(value)
-            elif name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster") and not value.startswith(
-                "#"
-            ):
-                self.loads.append((tag, value))
-        if tag in ("link", "iframe", "object", "embed", "base"):
-            self.loads.append((tag, ""))
-
-
-def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, tmp_path, capsys):
-    for seed, method in itertools.product((1, 2), ("so", "zero_shot")):
-        flags = ("--shots", 1, "--seed", seed, "--method", method, "--total_iters", 4, "--eval_every", 2)
-        assert run_main(*flags, "--workers", 0)[0] == 0
+def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, tmp_path):
+    for seed, method in itertools.product((1, 2), (("so", "--total_iters", 4, "--eval_every", 2), ("zero_shot",))):
+        assert run_main("--shots", 1, "--seed", seed, "--method", *method)[0] == 0
     for out in ("one", "two"):
         report.main(["results", "--out", out])
     files = sorted(str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*") if path.is_file())
     names = ("accuracy_against_changed_weights", "accuracy_against_memory", "accuracy_against_shots", "curves_1shot")
-    pictures = [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
-    texts = ["deviations.csv", "differences.csv", "index.html", "runs.csv", "tables.md", "tables.tex"]
-    assert files == sorted([*pictures, *texts])
+    images = [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
+    assert files == sorted(
+        [*images, "deviations.csv", "differences.csv", "index.html", "runs.csv", "tables.md", "tables.tex"]
+    )
     for name in files:  # the same results make the same report
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    for name in pictures:
+    for name in images:
         content = (tmp_path / "one" / name).read_bytes()
         assert content.startswith(b"\x89PNG") or ElementTree.fromstring(content).tag.endswith("svg")
 
@@ -520,23 +475,25 @@ def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, 
     assert (difference.a, difference.b, difference.pairs) == ("so", "zero_shot", 2)
 
     text = (tmp_path / "one" / "index.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert not page.loads and all(link.startswith(("#", "https://arxiv.org/")) for link in page.links)
-    assert set(re.findall(r"\w+://[^\s\"<]+", text)) == {link for link in page.links if not link.startswith("#")}
+    links = re.findall(r'href="([^"]*)"', text)
+    assert all(link.startswith(("#", "https://arxiv.org/")) for link in links)
+    assert set(re.findall(r"\w+://[^\s\"<]+", text)) == {link for link in links if not link.startswith("#")}
+    assert not re.search(r'\b(src|srcset|data|action|poster)="|<(link|iframe|object|embed|base)\b', text)
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", text)
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    ids = re.findall(r'\bid="([^"]*)"', text)
     clips = re.findall(r"url\(#([^)]*)\)", text)
-    assert page.used and clips and {*page.used, *(f"#{clip}" for clip in clips)} <= {f"#{name}" for name in page.ids}
-    assert len(set(page.ids)) == len(page.ids)
+    assert len(set(ids)) == len(ids) and clips and {*clips, *(link[1:] for link in links if link[0] == "#")} <= {*ids}
     assert text.count("<svg") == 4 * 2  # a legend and a panel each
     for name in tidy:
         for value in pd.read_csv("one/runs.csv", dtype=str)[name].dropna().unique():
-            assert value in page.full or f"<dd>{value}</dd>" in text, (name, value)
+            assert f'data-v="{value}"' in text or f"<dd>{value}</dd>" in text, (name, value)
     for accuracy in tidy.test_accuracy:
         assert f">{accuracy:.2f}<" in text
 
 
-def test_nothing_in_a_record_becomes_markup_or_formula(results, make):
+def test_nothing_in_a_record_becomes_markup_or_formula(results, make, monkeypatch):
+    monkeypatch.setattr(figures, "image", lambda grid, kind: b"")  # the page has its own
     odd = "<script>alert(1)</script> $\\frac$ & \"x'"
     results.add(odd_setting=odd)
     results.add(odd_setting="plain", dataset="folder", root_path=f"/data/{odd}")
@@ -547,12 +504,11 @@ def test_nothing_in_a_record_becomes_markup_or_formula(results, make):
     assert "\\frac$" in text
 
 
-def test_a_table_of_results_alone_gives_the_same_tables(results, make, no_figures, tmp_path):
+def test_only_a_table_of_results_gives_the_same_tables(results, make, no_figures, tmp_path):
     for seed in (1, 2):
         results.add("so", seed=seed, accuracy=50 + seed / 3)
         results.add("zero_shot", seed=seed, accuracy=40)
-    _, _, _, out = make()
-    before = (out / "tables.md").read_text()
+    before = (make()[-1] / "tables.md").read_text()
     table = pd.DataFrame([json.loads(path.read_text()) for path in results.path.glob("*/result.json")])
     results.path = tmp_path / "alone"
     results.path.mkdir()
@@ -561,36 +517,26 @@ def test_a_table_of_results_alone_gives_the_same_tables(results, make, no_figure
     assert code == 0 and (out / "tables.md").read_text() == before
 
 
-def test_a_damaged_record_is_left_out_and_said(results, make, no_figures):
-    results.add(seed=1)
-    results.add(seed=2)
-    (results.path / "run2" / "result.json").write_text('{"run_id": ')
-    code, _, err, out = make()
-    assert code == 0 and "run2" in err
-    assert "1 of 2 records are damaged" in (out / "index.html").read_text()
-
-
 GOOD = "run_id,method,dataset,backbone,shots,seed,test_accuracy,finished_at\nr,so,dtd,tiny,1,1,50,2026-01-01T00:00:00\n"
 
 
 @pytest.mark.parametrize(
     "table, flags, words",
     [
-        (None, (), ["holds no results", "--results_dir"]),
-        ("", (), ["results.csv", "damaged"]),
-        (b"\xff\xfe\x00", (), ["results.csv", "damaged"]),
-        (GOOD + 'r,"so,dtd', (), ["results.csv", "damaged"]),
-        (GOOD + "r2,so,dtd,tiny,1,2\n", (), ["damaged", "r2", "test_accuracy -"]),
-        (GOOD.replace(",50,", ",150,"), (), ["damaged", "test_accuracy 150"]),
-        (GOOD.replace(",50,", ",x,"), (), ["damaged", "test_accuracy x"]),
-        (GOOD.replace("tiny,1,", "tiny,1.5,"), (), ["damaged", "shots 1.5"]),
-        (GOOD.replace("2026-01-01T00:00:00", "2026-0"), (), ["damaged", "finished_at"]),
-        (GOOD.splitlines()[0], (), ["holds no runs"]),
-        ("a,b\n1,2\n", (), ["no table of results", "run_id"]),
+        (None, (), ["--results_dir"]),
+        (b"\xff\xfe\x00", (), ["results.csv"]),
+        (GOOD + 'r,"so,dtd', (), ["results.csv"]),
+        (GOOD + "r2,so,dtd,tiny,1,2\n", (), ["r2", "test_accuracy -"]),
+        (GOOD.replace(",50,", ",150,"), (), ["test_accuracy 150"]),
+        (GOOD.replace(",50,", ",x,"), (), ["test_accuracy x"]),
+        (GOOD.replace("tiny,1,", "tiny,1.5,"), (), ["shots 1.5"]),
+        (GOOD.replace("2026-01-01T00:00:00", "2026-0"), (), ["finished_at"]),
+        (GOOD.splitlines()[0], (), ["no runs"]),
+        ("a,b\n1,2\n", (), ["run_id"]),
         (GOOD, ("--compare", "so", "nobody"), ["--compare", "'nobody'", "'so'"]),
         (GOOD, ("--compare", "so", "so"), ["--compare", "two different"]),
-        (GOOD, ("--compare", "so"), ["--compare", "expected 2"]),
-        (GOOD + GOOD.splitlines()[1].replace("tiny", "RN50"), ("--compare", "so", "x"), ["several", "backbone RN50"]),
+        (GOOD, ("--compare", "so"), ["--compare"]),
+        (GOOD + GOOD.splitlines()[1].replace("tiny", "RN50"), ("--compare", "so", "x"), ["backbone RN50"]),
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(results, make, table, flags, words):
@@ -602,10 +548,11 @@ def test_mistakes_end_in_one_line_and_write_nothing(results, make, table, flags,
     assert err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in words), err
 
 
-def test_a_folder_that_cannot_be_written_is_named(results, no_figures, tmp_path, capsys):
+def test_an_unwritable_folder_and_a_missing_package_are_named(results, make, no_figures, monkeypatch, tmp_path):
     results.add()
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        report.main([str(results.path), "--out", str(tmp_path / "file" / "report")])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and str(tmp_path / "file") in err and "Not a directory" in err
+    code, _, err, _ = make(out=tmp_path / "file" / "report")
+    assert code == 2 and str(tmp_path / "file") in err
+    monkeypatch.setitem(sys.modules, "scripts.reporting.writing", None)  # as without matplotlib
+    code, _, err, _ = make()
+    assert code == 2 and "requirements-all.txt" in err

@@ -103,7 +103,7 @@ def table(results):
 # --- real runs
 
 
-def test_both_sweeps_do_what_main_does_and_skip_what_is_done(run_main, run_sweep, tmp_path):
+def test_both_sweeps_do_what_main_does_and_skip_what_is_done(run_main, run_sweep, all_digits, tmp_path):
     run_main(*QUICK, "--seed", 5, "--results_dir", "direct")
     flags = [*QUICK, "--cache_dir", tmp_path / "cache", "--results_dir", "swept"]
     code, out, err = run_sweep("--methods", "so", "--seeds", 5, *flags)
@@ -240,17 +240,11 @@ def test_a_grid_is_all_combinations_with_the_first_seed_first():
 
 
 def test_a_list_is_a_run_for_each_value():
-    row = {"method": "adam", "lr": ["1e-5", 0.1], "flip": [True, False]}
-    grid = {"rows": {"adam": row}, "settings": {"precision": ["fp32", "bf16"]}, "seeds": [1], "shots": [1]}
-    found = [(c.config.hparams.lr, c.config.hparams.flip, c.settings.precision) for c in cells(grid, [])]
-    assert found == [
-        (lr, flip, precision) for lr in (1e-5, 0.1) for flip in (True, False) for precision in ("fp32", "bf16")
-    ]
-
-
-def test_epochs_are_no_iterations():
-    grid = {"rows": {"a": {"method": "prolip", "epochs": 300}, "b": {"method": "prolip", "total_iters": 300}}}
-    assert len(cells(grid | {"seeds": [1], "shots": [1]}, [])) == 2
+    rows = {"adam": {"method": "adam", "lr": ["1e-5", 0.1]}, "prolip": {"method": "prolip", "epochs": 7}}
+    rows["as many iterations"] = {"method": "prolip", "total_iters": 7}
+    grid = {"rows": rows, "settings": {"precision": ["fp32", "bf16"]}, "seeds": [1], "shots": [1]}
+    found = [(cell.config.hparams.lr, cell.settings.precision) for cell in cells(grid, [])]
+    assert found == [(lr, precision) for lr in (1e-5, 0.1, 1e-3, 1e-3) for precision in ("fp32", "bf16")]
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs" / "grids").glob("*.yaml")), ids=lambda path: path.stem)
@@ -566,26 +560,35 @@ def test_runs_of_a_cluster_are_known_without_its_gpus():
 
 def test_estimates_are_from_records_of_the_same_kind(run_sweep, run_main):
     run_main("--method", "zero_shot", "--shots", 1, "--seed", 1)
-    base = dict(
-        method="so", dataset="digits", test_dataset="digits", classes="all", backbone="tiny", precision="fp32",
-        eval_only=False, batch_size=32, encoder="both", position="all", sampled_gradients=True, shots=16, epochs=None,
-        device="cpu", iterations=100, train_seconds=50.0, eval_seconds=2.0, stopped_early=False,
-    )  # fmt: skip
-    classifier = dict.fromkeys(("batch_size", "encoder", "position", "sampled_gradients")) | {"iterations": 0}
-    other = dict(
-        method="adam", dataset="dtd", test_dataset="dtd", classes="base", backbone="ViT-B/16", precision="bf16",
-        eval_only=True, batch_size=8, encoder="text", position="up", sampled_gradients=False, device="a GPU",
-    )  # fmt: skip
-    records = pd.DataFrame(
-        [
-            base,
-            base | {"iterations": 200, "train_seconds": 300.0, "eval_seconds": 4.0, "stopped_early": True},
-            base | classifier | {"method": "zero_shot", "train_seconds": 0.0, "eval_seconds": 1.0, "shots": 2},
-            base | classifier | {"method": "linear_probe", "train_seconds": 10.0, "eval_seconds": 1.0, "shots": 1},
-            base | {"method": "prolip", "epochs": 300, "shots": 4, "train_seconds": 30.0, "eval_seconds": 5.0},
-            *(base | {name: value, "train_seconds": 1e6, "eval_seconds": 1e6} for name, value in other.items()),
-        ]
-    )
+    head = [
+        "method",
+        "dataset",
+        "test_dataset",
+        "classes",
+        "backbone",
+        "precision",
+        "eval_only",
+        "batch_size",
+        "encoder",
+    ]
+    head += ["position", "sampled_gradients", "shots", "epochs", "iterations", "train_seconds", "eval_seconds"]
+    head += ["stopped_early"]
+    here = ("digits", "digits", "all", "tiny", "fp32", False)
+    iterates, other = (32, "both", "all", True), (None, None, None, None)
+    rows = [
+        ("so", *here, *iterates, 16, None, 100, 50, 2, False),
+        ("so", *here, *iterates, 16, None, 200, 300, 4, True),
+        ("zero_shot", *here, *other, 2, None, 0, 0, 1, False),
+        ("linear_probe", *here, *other, 1, None, 0, 10, 1, False),
+        ("prolip", *here, *iterates, 4, 300, 100, 30, 5, False),
+    ]
+    records = pd.DataFrame(rows, columns=head).assign(device="cpu")
+    wrong = ("adam", "dtd", "dtd", "base", "ViT-B/16", "bf16", True, 8, "text", "up", False)
+    changes = [*zip(head, wrong), ("device", "a GPU")]
+    unlike = [
+        records.iloc[0].to_dict() | {name: value, "train_seconds": 1e6, "eval_seconds": 1e6} for name, value in changes
+    ]
+    records = pd.concat([records, pd.DataFrame(unlike)])
     records.to_csv("results/results.csv", index=False)
     write_grid(methods=["zero_shot", "linear_probe", "tip_adapter"], rows={"so": {"method": "so", "total_iters": 50}})
     code, out, _ = run_sweep("--grid", "grid.yaml", "--shots", 1, 4, "--seeds", 1, "--dry_run")
