@@ -29,7 +29,7 @@ def bias_tuning(tmp_path, monkeypatch):
     monkeypatch.setitem(methods.METHODS, "bias_tuning", module)
 
 
-FLAGS = ("--method", "bias_tuning", "--shots", 2, "--workers", 0, "--encoder", "vision", "--position", "top1")
+FLAGS = ("--method", "bias_tuning", "--shots", 2, "--encoder", "vision", "--position", "top1")
 
 
 def test_a_new_method_is_trained_recorded_saved_and_evaluated(run_main, bias_tuning):

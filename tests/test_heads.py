@@ -63,7 +63,7 @@ def test_bf16_features_make_a_float32_head(method, digits, tmp_path):
 def test_a_head_belongs_to_its_weights_its_classes_and_its_method(run_main, tmp_path, monkeypatch):
     for name, classes in (("data", 3), ("more", 4)):
         fabricate("dtd", tmp_path / name, classes=classes)
-    flags = ("--shots", 2, "--save_path", "saved", "--dataset", "dtd", "--backbone", "tiny", "--workers", 0)
+    flags = ("--shots", 2, "--save_path", "saved", "--dataset", "dtd", "--backbone", "tiny")
     flags = (*flags, "--method", "tip_adapter", "--root_path")
     path = tmp_path / "saved/tiny/dtd/2shots/seed3/tip_adapter.safetensors"
     _, trained, _, _ = run_main(*flags, "data")

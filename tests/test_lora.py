@@ -105,24 +105,6 @@ def test_a_weight_becomes_w_plus_scaled_b_a():
     assert torch.equal(adaptation.model.get_parameter(name)[k], base[name][k])
 
 
-@pytest.mark.parametrize("encoder, position, lora_on", [("text", "top1", "q,v"), ("vision", "half-bottom", "k,o")])
-def test_only_the_chosen_parts_move(encoder, position, lora_on):
-    adaptation = lora(encoder=encoder, position=position, lora_on=lora_on, total_iters=2, lr=1e-2)
-    fitted(adaptation)
-    before = clip.load("tiny")[0].double().state_dict()
-    rows = {}
-    for name, weight in adaptation.merge().state_dict().items():
-        moved = (weight != before[name]).reshape(len(weight), -1).any(dim=1) if weight.dim() else weight != before[name]
-        if moved.any():
-            rows[name] = moved.nonzero().view(-1).tolist()
-    if encoder == "text":
-        assert rows == {"transformer.resblocks.1.attn.in_proj_weight": [*range(64), *range(128, 192)]}
-    else:
-        attention = [f"visual.transformer.resblocks.{block}.attn" for block in (0, 1)]
-        expected = {f"{name}.in_proj_weight": list(range(128, 256)) for name in attention}
-        assert rows == expected | {f"{name}.out_proj.weight": list(range(128)) for name in attention}
-
-
 def test_dropout_is_only_on_the_input_of_each_branch():
     """A and B that hand the first inputs on to the first outputs show what each branch was given."""
     torch.manual_seed(0)

@@ -1,7 +1,5 @@
 """What methods share: chosen blocks, schedules, what is trained and how it is saved."""
 
-import math
-
 import pytest
 import safetensors
 import torch
@@ -15,16 +13,7 @@ import clip
 from clip.weights import save_tensors
 from common import UserError
 from methods.adaptation import Adaptation
-from methods.choice import (
-    ENCODERS,
-    POSITIONS,
-    Blocks,
-    chosen_blocks,
-    cosine_schedule,
-    epoch_cosine,
-    select_blocks,
-    select_matrices,
-)
+from methods.choice import ENCODERS, POSITIONS, Blocks, chosen_blocks, cosine_schedule, select_blocks, select_matrices
 from methods.saving import Tensors
 from optimizers import SO
 
@@ -112,9 +101,6 @@ def test_towers_of_different_depth_are_cut_separately():
     assert select_blocks(model, Blocks(position="half-up")).keys() == expected | {"transformer.resblocks.1"}
 
 
-# --- schedules
-
-
 @pytest.mark.parametrize("lr, iterations", [(2e-4, 50), (1e-3, 1), (1e-3, 7), (1e-6, 5), (1e-7, 5)])
 def test_cosine_schedule_at_every_step(lr, iterations):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
@@ -127,23 +113,7 @@ def test_cosine_schedule_at_every_step(lr, iterations):
     assert expected == pytest.approx(min(1e-6, lr))
 
 
-def test_a_cosine_by_epochs_after_one_of_warm_up():
-    factor = epoch_cosine(lr=0.002, epochs=4, per_epoch=3, warmup_lr=1e-5)
-    half = math.sqrt(0.5) / 2  # cos(pi / 4) / 2
-    expected = [0.005] * 3 + [1.0] * 3 + [0.5 + half] * 3 + [0.5] * 3
-    assert [factor(iteration) for iteration in range(12)] == pytest.approx(expected)
-
-
 # --- what an adaptation trains, and what it changed
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_an_adaptation_knows_its_towers_and_its_size(encoder):
-    experiment = experiment_of("so", encoder=encoder)
-    adaptation = Adaptation(experiment, select_matrices(experiment.model, experiment.hparams))
-    assert (adaptation.trains_images, adaptation.trains_text) == (encoder != "text", encoder != "vision")
-    sizes = {"text": 2 * 12 * 64**2, "vision": 4 * 12 * 128**2}
-    assert adaptation.trainable_weights == sizes.get(encoder, sum(sizes.values()))
 
 
 def test_changed_weights_are_counted_saved_and_loaded(tmp_path):
@@ -155,10 +125,8 @@ def test_changed_weights_are_counted_saved_and_loaded(tmp_path):
         with torch.no_grad():
             each.visual.transformer.resblocks[3].mlp.c_proj.weight[2, 2] = 0.0
     adaptation = adaptation_of(model)
-    first, last = (
-        model.transformer.resblocks[0].attn.in_proj.weight,
-        model.visual.transformer.resblocks[3].mlp.c_proj.weight,
-    )
+    first = model.transformer.resblocks[0].attn.in_proj.weight
+    last = model.visual.transformer.resblocks[3].mlp.c_proj.weight
     sha256, before = clip.weights_sha256(model), last[0, 0].item()
     assert adaptation.saved.changed_weights() == 0
     with torch.no_grad():

@@ -33,6 +33,7 @@ def test_a_method_takes_its_settings_and_trains_the_chosen_matrices(method, kind
     chosen = select_matrices(clip.load("tiny")[0], adaptation.experiment.hparams).keys()
     assert chosen == adaptation.parameters.keys()
     assert {name for name, p in adaptation.model.named_parameters() if p.requires_grad} == chosen
+    assert adaptation.trains_text and not adaptation.trains_images
     optimizer = adaptation.optimizer
     assert type(optimizer) is kind and len(optimizer.param_groups) == 1
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in adaptation.parameters.values()]
