@@ -9,6 +9,7 @@ import pytest
 from support.fabricate import VARIANTS, fabricate, fabricate_variant, picture
 
 import datasets
+from arguments import parse
 from datasets import doctor, download
 from datasets.manifest import read_manifest
 from datasets.splits import imagenet_classes, read_json_split
@@ -16,6 +17,7 @@ from methods import METHODS
 from scripts import report
 
 PROJECT = Path(__file__).parent.parent
+DOCS = "".join(path.read_text(encoding="utf-8") for path in sorted((PROJECT / "docs").glob("*.md")))
 README, DATASETS = ((PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "DATASETS.md"))
 
 
@@ -25,7 +27,9 @@ def blocks(text, language):
 
 def commands(text, program):
     """The arguments of each call of `program` in the text, loops unrolled once."""
-    joined = "\n".join(blocks(text, "bash")).replace("\\\n", " ")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    inline = re.findall(r"`([^`\n]*python main\.py --[^`\n]* [^`\n]*)`", prose)
+    joined = "\n".join([*blocks(text, "bash"), *inline]).replace("\\\n", " ")
     lines = [line for line in joined.splitlines() if program in line]
     calls = [line.split(program, 1)[1].split(";")[0].split("  #")[0] for line in lines]
     words = [shlex.split(call.replace("$shots", "1").replace("$seed", "1"), comments=True) for call in calls]
@@ -51,16 +55,19 @@ def run_all(calls, run_main):
 
 
 def test_every_command_and_every_piece_of_code_runs(run_main, data):
-    calls = commands(README, "python main.py")
-    assert len(calls) == 10
+    calls = commands(README + DOCS, "python main.py")
+    assert len(calls) == 12
     run_all(calls, run_main)
-    assert len(pd.read_csv("results/results.csv")) == len(calls)
+    assert len(pd.read_csv("results/results.csv")) == len(calls) - 2  # one prints help, one its settings
     for program, module in (("python -m datasets.download", download), ("python -m datasets.doctor", doctor)):
         for call in commands(README, program):
             assert module.main(call) == 0, call  # what is complete is not downloaded
     for call in commands(README, "python scripts/report.py"):
         report.main(call)
         assert "DTD" in (Path("report") / "tables.md").read_text()
+    (example,) = blocks(DOCS, "yaml")
+    Path("example.yaml").write_text(example)
+    assert parse(["--config", "example.yaml", "--dataset", "eurosat", "--root_path", "x"]).hparams.t == 10
     code_blocks = blocks(README, "python")
     assert len(code_blocks) == 3
     for code in code_blocks:
