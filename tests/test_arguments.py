@@ -179,11 +179,11 @@ def test_print_config_is_a_config_file_that_says_where_each_value_is_from(run_ma
 def test_a_config_file_of_earlier_versions_is_the_same_run(config, capsys):
     text = """
         {method: so, dataset: digits, root_path: '', shots: 1, seed: 3, backbone: tiny, encoder: both, position: all,
-        lr: 0.001, total_iters: 2, batch_size: 32, early_stop_loss: 0.01, density_ratio: 0.0005, t: 5,
-        prune_first: false, sampled_gradients: true, gradient: random, moments: importance, support: dynamic,
-        rank: 2, alpha: 1.0, dropout: 0.25, lora_on: 'q,k,v', merge_every: 125, probe_c: 0.316,
-        probe_iters: 1000, text_init: false, tip_alpha: 1.0, tip_beta: 5.5, cache_passes: 10, prolip_lambda: 1.0, search: {}, tuned_on: val, draw: released,
-        split: null, classes: all, prompts: released, template: [], min_area: 0.6, flip: false, device: cpu,
+        lr: 0.001, total_iters: 2, batch_size: 32, early_stop_loss: 0.01, density_ratio: 0.0005, t: 5, prune_first:
+        false, sampled_gradients: true, gradient: random, moments: importance, support: dynamic, rank: 2, alpha: 1.0,
+        dropout: 0.25, lora_on: 'q,k,v', merge_every: 125, probe_c: 0.316, probe_iters: 1000, text_init: false,
+        tip_alpha: 1.0, tip_beta: 5.5, cache_passes: 10, prolip_lambda: 1.0, search: {}, tuned_on: val, draw:
+        released, split: null, classes: all, prompts: released, template: [], min_area: 0.6, flip: false, device: cpu,
         precision: fp32, workers: 0, image_cache_mb: 2048, cache_dir: c, results_dir: r, save_path: w, filename: null,
         eval_only: false, eval_datasets: null, eval_every: 0, save_every: 1000, tensorboard: false}
     """
