@@ -1,12 +1,12 @@
-"""Many processes at once in one folder of results: is every record kept, and the table valid whenever one looks?
+"""Many processes at once in one folder of results: is every record kept, and is the table always valid?
 
     python -m benchmarks.concurrency
-    python -m benchmarks.concurrency --folder /scratch/me     # on the file system that is to be tried
+    python -m benchmarks.concurrency --folder /scratch/me     # on the file system in question
 
 Records: in each round all processes finish a run at the same time, and find it in results.csv when they are done. One
 more is killed somewhere in the middle of it, while another process reads the table again and again. Turns: all
-processes want to do the same run, which fails in the end, so that its folder and its lock come and go. Then the time
-that it takes to write the table anew. Ends with exit code 1 if anything was wrong; tracebacks on stderr say what.
+processes want the same run's folder. Then the time to write the table. Ends with exit code 1 if anything was wrong;
+tracebacks on stderr say what.
 """
 
 import argparse
@@ -26,7 +26,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from run_utils import Run, Settings, UserError, rebuild_table
+from common import UserError
+from records import RecordFolder, rebuild_table
 
 FORK = multiprocessing.get_context("fork")  # importing torch takes seconds
 PATIENCE = 300  # seconds that processes wait for each other before they give up
@@ -52,19 +53,16 @@ RESULT = {
 }
 
 
-def settings_of(results: Path, seed: int) -> Settings:
-    return Settings(backbone="tiny", device="cpu", results_dir=str(results), seed=seed)
-
-
 def finish(results: Path, seed: int) -> dict:
-    """Does the run with this seed, whose accuracy is an eighth of it, and returns its record."""
-    with Run(settings_of(results, seed)) as run:
-        curve = [{"iteration": 100 * i, "loss": 1 / i, "train_accuracy": 99.0, "lr": 1e-3} for i in range(1, 17)]
-        return run.record(RESULT | {"test_accuracy": seed / 8}, curve, [], split="{}")
+    """Record the run with this seed, whose accuracy is an eighth of it, and return its record."""
+    folder = RecordFolder(results, f"so_digits_tiny_16shot_seed{seed}")
+    with folder.locked(wait=False):
+        curve = "iteration,loss\n" + "".join(f"{100 * i},{1 / i}\n" for i in range(1, 17))
+        return folder.write(RESULT | {"seed": seed, "test_accuracy": seed / 8}, {"curve.csv": curve})
 
 
 def read_table(results: Path) -> pd.DataFrame:
-    """The table as a user reads it, which must be whole and right."""
+    """Return the table as a user reads it. Raise AssertionError if it is not whole and right."""
     table = pd.read_csv(results / "results.csv")
     assert len(table) and table.run_id.is_unique, "the table is empty or has a run twice"
     assert list(table.test_accuracy) == [seed / 8 for seed in table.seed], "wrong values"
@@ -95,8 +93,8 @@ def _reader(results: Path, stop, looks) -> None:
 
 
 def record_at_once(results: Path, processes: int, rounds: int) -> dict:
-    """Tries the records. Returns how long it took, how often the reader looked, how many of the processes that were
-    killed had their record written already, and what went wrong."""
+    """Try the records. Return how long it took, how often the reader looked, how many of the killed processes had
+    their record written already, and what went wrong."""
     barrier, stop, looks = FORK.Barrier(processes + 1), FORK.Event(), FORK.Value("q", 0)
     count = processes * rounds
     recorders = [
@@ -137,34 +135,33 @@ def record_at_once(results: Path, processes: int, rounds: int) -> dict:
 
 
 def _turns(results: Path, turns: int) -> None:
-    done = 0
+    folder, done = RecordFolder(results, "wanted"), 0
     while done < turns:
         try:
-            with Run(settings_of(results, seed=0)) as run:
-                mine = run.folder / "mine"
-                with mine.open("x") as file:  # fails if somebody else's is there
+            with folder.locked(wait=False):
+                mine = folder.path / "mine"
+                with mine.open("x") as file:  # fails if another process's is there
                     file.write(str(os.getpid()))
                 time.sleep(0.001)
                 assert mine.read_text() == str(os.getpid()), "two processes do the same run"
+                mine.unlink()
             done += 1
-        except UserError as error:
-            assert "another process is doing this run" in str(error), error
+        except UserError:  # another process is doing it
             time.sleep(0.001)
 
 
 def take_turns(results: Path, processes: int, turns: int) -> list[str]:
-    """Tries the turns, and returns what went wrong."""
+    """Try the turns, and return what went wrong."""
     all_of_them = [FORK.Process(target=_turns, args=(results, turns)) for _ in range(processes)]
     for process in all_of_them:
         process.start()
     for process in all_of_them:
         process.join()
-    wrong = [f"{process.name} failed" for process in all_of_them if process.exitcode]
-    return wrong + [f"left behind: {path}" for path in results.rglob("*")]
+    return [f"{process.name} failed" for process in all_of_them if process.exitcode]
 
 
 def rebuild_seconds(results: Path, count: int) -> float:
-    """Median of the time to write the table anew with `count` records."""
+    """Return the median time to write the table of `count` records."""
     record = finish(results, 0)
     for number in range(1, count):
         folder = results / f"run{number}"
