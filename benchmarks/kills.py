@@ -32,24 +32,24 @@ def command(folder: Path, method: str, iterations: int, flags: list[str]) -> lis
 
 
 def outcome(folder: Path) -> dict:
-    """What must be the same: the curve, the accuracy, and the weights by name."""
+    """Return what must be the same: the curve, the accuracy, and the weights by name."""
     (record,) = folder.glob("*/result.json")
     (weights,) = (folder / "weights").rglob("*.safetensors")
     return {
         "curve.csv": (record.parent / "curve.csv").read_bytes(),
         "test accuracy": json.loads(record.read_text())["test_accuracy"],
         "weights": {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()},
-        "states left": sorted(path.name for path in record.parent.glob("*.pt")),
+        "checkpoints left": sorted(path.name for path in record.parent.glob("*.pt")),
     }
 
 
-def newest_state(folder: Path) -> int:
-    """Iteration of the newest state; 0 if there is none."""
+def newest_checkpoint(folder: Path) -> int:
+    """Return the iteration of the newest checkpoint; 0 if there is none."""
     return max((int(path.name.split("-")[1]) for path in folder.glob("*/training-*.pt")), default=0)
 
 
 def kill_until_done(words: list[str], folder: Path, longest: float, draw: random.Random) -> list[int]:
-    """Starts the command until it ends by itself; of each kill the iteration that the next start goes on from."""
+    """Start the command until it ends by itself. Return, for each kill, the iteration that the next start begins after."""
     kills = []
     while True:
         process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -60,7 +60,7 @@ def kill_until_done(words: list[str], folder: Path, longest: float, draw: random
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            kills.append(newest_state(folder))
+            kills.append(newest_checkpoint(folder))
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
             found = outcome(folder)
             differing = [name for name in expected if found[name] != expected[name]]
             different += bool(differing)
-            print(f"run {number + 1}: goes on from {resumed_from}; differs in {differing or 'nothing'}")
+            print(f"run {number + 1}: resumes from {resumed_from}; differs in {differing or 'nothing'}")
     total = sum(times * runs for times, runs in kills.items())
     print(f"{options.runs} runs, {total} kills, {different} different from the run that was not killed")
     sys.exit(1 if different else 0)

@@ -27,7 +27,7 @@ import main as entry  # isort: skip (before torch: it sets how torch's threads w
 import pandas as pd
 from tqdm import tqdm
 
-from run_utils import PROJECT
+from records import PROJECT
 
 METHODS, SHOTS, SEEDS = ("so", "lora"), (1, 2, 4), (1, 2, 3, 4)
 MEASURED = ["train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "finished_at", "git_commit"]

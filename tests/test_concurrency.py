@@ -51,24 +51,27 @@ def test_many_processes_want_the_same_run(tmp_path):
     assert take_turns(tmp_path / "results", processes=6, turns=15) == []
 
 
-def test_a_second_process_is_rejected_or_waits_and_then_finds_the_record(run_main, started):
-    _, record, _, _ = run_main(*QUICK)
-    folder = Path("results") / record["run_id"]
-    whole = (folder / "result.json").read_bytes()
+def test_a_second_process_is_rejected_or_waits(run_main, started, monkeypatch):
+    (run,), leave = entry.planned(parse([str(word) for word in QUICK])), FORK.Event()
 
     def works(ready):
-        with RecordFolder("results", record["run_id"]).locked(wait=False):
-            (folder / "result.json").unlink()
+        with run.folder.locked(wait=False):
             ready.set()
-            time.sleep(0.5)
-            (folder / "result.json").write_bytes(whole)
+            leave.wait(60)
 
+    def acquire(path, seconds):
+        if seconds < 0:  # it is about to wait
+            leave.set()
+        return acquire_lock(path, seconds)
+
+    monkeypatch.setattr(records, "acquire_lock", acquire)
+    Path("results").mkdir()
     started(works)
     line = refused(run_main(*QUICK), before=["results"])
-    assert str(folder) in line and "--wait" in line
+    assert str(run.folder.path) in line and "--wait" in line
     assert run_main(*QUICK, "--seed", 4)[0] == 0  # another run is not its business
-    _, found, out, _ = run_main(*QUICK, "--wait")
-    assert found == record and "waiting" in out and "already done" in out
+    code, _, out, _ = run_main(*QUICK, "--wait")
+    assert code == 0 and "waiting" in out
 
 
 def test_two_runs_at_once_do_not_write_the_same_weights(tmp_path, monkeypatch):
@@ -175,21 +178,21 @@ def test_a_file_system_without_locks_is_found_out_before_the_work(run_main, monk
     assert "there/results" in line and os.strerror(missing) in line
 
 
-def test_processes_of_the_same_number_on_two_hosts(tmp_path, monkeypatch):
-    """Both write the same file: the second begins and ends while the first is about to rename its own."""
+@pytest.mark.parametrize(
+    "write", [lambda path: write_atomically(path, "text"), lambda path: save_tensors({"x": torch.ones(2)}, path)]
+)
+def test_processes_of_the_same_number_on_two_hosts_may_write_the_same_file(tmp_path, monkeypatch, write):
     path, rename, others = tmp_path / "file", Path.replace, []
 
-    def meanwhile(part, target):
+    def meanwhile(part, target):  # the second begins and ends while the first is about to rename its own
         if not others:
             others.append(part)
             write(target)
         return rename(part, target)
 
     monkeypatch.setattr(Path, "replace", meanwhile)
-    for write in (lambda path: write_atomically(path, "text"), lambda path: save_tensors({"x": torch.ones(2)}, path)):
-        others.clear()
-        write(path)
-        assert [p.name for p in tmp_path.iterdir()] == ["file"] and len(others) == 1
+    write(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and len(others) == 1
 
 
 def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -200,12 +203,8 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
         events.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
         sync(descriptor)
 
-    def replaced(part, target):
-        events.append("renamed")
-        return rename(part, target)
-
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(Path, "replace", lambda *paths: events.append("renamed") or rename(*paths))
     write_atomically(tmp_path / "result.json", "{}\n")
     assert events == [3, "renamed", "folder"]
 

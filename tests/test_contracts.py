@@ -16,6 +16,7 @@ from arguments import parse
 from methods import METHODS
 from records import FIRST, LAST
 from run_utils import run_identity
+from settings import Settings
 
 # Settings of a short run with epochs of 3 iterations, for the methods that have them.
 QUICK = {"lr": 1e-3, "batch_size": 16, "early_stop_loss": 0, "min_area": 0.6, "eval_every": 9}
@@ -119,7 +120,9 @@ def test_saved_weights_evaluate_to_the_same_accuracy(run_main, finished, method)
         about = file.metadata()
     assert about["run_id"] == trained["run_id"] and about["base_sha256"] == clip.weights_sha256(clip.load("tiny")[0])
     assert (about["method"], about["backbone"]) == (method, "tiny")
-    assert len(json.loads(about["class_names"])) == 10
+    stored = json.loads(about["settings"])
+    assert stored.keys() == {f.name for f in dataclasses.fields(Settings)} | FIELDS[method].keys()
+    assert (stored["seed"], stored["shots"]) == (5, 4) and len(json.loads(about["class_names"])) == 10
     assert json.loads(about["templates"]) == [trained["template"]]
     assert path.stat().st_size == trained["checkpoint_bytes"]
 
