@@ -17,6 +17,7 @@ from support.fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabrica
 from support.server import PAGE, files_in, offer, original, snapshot, tar_of, zip_of
 
 import datasets
+from common import progress
 from datasets.acquire import archives, download
 from datasets.acquire.sources import SOURCES
 from datasets.specs import SPECS
@@ -282,30 +283,14 @@ def test_a_disk_that_fills_up_while_downloading(world, data_root, run_download, 
     _, archive, _ = offer(world, "dtd", tmp_path)
     path = world.has_archive("dtd", archive + b"x" * 3 * CHUNK)
 
-    class Full:
-        """A file on a disk that has space for one chunk."""
-
-        def __init__(self, file):
-            self.file, self.left = file, 1
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            self.file.close()
-
-        def write(self, chunk):
-            if not self.left:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            self.left -= 1
-            return self.file.write(chunk)
-
-    def full_open(file, mode):
-        opened = open(file, mode)  # noqa: SIM115, its caller closes it
-        return Full(opened) if str(file).endswith("tar.gz.part") and mode in ("ab", "wb") else opened
+    def full_disk(*arguments, **options):
+        """A progress bar that fails after the first chunk of an archive, as the next write would."""
+        bar = progress(*arguments, **options)
+        bar.update = lambda n: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")) if n == CHUNK else None
+        return bar
 
     with world.monkeypatch.context() as patch:
-        patch.setattr("fetching.open", full_open, raising=False)
+        patch.setattr("fetching.progress", full_disk)
         code, _, err = run_download("dtd")
     assert code == 2 and "no space left for" in err
     assert len([asked for asked, _ in world.requests if asked.startswith("/dtd")]) == 1
