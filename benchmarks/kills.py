@@ -49,7 +49,7 @@ def newest_checkpoint(folder: Path) -> int:
 
 
 def kill_until_done(words: list[str], folder: Path, longest: float, draw: random.Random) -> list[int]:
-    """Start the command until it ends by itself. Return, for each kill, the iteration that the next start resumes at."""
+    """Start the command until it ends by itself. Return, for each kill, the iteration the next start resumes at."""
     kills = []
     while True:
         process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
