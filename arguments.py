@@ -8,7 +8,6 @@ out and where each value is from.
 import dataclasses
 import difflib
 import itertools
-import json
 from argparse import SUPPRESS, BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import yaml
 import datasets
 from clip.delta import checkpoint_metadata
 from common import Parser, UserError, note
-from methods import METHODS
+from methods import METHODS, saved_settings
 from settings import LENGTHS, Hparams, Settings, check_data, check_output, choose_device
 
 QUICK_START = Path(__file__).resolve().parent / "configs" / "digits.yaml"
@@ -189,17 +188,12 @@ def _evaluated(config: Config, given: dict[str, Any]) -> Config:
     """Return the same with the settings that the saved weights were trained with: these are the truth. Prompts may be
     given on the command line."""
     settings, path = config.settings, config.settings.weights_file
-    try:
-        trained = json.loads(checkpoint_metadata(path)["settings"])
-        if trained["method"] != settings.method:
-            raise UserError(f"{path} was trained with --method {trained['method']}; evaluate it with that")
-        own = {f.name: trained[f.name] for f in dataclasses.fields(config.hparams)}
-        known = {name: trained[name] for name in ("tuned_on", "draw")}
-        if not {"prompts", "template"} & given.keys():
-            known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
-        hparams = type(config.hparams)(**own).settled(trained["shots"], 0)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} does not say how it was trained; save it again") from None
+    hparams, trained = saved_settings(path, checkpoint_metadata(path))
+    if trained["method"] != settings.method:
+        raise UserError(f"{path} was trained with --method {trained['method']}; evaluate it with that")
+    known = {name: trained[name] for name in ("tuned_on", "draw")}
+    if not {"prompts", "template"} & given.keys():
+        known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
     return _checked(Config(dataclasses.replace(settings, **known), hparams, {}))
 
 

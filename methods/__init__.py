@@ -14,7 +14,7 @@ from clip import CLIP, WeightsError, delta, weights_sha256
 from common import UserError
 from datasets import Task
 from experiment import Experiment
-from settings import Settings
+from settings import Hparams, Settings
 
 from .adapters.matrices import LowRank
 
@@ -39,6 +39,21 @@ METHODS: dict[str, ModuleType] = {
 }
 
 
+def saved_settings(path: Path, metadata: dict[str, str]) -> tuple[Hparams, dict]:
+    """Return the hyperparameters that a weight file was trained with, and all settings of its run.
+
+    Files of earlier versions lack hyperparameters that did not exist then: their defaults are what the code did. Raise
+    WeightsError if the file does not hold settings.
+    """
+    try:
+        saved = json.loads(metadata["settings"])
+        kind = METHODS[saved["method"]].Hparams
+        own = {field.name: saved[field.name] for field in dataclasses.fields(kind) if field.name in saved}
+        return kind(**own).settled(saved["shots"], images=0), saved
+    except (KeyError, TypeError, ValueError):
+        raise WeightsError(f"{path} does not say how it was trained; save it again") from None
+
+
 def merge_file(model: CLIP, path: str | Path) -> CLIP:
     """Change the weights of `model` to those that a run saved in `path`, and return it: a plain CLIP.
 
@@ -57,12 +72,7 @@ def merge_file(model: CLIP, path: str | Path) -> CLIP:
     kind = METHODS[method].Hparams
     if not issubclass(kind, LowRank):
         raise UserError(f"{path} holds no weights of CLIP but what {method} adds; evaluate it with main.py --eval_only")
-    try:
-        saved = json.loads(metadata["settings"])
-        own = {field.name: saved[field.name] for field in dataclasses.fields(kind)}
-        hparams = kind(**own).settled(saved["shots"], images=0)
-    except (KeyError, TypeError, ValueError):
-        raise WeightsError(f"{path} does not say how it was trained; save it again") from None
+    hparams, _ = saved_settings(path, metadata)
     no_images = Task(method, (), (), (), (), (), None)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     adaptation = METHODS[method].prepare(
