@@ -40,7 +40,7 @@ METHODS: dict[str, ModuleType] = {
 
 
 def saved_settings(path: Path, metadata: dict[str, str]) -> tuple[Hparams, dict]:
-    """Return the hyperparameters that a weight file was trained with, and all settings of its run.
+    """Return the hyperparameters that a weight file was trained with, and the common settings of its run.
 
     Files of earlier versions lack hyperparameters that did not exist then: their defaults are what the code did. Raise
     WeightsError if the file does not hold settings.
@@ -49,7 +49,8 @@ def saved_settings(path: Path, metadata: dict[str, str]) -> tuple[Hparams, dict]
         saved = json.loads(metadata["settings"])
         kind = METHODS[saved["method"]].Hparams
         own = {field.name: saved[field.name] for field in dataclasses.fields(kind) if field.name in saved}
-        return kind(**own).settled(saved["shots"], images=0), saved
+        common = {name: saved[name] for name in ("method", "shots", "draw", "split", "prompts", "template", "tuned_on")}
+        return kind(**own).settled(common["shots"], images=0), common
     except (KeyError, TypeError, ValueError):
         raise WeightsError(f"{path} does not say how it was trained; save it again") from None
 
