@@ -193,7 +193,8 @@ def _evaluated(config: Config, given: dict[str, Any]) -> Config:
         trained = json.loads(checkpoint_metadata(path)["settings"])
         if trained["method"] != settings.method:
             raise UserError(f"{path} was trained with --method {trained['method']}; evaluate it with that")
-        own = {f.name: trained[f.name] for f in dataclasses.fields(config.hparams)}
+        # A setting that the file does not know came later, and its default is what was done before.
+        own = {f.name: trained[f.name] for f in dataclasses.fields(config.hparams) if f.name in trained}
         known = {name: trained[name] for name in ("tuned_on", "draw")}
         if not {"prompts", "template"} & given.keys():
             known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
