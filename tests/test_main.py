@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 from support.fabricate import fabricate
 
 import train
+from clip.delta import checkpoint_metadata
 
 QUICK = ("--shots", 2, "--total_iters", 6)
 
@@ -61,6 +63,10 @@ def test_weights_that_were_saved_before_methods_owned_their_settings(run_main, m
     path = Path("saved/tiny/digits/1shots/seed3", f"{method}.safetensors")
     path.parent.mkdir(parents=True)
     shutil.copy(Path(__file__).parent / "support" / "saved_before" / path.name, path)
+    if method == "lora":  # and it may lack a setting that came later
+        about = checkpoint_metadata(path)
+        settings = {name: value for name, value in json.loads(about["settings"]).items() if name != "flip"}
+        save_file(load_file(path), path, about | {"settings": json.dumps(settings)})
     words = ("--method", method, "--shots", 1, "--save_path", "saved", "--eval_only", "--lr", 1, "--encoder", "both")
     _, record, _, err = run_main(*words, "--device", "cpu")
     assert (record["test_accuracy"], record["changed_weights"]) == (pytest.approx(100 * accuracy), changed), err
@@ -112,13 +118,11 @@ def test_bf16_learns_too(run_main):
     assert bf16["final_loss"] == pytest.approx(fp32["final_loss"], rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["dtd", "fgvc", "stanford_cars"])
-def test_a_dataset_on_disk(run_main, tmp_path, name):
+@pytest.mark.parametrize("name", ["dtd", "fgvc"])
+def test_a_dataset_on_disk_whose_images_may_not_suffice(run_main, tmp_path, name):
     fabricate(name, tmp_path / "data")  # with 4 training images a class
     flags = ("--dataset", name, "--root_path", tmp_path / "data", "--backbone", "tiny", "--prompts", "specific")
-    code, record, _, err = run_main(*flags, "--shots", 2, "--total_iters", 4, "--flip", "--lr", "1e-3")
-    assert code == 0 and record["dataset"] == name and record["changed_weights"] > 0 and "drawn twice" not in err
-    assert record["template"] != "a photo of a {}." or name == "stanford_cars"
-    if name == "dtd":
-        code, _, _, err = run_main(*flags, "--shots", 5, "--total_iters", 1)
-        assert code == 0 and "has 4" in err and "drawn twice" in err
+    for shots in (4, 5):
+        code, record, _, err = run_main(*flags, "--total_iters", 1, "--shots", shots)
+        assert code == 0 and record["dataset"] == name and record["template"] != "a photo of a {}."
+        assert ("drawn twice" in err) == (shots == 5)

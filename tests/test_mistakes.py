@@ -26,17 +26,12 @@ QUICK = ("--shots", 1, "--total_iters", 3)
         (["--position", "bottom", "--encoder", "text"], ["bottom", "--position all"]),
         (["--backbone", "ViT-Z/99"], ["ViT-Z/99", "ViT-B/16", "tiny"]),
         (["--device", "cuda:99"], ["cuda:99", "--device cpu"]),
-        (["--device", "abacus"], ["abacus", "cpu"]),
         (["--shots", "0"], ["--shots", "at least 1"]),
         (["--shots", "1000000000"], ["--shots", "at most"]),
         (["--shots", "many"], ["--shots", "many"]),
         (["--lr", "nan"], ["--lr", "above 0"]),
-        (["--lr", "-1"], ["--lr", "above 0"]),
         (["--s", "1"], ["density_ratio", "above 0 and at most 1"]),
         (["--s", "0.9", "--density_ratio", "0.1"], ["s and density_ratio"]),
-        (["--t", "0"], ["--t"]),
-        (["--min_area", "0"], ["--min_area"]),
-        (["--batch_size", "0"], ["--batch_size"]),
         (["--save_every", "-1"], ["--save_every"]),
         (["--n_iter", "5"], ["--n_iter 5", "--n_iters"]),
         (["--totl_iters=5"], ["--total_iters"]),
@@ -61,7 +56,6 @@ def test_bad_arguments(run_main, argv, words):
         ("learning_rate: 1\n", ["learning_rate"]),
         ("densityratio: 1\n", ["densityratio", "density_ratio"]),
         ("shots: several\n", ["shots", "int", "several"]),
-        ("shots: 1.5\n", ["shots", "int"]),
         ("flip: 3\n", ["flip", "bool"]),
         ("results_dir: null\n", ["results_dir", "str"]),
         ("lr: true\n", ["lr", "float"]),
@@ -90,21 +84,13 @@ def test_missing_data(run_main, dtd):
     assert "nowhere" in refused(run_main(*flags, "--root_path", "nowhere"), ["data"])
     line = refused(run_main(*flags, "--dataset", "food101"), ["data"])
     assert "food-101" in line and "Food101" in line
-    split = next(Path("data").rglob("split_zhou_*.json"))
-    split.write_text(split.read_text()[:100])
-    assert split.name in refused(run_main(*flags), ["data"])
-    split.unlink()
-    assert split.name in refused(run_main(*flags), ["data"])
 
 
-@pytest.mark.parametrize("damage, workers", [("missing", 0), ("empty", 0), ("truncated", 0), ("truncated", 2)])
-def test_damaged_images_are_named(run_main, dtd, damage, workers):
+@pytest.mark.parametrize("size, workers", [(None, 0), (0, 0), (200, 2)])
+def test_missing_and_damaged_images_are_named(run_main, dtd, size, workers):
     flags, images = dtd
     for image in images.rglob("*.jpg"):  # whichever is read first
-        if damage == "missing":
-            image.unlink()
-        else:
-            image.write_bytes(image.read_bytes()[: 0 if damage == "empty" else 200])
+        image.unlink() if size is None else image.write_bytes(image.read_bytes()[:size])
     for method in ("so", "zero_shot"):
         own = flags if method == "so" else flags[:2] + flags[4:]  # it has no iterations
         assert ".jpg" in refused(run_main(*own, "--workers", workers, "--method", method), ["data"])
