@@ -9,10 +9,11 @@ from scipy import stats
 
 from common import UserError
 from scripts.reporting.results import ELEVEN, Results, text
-from scripts.reporting.sheets import MISSING, Cell, Sheet, average, in_words, suites
+from scripts.reporting.sheets import MISSING, Cell, Sheet, average, in_words, number, suites
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 CONFIDENCE = 0.95
+SIGNED = "{:+.2f}"
 DIFFERENCES = ["a", "b", "shots", "data_set", "pairs", "data_sets", "mean_a", "mean_b", "difference", "low", "high"]
 DEVIATIONS = ["name", "paper", "configuration", "shots", "data_set", "published", "read_off", "measured", "sd", "seeds"]
 DEVIATIONS += ["deviation"]
@@ -100,31 +101,27 @@ def _difference(values: pd.DataFrame) -> dict[str, float | None]:
 
 def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sheet:
     """Return the same as a table."""
-    pairs = int(rows.pairs[rows.data_sets == 1].sum())
-    alone = results.tested.configuration.isin([a, b]).sum() - 2 * pairs
-    title = f"{a} minus {b}"
-    header = ["dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]
     cells = [
         [
             Cell(row.data_set),
-            Cell(str(row.shots), row.shots),
-            Cell(signed(row.difference), row.difference),
-            Cell(MISSING) if pd.isna(row.low) else Cell(f"{signed(row.low)} to {signed(row.high)}", row.low),
-            Cell(str(row.pairs), row.pairs),
-            *(Cell(f"{value:.2f}", value) for value in (row.mean_a, row.mean_b)),
+            number(row.shots, "{}"),
+            number(row.difference, SIGNED),
+            number(row.low, f"{SIGNED} to {SIGNED.format(row.high)}"),
+            number(row.pairs, "{}"),
+            number(row.mean_a),
+            number(row.mean_b),
         ]
         for row in rows.itertuples()
     ]
+    pairs = int(rows.pairs[rows.data_sets == 1].sum())
+    alone = results.tested.configuration.isin([a, b]).sum() - 2 * pairs
     notes = [f"{pairs} pairs of runs; percentage points; means are of the pairs only."]
     if alone:
         notes.append(f"{alone} runs of the two have no partner with the same images and are left out.")
     if rows.low.isna().any():
         notes.append(f"{MISSING}: an interval needs at least two pairs.")
-    return Sheet(title, header, cells, notes)
-
-
-def signed(value: float) -> str:
-    return f"{value:+.2f}"
+    header = ["dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]
+    return Sheet(f"{a} minus {b}", header, cells, notes)
 
 
 def read_published() -> dict:
@@ -188,11 +185,11 @@ def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
         cells = [
             [
                 Cell(row.data_set),
-                Cell(str(row.shots), row.shots),
-                Cell(signed(row.deviation), row.deviation),
-                published_cell(row.published, row.read_off),
-                Cell(f"{row.measured:.2f}" + ("" if pd.isna(row.sd) else f" ± {row.sd:.2f}"), row.measured),
-                Cell(str(row.seeds), row.seeds),
+                number(row.shots, "{}"),
+                number(row.deviation, SIGNED),
+                _reported(row.published, row.read_off),
+                number(row.measured, "{:.2f}" + ("" if pd.isna(row.sd) else f" ± {row.sd:.2f}")),
+                number(row.seeds, "{}"),
             ]
             for row in part.itertuples(index=False)
         ]
@@ -204,22 +201,15 @@ def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
 
 def published_sheet() -> Sheet:
     """Return the averages over the eleven datasets that papers report."""
-    content = read_published()
-    shots = sorted({number for row in content["rows"] for number in row["means"]})
-    rows = [
-        [
-            Cell(row["name"]),
-            *(published_cell(row["means"].get(number), row.get("read_off")) for number in shots),
-            Cell("arXiv " + content["papers"][row["paper"]]["url"].rpartition("/")[2]),
-        ]
-        for row in content["rows"]
-    ]
-    header = ["method", *map(in_words, shots), "source"]
+    content, rows = read_published(), []
+    shots = sorted({n for row in content["rows"] for n in row["means"]})
+    for row in content["rows"]:
+        means = [_reported(row["means"].get(n), row.get("read_off")) for n in shots]
+        url = content["papers"][row["paper"]]["url"]
+        rows.append([Cell(row["name"]), *means, Cell(f"arXiv {url.rpartition('/')[2]}")])
     notes = ["Per cent, ViT-B/16, averages over the eleven datasets. ≈: read off a plot."]
-    return Sheet("Published averages", header, rows, notes)
+    return Sheet("Published averages", ["method", *map(in_words, shots), "source"], rows, notes)
 
 
-def published_cell(value: float | None, read_off: float | None) -> Cell:
-    if value is None:
-        return Cell(MISSING)
-    return Cell(f"{value:.1f}" if pd.isna(read_off) else f"≈ {value:.1f}", value)
+def _reported(value: float | None, read_off: float | None) -> Cell:
+    return number(value, "{:.1f}" if pd.isna(read_off) else "≈ {:.1f}")
