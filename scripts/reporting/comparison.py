@@ -29,11 +29,9 @@ ASSUMPTIONS = (
 )
 
 
-def interval(differences: pd.Series) -> tuple[float, float] | None:
-    """Return Student's t confidence interval of the mean; None for fewer than two values."""
+def interval(differences: pd.Series) -> tuple[float, float]:
+    """Return Student's t confidence interval of the mean; nan for a single value."""
     n = len(differences)
-    if n < 2:
-        return None
     half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std() / n**0.5
     return differences.mean() - half, differences.mean() + half
 
@@ -70,16 +68,12 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     high (empty where there are too few values for an interval).
     """
     runs = results.tested
-    place = ["shots", "tested_on", "classes", "seed"]
-    one, two = (runs[runs.configuration == label].set_index(place) for label in (a, b))
-    one = one.assign(images=one.split_sha256 + one.data_sha256, mean_a=one.test_accuracy)
-    two = pd.DataFrame(
-        {"mean_b": two.test_accuracy, "others": two.split_sha256 + two.data_sha256, "other_method": two.method}
-    )
-    both = one.join(two, how="inner").reset_index()
-    untrained = both[["method", "other_method"]].eq("zero_shot").any(axis=1)  # its hashes are of the test part only
-    both = both[untrained | (both.images == both.others)]
-    both = both.assign(difference=both.mean_a - both.mean_b)
+    one, two = (runs[runs.configuration == label] for label in (a, b))
+    both = one.merge(two, on=["shots", "tested_on", "classes", "seed"], suffixes=("", "_b"))
+    untrained = both[["method", "method_b"]].eq("zero_shot").any(axis=1)  # its hashes are of the test part only
+    same_images = (both.split_sha256 == both.split_sha256_b) & (both.data_sha256 == both.data_sha256_b)
+    both = both[untrained | same_images].assign(mean_a=both.test_accuracy, mean_b=both.test_accuracy_b)
+    both["difference"] = both.mean_a - both.mean_b
     rows = []
     for shots, pairs in both.groupby("shots"):
         for suite, columns in suites(pairs).items():
@@ -94,8 +88,8 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     return pd.DataFrame([{"a": a, "b": b} | row for row in rows], columns=DIFFERENCES)
 
 
-def _difference(values: pd.DataFrame) -> dict[str, float | None]:
-    low, high = interval(values.difference) or (None, None)
+def _difference(values: pd.DataFrame) -> dict[str, float]:
+    low, high = interval(values.difference)
     return values[["mean_a", "mean_b", "difference"]].mean().to_dict() | {"low": low, "high": high}
 
 
