@@ -1,17 +1,14 @@
 """Differences between configurations, and deviations from what papers report."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
-import yaml
 from scipy import stats
 
 from common import UserError
-from scripts.reporting.results import ELEVEN, Results, text
+from scripts.reporting.results import ELEVEN, PUBLISHED, Results, text
 from scripts.reporting.sheets import MISSING, Cell, Sheet, average, in_words, number, suites
 
-PUBLISHED = Path(__file__).parent / "published.yaml"
 CONFIDENCE = 0.95
 SIGNED = "{:+.2f}"
 DIFFERENCES = ["a", "b", "shots", "data_set", "pairs", "data_sets", "mean_a", "mean_b", "difference", "low", "high"]
@@ -118,11 +115,6 @@ def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sh
     return Sheet(f"{a} minus {b}", header, cells, notes)
 
 
-def read_published() -> dict:
-    """Return the content of published.yaml, which explains itself."""
-    return yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
-
-
 def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
     """Return measured minus published accuracy where the settings match, and notes on those that do not.
 
@@ -131,9 +123,9 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
     published, read_off (error of that), measured (mean over seeds), sd, seeds, deviation. Means over datasets are
     compared if all eleven are there.
     """
-    published, rows, notes = read_published(), [], []
+    rows, notes = [], []
     runs = results.tested[results.tested.tested_on.isin(ELEVEN)]
-    for row in published["rows"]:
+    for row in PUBLISHED["rows"]:
         own = runs[runs.method == row.get("method")]
         for (label, shots), group in own.groupby(["configuration", "shots"], sort=False):
             reported = {ELEVEN[name]: value for name, value in row.get("data_sets", {}).get(shots, {}).items()}
@@ -151,7 +143,7 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
                 compared["mean of 11"] = (mean, averages)
             fewest = group.groupby("tested_on").size().min()
             for name, (value, accuracies) in compared.items():
-                head = {"name": row["name"], "paper": published["papers"][row["paper"]]["url"], "configuration": label}
+                head = {"name": row["name"], "paper": PUBLISHED["papers"][row["paper"]]["url"], "configuration": label}
                 head |= {"shots": shots, "data_set": name, "published": value, "read_off": row.get("read_off")}
                 head |= {"measured": accuracies.mean(), "sd": accuracies.std()}
                 head |= {"seeds": len(measured[name]) if name in measured else fewest}
@@ -173,7 +165,7 @@ def _mismatch(run: pd.Series, wanted: dict) -> list[str]:
 
 def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
     """Return the same as tables, one for each configuration and published row."""
-    known = {row["name"]: ", ".join(row["settings"][0]) for row in read_published()["rows"] if "settings" in row}
+    known = {row["name"]: ", ".join(row["settings"][0]) for row in PUBLISHED["rows"] if "settings" in row}
     sheets = []
     for (label, name), part in rows.groupby(["configuration", "name"], sort=False):
         cells = [
@@ -195,11 +187,11 @@ def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
 
 def published_sheet() -> Sheet:
     """Return the averages over the eleven datasets that papers report."""
-    content, rows = read_published(), []
-    shots = sorted({n for row in content["rows"] for n in row["means"]})
-    for row in content["rows"]:
+    rows = []
+    shots = sorted({n for row in PUBLISHED["rows"] for n in row["means"]})
+    for row in PUBLISHED["rows"]:
         means = [_reported(row["means"].get(n), row.get("read_off")) for n in shots]
-        url = content["papers"][row["paper"]]["url"]
+        url = PUBLISHED["papers"][row["paper"]]["url"]
         rows.append([Cell(row["name"]), *means, Cell(f"arXiv {url.rpartition('/')[2]}")])
     notes = ["Per cent, ViT-B/16, averages over the eleven datasets. ≈: read off a plot."]
     return Sheet("Published averages", ["method", *map(in_words, shots), "source"], rows, notes)

@@ -11,28 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from common import UserError
 from records import in_order, read_record
 from settings import Settings
 
-# Columns with which the published tables are made, in their order.
-ELEVEN = {
-    "imagenet": "ImageNet",
-    "sun397": "SUN397",
-    "fgvc": "Aircraft",
-    "eurosat": "EuroSAT",
-    "stanford_cars": "Cars",
-    "food101": "Food101",
-    "oxford_pets": "Pets",
-    "oxford_flowers": "Flowers",
-    "caltech101": "Caltech101",
-    "dtd": "DTD",
-    "ucf101": "UCF101",
-}
-VARIANTS = {"imagenet_v2": "V2", "imagenet_sketch": "Sketch", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
-SHORT = ELEVEN | VARIANTS  # in tables; other datasets keep their names
-SUITES = {"the eleven datasets": ELEVEN, "variants of ImageNet": VARIANTS}  # datasets over which an average is usual
+PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+SUITES: dict[str, dict[str, str]] = PUBLISHED["suites"]
+ELEVEN = SUITES["the eleven datasets"]
+SHORT = {dataset: name for names in SUITES.values() for dataset, name in names.items()}  # in tables; others keep theirs
 
 NEEDED = ("run_id", "method", "dataset", "backbone", "shots", "seed", "test_accuracy", "finished_at")
 # What a run measures, and where and when it did. Every other column, known or not, is a setting.

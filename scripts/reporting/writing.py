@@ -9,7 +9,7 @@ import pandas as pd
 
 from common import note, progress, write_atomically
 from scripts.reporting import comparison, figures
-from scripts.reporting.results import read_results
+from scripts.reporting.results import PUBLISHED, read_results
 from scripts.reporting.sheets import Cell, Sheet, accuracy_tables, cost_tables, validation_tables
 
 TEMPLATE = Path(__file__).parent / "page.html"
@@ -49,7 +49,7 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
         assumptions=comparison.ASSUMPTIONS,
         published=published,
         unmatched=unmatched,
-        papers=comparison.read_published()["papers"].values(),
+        papers=PUBLISHED["papers"].values(),
         figures=drawn,
         notes=notes,
         runs=runs,
