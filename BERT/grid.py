@@ -1,49 +1,56 @@
-"""Grids of runs with means over seeds: what script.py and script_LoRA.py share.
+"""Grids of runs with means over seeds: script.py and script_LoRA.py call `main`.
 
 Each run has a folder beside the table of results, `so_grid_runs/<run_id>/`, with its record (see records.py). Failed
 runs are recorded too. The table is rebuilt from the records after each run.
 """
 
-import argparse
 import hashlib
+import itertools
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
 from BERT import rte
-from BERT.main import Result, Settings, TrainingDiverged, add_common_flags, display_name, load_model, run
-from common import Parser, UserError, acquire_lock, note, write_atomically
+from BERT.main import Result, Settings, TrainingDiverged, display_name, load_model, parser, run
+from common import UserError, acquire_lock, note, one_line_errors, write_atomically
 from records import RecordFolder, read_record
 from run_utils import make_reproducible
 from settings import choose_device, slug
 
-
-def parser(description: str, out: str) -> Parser:
-    """Return a parser with the flags of both grids. `out` is the default of --out."""
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, nargs="+", default=[42], help="seeds; results are means over them [42]")
-    parser.add_argument("--out", default=out, help=f"table of results; the records of all runs are beside it [{out}]")
-    add_common_flags(parser)
-    return parser
+GRIDS = {  # the published values of the flags that take lists, by method
+    "SO": {"kappa": [1e-5, 1e-4, 1e-3], "T_sparse": [5, 10, 20]},
+    "LoRA": {"rank": [2, 4, 8, 16]},
+}
 
 
-def run_all(key: dict[str, str], cells: Sequence[dict], arguments: dict) -> None:
-    """Do all runs of `cells` and seeds that are not done yet, one after another.
+def main(method: str, description: str, argv: Sequence[str] | None = None) -> None:
+    """Do the grid of a command line. The exit code is 1 if runs failed; the next call tries them again."""
+    with one_line_errors():
+        lists = GRIDS[method] | {"seed": [42]}
+        default = f"{method.lower()}_grid_results.csv"
+        flags = parser(description, lists)
+        flags.add_argument("--out", default=default, help=f"table; the records of all runs are beside it [{default}]")
+        given = vars(flags.parse_args(argv))
+        out = Path(given.pop("out"))
+        axes = [given.pop(name) for name in lists]
+        wanted = [Settings(**given, **dict(zip(lists, values))) for values in itertools.product(*axes)]
+        failed = run_all(wanted, Table(out, GRIDS[method], wanted[0]))
+        print(f"results: {out}")
+        if failed:
+            print("\n".join(("failed; the same command tries them again:", *failed)), file=sys.stderr)
+            sys.exit(1)
 
-    `key` maps columns of the table to the settings that they show. Runs that fail are recorded and listed at the end,
-    and the exit code is then 1. The next call tries them again.
-    """
-    seeds, out = arguments.pop("seed"), Path(arguments.pop("out"))
-    wanted = [Settings(**arguments, **cell, seed=seed) for cell in cells for seed in seeds]
-    table = Table(out, key, wanted[0])
+
+def run_all(wanted: Sequence[Settings], table: "Table") -> list[str]:
+    """Do the runs that are not done yet, one after another. Return a line for each that failed."""
     failed = []
     for number, settings in enumerate(wanted, start=1):
-        cell = {column: getattr(settings, field) for column, field in (key | {"seed": "seed"}).items()}
-        label = f"[{number}/{len(wanted)}] " + ", ".join(f"{column} {value}" for column, value in cell.items())
+        cell = ", ".join(f"{column} {value}" for column, value in table.cell(settings).items())
+        label = f"[{number}/{len(wanted)}] {cell}, seed {settings.seed}"
         folder = table.folder(settings)
         with folder.locked(wait=True):
             record = folder.read()
@@ -58,29 +65,20 @@ def run_all(key: dict[str, str], cells: Sequence[dict], arguments: dict) -> None
             failed.append(f"{label}: {outcome['error']}")
         else:
             print(f"{label}: {outcome['val_acc']:.1f} % after {outcome['steps']} steps")
-    print(f"results: {table.path}")
-    if failed:
-        print("\n".join(("failed; the same command tries them again:", *failed)), file=sys.stderr)
-        sys.exit(1)
+    return failed
 
 
 def attempt(settings: Settings) -> dict:
     """Do one run. Return what is recorded of its outcome, which may be an error."""
     try:
         return asdict(run(settings)) | {"error": None}
-    except TrainingDiverged as error:
-        return failure(error)
-    except UserError:
-        raise  # all runs would end with it
     except Exception as error:
-        traceback.print_exc()
-        return failure(error)
-
-
-def failure(error: Exception) -> dict:
-    """Return what is recorded of a run that failed."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return dict.fromkeys(Result.__dataclass_fields__) | {"error": text}
+        if isinstance(error, UserError) and not isinstance(error, TrainingDiverged):
+            raise  # all runs would end with it
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return dict.fromkeys(Result.__dataclass_fields__) | {"error": text}
 
 
 def fingerprint(settings: Settings) -> dict:
@@ -102,15 +100,15 @@ def fingerprint(settings: Settings) -> dict:
 
 
 class Table:
-    """The table of one grid's results: a row a cell, built from the records of its runs.
+    """The table of one grid's results: a row a cell, which is a combination of the flags `names`, from its records.
 
     Records that differ in more than the cell and the seed, for example in the weights of the model, stay out of it.
     """
 
-    def __init__(self, path: Path, key: dict[str, str], settings: Settings):
+    def __init__(self, path: Path, names: Collection[str], settings: Settings):
         if not path.name:
             raise UserError(f"--out {str(path)!r} is not the name of a file")
-        self.path, self.key = path, key
+        self.path, self.names = path, names
         self.runs = path.with_name(f"{path.stem.removesuffix('_results')}_runs")
         if path.exists() and not self.runs.is_dir():
             raise UserError(f"{path} exists without its {self.runs.name}/; move it away or choose another --out")
@@ -120,8 +118,8 @@ class Table:
             **fingerprint(settings),
             "device": choose_device(settings.device).partition(":")[0],
         }
-        varied = {*key.values(), "seed"}
-        self.selected = {name: value for name, value in self.identity(settings).items() if name not in varied}
+        identity = self.identity(settings)
+        self.selected = {name: value for name, value in identity.items() if name not in names and name != "seed"}
         self.runs.mkdir(parents=True, exist_ok=True)
         others = self.rebuild()  # if nothing can be written, this fails now and not after hours
         if others:
@@ -132,10 +130,14 @@ class Table:
         values = asdict(settings) | self.shared
         return {name: value for name, value in values.items() if name != "data_dir"}
 
+    def cell(self, settings: Settings) -> dict[str, object]:
+        """Return the values of the row that a run belongs to, by column: T_sparse is T there."""
+        return {name.removesuffix("_sparse"): getattr(settings, name) for name in self.names}
+
     def folder(self, settings: Settings) -> RecordFolder:
         """Return the folder of a run: a readable name and a hash of its identity."""
         digest = hashlib.sha256(json.dumps(self.identity(settings), sort_keys=True).encode()).hexdigest()[:8]
-        cell = "_".join(f"{column}{getattr(settings, field)}" for column, field in self.key.items())
+        cell = "_".join(f"{column}{value}" for column, value in self.cell(settings).items())
         name = f"{settings.method.lower()}_{slug(self.shared['model'])}_{cell}_seed{settings.seed}_{digest}"
         return RecordFolder(self.runs, name)
 
@@ -148,31 +150,30 @@ class Table:
             records = [read_record(path) for path in self.runs.glob("*/result.json")]
             records = [record for record in records if record is not None]
             own = [record for record in records if self.selected.items() <= record.items()]
-            columns = [*self.key, "steps", "val_acc", "val_acc_sd", "seeds", "reached", "failed"]
-            frame = pd.DataFrame(self.rows(own), columns=columns, dtype=object)
+            cells: dict[tuple, list[dict]] = {}
+            for record in sorted(own, key=lambda record: record["seed"]):
+                cells.setdefault(tuple(record[name] for name in self.names), []).append(record)
+            rows = [[*cell, *summary(cells[cell])] for cell in sorted(cells)]
+            columns = [*(name.removesuffix("_sparse") for name in self.names), *SUMMARY]
+            frame = pd.DataFrame(rows, columns=columns, dtype=object)
             write_atomically(self.path, frame.to_csv(index=False))
         finally:
             lock.release()
         return len(records) - len(own)
 
-    def rows(self, records: Sequence[dict]) -> list[dict]:
-        """Return a row a cell: means over the finished seeds; `reached` counts those that came down to loss_stop."""
-        cells: dict[tuple, list[dict]] = {}
-        for record in sorted(records, key=lambda record: record["seed"]):
-            cells.setdefault(tuple(record[field] for field in self.key.values()), []).append(record)
-        rows = []
-        for cell in sorted(cells):
-            done = [record for record in cells[cell] if not record["error"]]
-            accuracies = [record["val_acc"] for record in done]
-            rows.append(
-                dict(zip(self.key, cell))
-                | {
-                    "steps": f"{mean(record['steps'] for record in done):g}" if done else "",
-                    "val_acc": f"{mean(accuracies):.2f}" if done else "",
-                    "val_acc_sd": f"{stdev(accuracies):.2f}" if len(done) > 1 else "",
-                    "seeds": " ".join(str(record["seed"]) for record in done),
-                    "reached": sum(record["reached"] for record in done),
-                    "failed": " ".join(str(record["seed"]) for record in cells[cell] if record["error"]),
-                }
-            )
-        return rows
+
+SUMMARY = ("steps", "val_acc", "val_acc_sd", "seeds", "reached", "failed")
+
+
+def summary(records: Sequence[dict]) -> tuple:
+    """Return the columns SUMMARY of one cell: means over the seeds that finished, and which seeds these are."""
+    done = [record for record in records if not record["error"]]
+    accuracies = [record["val_acc"] for record in done]
+    return (
+        f"{mean(record['steps'] for record in done):g}" if done else "",
+        f"{mean(accuracies):.2f}" if done else "",
+        f"{stdev(accuracies):.2f}" if len(done) > 1 else "",
+        " ".join(str(record["seed"]) for record in done),
+        sum(record["reached"] for record in done),  # came down to loss_stop
+        " ".join(str(record["seed"]) for record in records if record["error"]),
+    )

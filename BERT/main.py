@@ -9,9 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # in front: `import datasets` must find this project's package, not Hugging Face's
-    sys.path.insert(0, str(ROOT))
+# In front: `import datasets` must find this project's package, not Hugging Face's.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import BERT  # noqa: F401  sets the environment before torch is imported
 
@@ -19,8 +18,8 @@ import BERT  # noqa: F401  sets the environment before torch is imported
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,8 @@ from BERT import rte
 from common import Parser, UserError, one_line_errors, progress
 from optimizers import SO, attach
 from run_utils import make_reproducible
-from settings import choose_device
+from settings import Options, choose_device, option
+from train import TrainingDiverged
 
 # As published, with SO and LoRA alike.
 LR, MINIMUM_LR, SCHEDULE_STEPS = 2e-5, 1e-6, 10_000  # cosine schedule
@@ -41,52 +41,53 @@ LORA_ALPHA = 1
 LORA_TARGETS = (
     r".*\bencoder\.layer\.\d+\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
 )
-
-
-class TrainingDiverged(UserError):
-    """A training loss that is not finite."""
+DENSE = (
+    "all, as published: plain Adam trains biases, LayerNorms, pooler and classifier; none: SO trains them sparsely "
+    "like the matrices, LoRA leaves them frozen"
+)
+PROTOCOL = (
+    "balanced: equally many training pairs of each label; released: the published script's rows, without segment ids"
+)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All settings of a run, named as the flags. Raise UserError for values out of range or in conflict."""
+class Settings(Options):
+    """All settings of a run; each is a flag. Raise UserError for values out of range or in conflict."""
 
-    kappa: float | None = None
-    T_sparse: int | None = None  # None: 5 with SO
-    rank: int | None = None
-    dense: str = "all"
-    model: str = "bert-base-uncased"
-    data_dir: str | None = None
-    protocol: str = "balanced"
-    shots: int = 16
-    seed: int = 42
-    lr: float = LR
-    loss_stop: float = 1e-3
-    max_steps: int = SCHEDULE_STEPS
-    device: str = "auto"
+    kappa: float | None = option(
+        None,
+        "SO: density of gradient and moments, for example 5e-5; 0 trains only the dense group",
+        kind=float,
+        at_least=0,
+        at_most=1,
+    )
+    T_sparse: int | None = option(None, "SO: steps between two draws of the support; one run: 5", kind=int, at_least=1)
+    rank: int | None = option(None, "LoRA: rank, for example 8", kind=int, at_least=1)
+    dense: str = option("all", DENSE, choices=("all", "none"))
+    model: str = option("bert-base-uncased", "a name on the Hub, or a folder")
+    data_dir: str | None = option(
+        None, "folder with GLUE's train.tsv and dev.tsv of RTE; without it they come from the Hub", kind=str
+    )
+    protocol: str = option("balanced", PROTOCOL, choices=rte.PROTOCOLS)
+    shots: int = option(16, "training pairs per label; with --protocol released half of all", at_least=1)
+    seed: int = option(42, "of draw, order, new weights, dropout and supports", at_least=0, below=2**63)
+    lr: float = option(LR, "initial learning rate; cosine over 10,000 steps to 1e-6", above=0)
+    loss_stop: float = option(1e-3, "stop when a mini-batch loss is at or below this", at_least=0)
+    max_steps: int = option(
+        SCHEDULE_STEPS, "most training steps; the schedule has no more", at_least=1, at_most=SCHEDULE_STEPS
+    )
+    device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.kappa is None) == (self.rank is None):
             raise UserError("give one of --kappa (SO) and --rank (LoRA)" + ("" if self.rank is None else ", not both"))
-        if self.kappa is not None and not 0 <= self.kappa <= 1:
-            raise UserError(f"--kappa must be in [0, 1], not {self.kappa}")
         if self.kappa == 0 and self.dense == "none":
             raise UserError("--kappa 0 --dense none trains nothing; leave one of them out")
         if self.rank is not None and self.T_sparse is not None:
             raise UserError("--T_sparse belongs to SO; leave it out with --rank")
         if self.T_sparse is None and self.kappa is not None:
             object.__setattr__(self, "T_sparse", 5)
-        at_least = {"rank": 1, "T_sparse": 1, "shots": 1, "seed": 0, "loss_stop": 0, "max_steps": 1}
-        for name, minimum in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not minimum <= value < math.inf:
-                raise UserError(f"--{name} must be at least {minimum}, not {value}")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"--lr must be positive, not {self.lr}")
-        if self.max_steps > SCHEDULE_STEPS:
-            raise UserError(f"--max_steps must be at most {SCHEDULE_STEPS}, where the learning rate's schedule ends")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed must be below 2**63, not {self.seed}")
 
     @property
     def method(self) -> str:
@@ -107,48 +108,27 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> Result:
     """Do one run from the command line and return its result."""
     with one_line_errors():
-        settings = Settings(**vars(parser().parse_args(argv)))
+        settings = Settings(**vars(parser(__doc__).parse_args(argv)))
         result = run(settings)
         name, pairs = display_name(settings.model), 2 * settings.shots
         print(f"{settings.method} - {name} RTE-{pairs}shot: {result.val_acc:.1f}%")
         return result
 
 
-def parser() -> Parser:
-    """Return the command line of one run. Flags that are not given take the defaults of Settings."""
-    parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument(
-        "--kappa", type=float, help="SO: density of gradient and moments, e.g. 5e-5; 0 trains only the dense group"
-    )
-    parser.add_argument("--T_sparse", type=int, help="SO: steps between two draws of the support [5]")
-    parser.add_argument("--rank", type=int, help="LoRA: rank, e.g. 8")
-    parser.add_argument("--seed", type=int, help="seed of draw, order, new weights, dropout and supports [42]")
-    add_common_flags(parser)
+def parser(description: str, lists: Mapping[str, list] | None = None) -> Parser:
+    """Return the command line of a run, or of a grid: it has `lists`, flags that take several values, by name with
+    their defaults, and no other flags of a method."""
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
+    for field in fields(Settings):
+        about, default = field.metadata, field.default
+        options = {"type": about["kind"], "choices": about["choices"]}
+        if lists and field.name in lists:
+            default = " ".join(map(str, lists[field.name]))
+            options |= {"nargs": "+", "default": lists[field.name]}
+        elif lists and field.name in ("kappa", "T_sparse", "rank"):
+            continue
+        parser.add_argument(f"--{field.name}", help=about["help"] + (f" [{default}]" if default else ""), **options)
     return parser
-
-
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that single runs and grids share."""
-    default = Settings.__dataclass_fields__
-    parser.add_argument(
-        "--dense",
-        choices=("all", "none"),
-        help="all, as published: plain Adam trains biases, LayerNorms, pooler and classifier; none: SO trains them "
-        "sparsely like the matrices, LoRA leaves them frozen [all]",
-    )
-    parser.add_argument("--model", help=f"a name on the Hub, or a folder [{default['model'].default}]")
-    parser.add_argument("--data_dir", help="folder with GLUE's train.tsv and dev.tsv of RTE [RTE from the Hub]")
-    parser.add_argument(
-        "--protocol",
-        choices=rte.PROTOCOLS,
-        help="balanced: equally many training pairs of each label; released: the published script's rows, without "
-        "segment ids [balanced]",
-    )
-    parser.add_argument("--shots", type=int, help="training pairs per label; with --protocol released half of all [16]")
-    parser.add_argument("--lr", type=float, help="initial learning rate; cosine over 10,000 steps to 1e-6 [2e-5]")
-    parser.add_argument("--loss_stop", type=float, help="stop when a mini-batch loss is at or below this [1e-3]")
-    parser.add_argument("--max_steps", type=int, help=f"most training steps [{SCHEDULE_STEPS}, the schedule's length]")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one [auto]")
 
 
 def display_name(model: str) -> str:
@@ -228,31 +208,26 @@ def load_model(name: str) -> tuple[nn.Module, object]:
     return model.float(), tokenizer
 
 
-def dense_group(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that plain Adam trains with both methods: one-dimensional ones, pooler and classifier."""
-    return [
-        p for name, p in model.named_parameters() if p.dim() == 1 or name.startswith(("bert.pooler.", "classifier."))
-    ]
-
-
 def prepare(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Set which parameters of `model` are trained and return their optimizer. LoRA adds its matrices to the model."""
-    dense = dense_group(model) if settings.dense == "all" else []
-    if settings.method == "SO":
-        is_dense = set(dense)
-        sparse = [p for p in model.parameters() if p not in is_dense] if settings.kappa > 0 else []
-    else:
+    dense = []  # what plain Adam trains with both methods: one-dimensional parameters, pooler and classifier
+    if settings.dense == "all":
+        of_head = ("bert.pooler.", "classifier.")
+        dense = [p for name, p in model.named_parameters() if p.dim() == 1 or name.startswith(of_head)]
+    if settings.method == "LoRA":
         peft = rte.extra("peft")
         config = peft.LoraConfig(r=settings.rank, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=LORA_TARGETS)
         peft.inject_adapter_in_model(config, model)
-        lora = [p for name, p in model.named_parameters() if ".lora_" in name]
-    trained = sparse if settings.method == "SO" else lora
+        own = [p for name, p in model.named_parameters() if ".lora_" in name]
+    else:
+        is_dense = set(dense)
+        own = [p for p in model.parameters() if p not in is_dense] if settings.kappa > 0 else []
     model.requires_grad_(False)
-    for p in (*trained, *dense):
+    for p in (*own, *dense):
         p.requires_grad_(True)
     if settings.method == "LoRA":
-        return torch.optim.Adam([*lora, *dense], lr=settings.lr, betas=BETAS)
-    groups = [{"params": sparse, "density_ratio": settings.kappa}] if sparse else []
+        return torch.optim.Adam([*own, *dense], lr=settings.lr, betas=BETAS)
+    groups = [{"params": own, "density_ratio": settings.kappa}] if own else []
     groups += [{"params": dense, "dense": True}] if dense else []
     return SO(groups, lr=settings.lr, betas=BETAS, T=settings.T_sparse, seed=settings.seed)
 

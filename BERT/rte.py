@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import UserError, note
+from common import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = f"pip install -r {ROOT / 'requirements-all.txt'}"
@@ -51,25 +51,25 @@ def extra(name: str) -> ModuleType:
 
 
 def load(data_dir: str | None) -> RTE:
-    """Return RTE from the folder that holds train.tsv and dev.tsv, or from the Hub if `data_dir` is None."""
-    return from_hub() if data_dir is None else from_folder(Path(data_dir).expanduser())
+    """Return RTE from the folder that holds GLUE's train.tsv and dev.tsv, or from the Hub if `data_dir` is None.
 
-
-def from_folder(folder: Path) -> RTE:
-    """Return RTE from the files of GLUE's archive. test.tsv has no labels and is not read."""
-    for name in ("train.tsv", "dev.tsv"):
-        if not (folder / name).is_file():
-            raise UserError(f"--data_dir: there is no {folder / name}; name the folder that holds RTE's TSV files")
-    return RTE(read_tsv(folder / "train.tsv"), read_tsv(folder / "dev.tsv"))
+    GLUE's test.tsv has no labels and is not read.
+    """
+    if data_dir is None:
+        return from_hub()
+    files = [Path(data_dir).expanduser() / name for name in ("train.tsv", "dev.tsv")]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"--data_dir: there is no {file}; name the folder that holds RTE's TSV files")
+    return RTE(*map(read_tsv, files))
 
 
 def read_tsv(path: Path) -> list[Pair]:
     """Return the pairs of one TSV file, in order. Raise UserError if the file is damaged.
 
-    As in the Hub's copy, quotes are ordinary characters. Rows that lack a field are left out with a note; the original
-    files have none.
+    As in the Hub's copy, quotes are ordinary characters.
     """
-    pairs, short = [], []
+    pairs = []
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -78,18 +78,13 @@ def read_tsv(path: Path) -> list[Pair]:
                 raise UserError(f"{path}: the first line names no column {', '.join(sorted(missing))}; is this RTE?")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
-                if None in row:
-                    raise UserError(f"{where}: more fields than columns; fields are separated by one tab")
-                if None in row.values():
-                    short.append(reader.line_num)
-                    continue
+                if None in row or None in row.values():
+                    raise UserError(f"{where}: not {len(reader.fieldnames)} fields; unpack GLUE's archive again")
                 if row["label"] not in LABELS:
                     raise UserError(f"{where}: the label is {row['label']!r}; it must be {' or '.join(LABELS)}")
                 pairs.append(Pair(row["sentence1"], row["sentence2"], LABELS.index(row["label"])))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); unpack GLUE's archive again") from None
-    if short:
-        note(f"{path}: {len(short)} rows lack a field and are left out (lines {short})")
     if not pairs:
         raise UserError(f"{path} holds no pairs; unpack GLUE's archive again")
     return pairs
@@ -112,9 +107,10 @@ def from_hub() -> RTE:
 def read_parquet(path: Path) -> list[Pair]:
     """Return the pairs of one of the Hub's files, in order. Raise UserError if the file is damaged."""
     pandas, _ = extra("pandas"), extra("pyarrow")
+    columns = ["sentence1", "sentence2", "label"]
     try:
-        table = pandas.read_parquet(path, columns=["sentence1", "sentence2", "label"])
-        pairs = [Pair(*row) for row in zip(*(table[name].tolist() for name in ("sentence1", "sentence2", "label")))]
+        table = pandas.read_parquet(path, columns=columns)
+        pairs = [Pair(*row) for row in zip(*(table[name].tolist() for name in columns))]
         if not pairs or not set(table["label"]) <= set(range(len(LABELS))):
             raise ValueError("labels must be 0 or 1")
     except (ValueError, OSError) as error:
@@ -137,15 +133,11 @@ def draw(pairs: list[Pair], shots: int, seed: int, protocol: str) -> list[int]:
     `shots` of each label. "released" takes the first 2 x `shots` whatever their labels, as the published script does.
     """
     order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
-    if protocol == "released":
-        rows = order[: 2 * shots]
-    else:
-        rank = {label: 0 for label in range(len(LABELS))}
-        rows = []
-        for row in order:
-            rank[pairs[row].label] += 1
-            if rank[pairs[row].label] <= shots:
-                rows.append(row)
+    if protocol == "balanced":
+        of_labels = [[row for row in order if pairs[row].label == label][:shots] for label in range(len(LABELS))]
+        chosen = {row for rows in of_labels for row in rows}
+        order = [row for row in order if row in chosen]
+    rows = order[: 2 * shots]
     if len(rows) < 2 * shots:
         counts = ", ".join(f"{sum(p.label == i for p in pairs)} {name}" for i, name in enumerate(LABELS))
         raise UserError(f"--shots {shots} needs more pairs than RTE's training split has ({counts}); lower --shots")

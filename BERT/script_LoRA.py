@@ -11,23 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # in front: `import datasets` must find this project's package, not Hugging Face's
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `import datasets` must find this project's package
 
 from BERT import grid
-from common import one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do the grid of the command line."""
-    with one_line_errors():
-        parser = grid.parser(__doc__, out="lora_grid_results.csv")
-        ranks = [2, 4, 8, 16]
-        parser.add_argument("--rank", type=int, nargs="+", default=ranks, help=f"ranks {ranks}")
-        arguments = vars(parser.parse_args(argv))
-        cells = [{"rank": rank} for rank in arguments.pop("rank")]
-        grid.run_all({"rank": "rank"}, cells, arguments)
+    grid.main("LoRA", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ Weights and tokens are random: their values do not matter for the cost. Both sid
 same supports and the same dropout. Their steps alternate in one process.
 """
 
-import argparse
-import time
+from argparse import Namespace
 from collections.abc import Sequence
 from statistics import median
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.timing import alternately
 from BERT import main as bert
 from common import Parser, one_line_errors
 from optimizers import attach
@@ -25,14 +25,10 @@ from run_utils import make_reproducible
 class Side:
     """SO on its own copy of the model, with sampled or with dense gradients."""
 
-    def __init__(self, args, is_sampled: bool):
+    def __init__(self, args: Namespace, is_sampled: bool):
         torch.manual_seed(0)
-        config = BertConfig(
-            hidden_size=args.width,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            intermediate_size=4 * args.width,
-        )
+        width = {"hidden_size": args.width, "intermediate_size": 4 * args.width}
+        config = BertConfig(**width, num_hidden_layers=args.layers, num_attention_heads=args.heads)
         self.model = BertForSequenceClassification(config).to(args.device)
         self.optimizer = bert.prepare(self.model, bert.Settings(kappa=args.kappa, T_sparse=args.T_sparse))
         if is_sampled:
@@ -46,48 +42,39 @@ class Side:
     def weights(self) -> torch.Tensor:
         return torch.cat([p.detach().flatten().double() for p in self.model.parameters()])
 
-    def step(self) -> tuple[float, float]:
-        """Do one training step. Return its seconds and its loss."""
+    def step(self) -> float:
+        """Do one training step and return its loss."""
         torch.manual_seed(2)  # dropout
-        start = time.perf_counter()
         loss = F.cross_entropy(self.model(**self.inputs).logits, self.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        value = loss.item()
-        return time.perf_counter() - start, value
+        return loss.item()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with one_line_errors():
-        parser = Parser(description=__doc__)
-        parser.add_argument("--layers", type=int, default=12)
-        parser.add_argument("--width", type=int, default=768)
-        parser.add_argument("--heads", type=int, default=12)
-        parser.add_argument("--tokens", type=int, default=128, help="tokens of each of the 8 pairs")
-        parser.add_argument("--kappa", type=float, default=1e-4)
-        parser.add_argument("--T_sparse", type=int, default=10)
-        parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
-        parser.add_argument("--device", default="cpu")
-        measure(parser.parse_args(argv))
-
-
-def measure(args: argparse.Namespace) -> None:
     """Time both sides and print medians, last losses and how far the weights differ."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each of the 8 pairs")
+    parser.add_argument("--kappa", type=float, default=1e-4)
+    parser.add_argument("--T_sparse", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
     make_reproducible(0)
     sides = {"dense": Side(args, False), "sampled": Side(args, True)}
-    measured = {name: [] for name in sides}
-    for _ in range(args.steps + 1):
-        for name, side in sides.items():
-            measured[name].append(side.step())
-    medians = {name: median(seconds for seconds, _ in steps[1:]) for name, steps in measured.items()}
-    for name, steps in measured.items():
-        print(f"{name:8} median {medians[name]:.3f} s   last loss {steps[-1][1]:.6f}")
+    seconds, losses = alternately({name: side.step for name, side in sides.items()}, args.steps, args.device)
+    for name, times in seconds.items():
+        print(f"{name:8} median {median(times):.3f} s   last loss {losses[name][-1]:.6f}")
     trained = sides["dense"].weights() - sides["dense"].before
     difference = sides["sampled"].weights() - sides["dense"].weights()
     print(f"weights differ by {difference.norm() / trained.norm():.1e} of what was trained")
-    print(f"ratio of medians {medians['dense'] / medians['sampled']:.2f} x")
+    print(f"ratio of medians {median(seconds['dense']) / median(seconds['sampled']):.2f} x")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

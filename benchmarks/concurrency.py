@@ -9,48 +9,43 @@ processes want the same run's folder. Then the time to write the table. Ends wit
 tracebacks on stderr say what.
 """
 
-import argparse
 import contextlib
 import json
 import multiprocessing
 import os
 import random
-import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from common import UserError
-from records import RecordFolder, rebuild_table
+from benchmarks.timing import median_seconds
+from common import Parser, UserError, one_line_errors, progress
+from records import FIRST, LAST, RecordFolder, rebuild_table
 
 FORK = multiprocessing.get_context("fork")  # importing torch takes seconds
 PATIENCE = 300  # seconds that processes wait for each other before they give up
-RESULT = {
-    "zero_shot_accuracy": 40.0,
-    "train_accuracy": 99.0,
-    "final_loss": 0.0123456789,
-    "iterations": 1600,
-    "stopped_early": False,
-    "train_seconds": 123.456789,
-    "eval_seconds": 1.23456789,
-    "search_seconds": 0.0,
-    "peak_memory_mb": 1234.5678,
-    "trainable_weights": 122_683_392,
-    "changed_weights": 6134,
-    "optimizer_bytes": 98_144,
-    "checkpoint_bytes": None,
-    "template": "a photo of a {}.",
-    "tuned_on": None,
-    "split_sha256": "5" * 64,
-    "data_sha256": None,
-    "weights_sha256": "3" * 64,
-}
+RESULT = dict.fromkeys((*FIRST, *LAST), 1234.56789)  # about as long as a real record
+
+
+def begun(function: Callable, count: int, *arguments: object) -> list[multiprocessing.Process]:
+    """Return `count` new processes that call a function with their number and these arguments."""
+    processes = [FORK.Process(target=function, args=(number, *arguments)) for number in range(count)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def failures(processes: Sequence[multiprocessing.Process]) -> list[str]:
+    """Wait for the end of these processes, and return those that failed."""
+    for process in processes:
+        process.join()
+    return [f"{process.name} failed" for process in processes if process.exitcode]
 
 
 def finish(results: Path, seed: int) -> dict:
@@ -70,9 +65,9 @@ def read_table(results: Path) -> pd.DataFrame:
     return table
 
 
-def _recorder(results: Path, seeds: range, barrier) -> None:
+def _recorder(first: int, results: Path, seeds: range, barrier) -> None:
     try:
-        for seed in seeds:
+        for seed in seeds[first :: barrier.parties - 1]:
             barrier.wait(PATIENCE)
             run_id = finish(results, seed)["run_id"]
             assert run_id in set(read_table(results).run_id), f"{run_id} was recorded, and the table lacks it"
@@ -82,7 +77,7 @@ def _recorder(results: Path, seeds: range, barrier) -> None:
         raise
 
 
-def _reader(results: Path, stop, looks) -> None:
+def _reader(_: int, results: Path, stop, looks) -> None:
     known = set()
     while not stop.is_set():
         if (results / "results.csv").exists():
@@ -97,16 +92,11 @@ def record_at_once(results: Path, processes: int, rounds: int) -> dict:
     their record written already, and what went wrong."""
     barrier, stop, looks = FORK.Barrier(processes + 1), FORK.Event(), FORK.Value("q", 0)
     count = processes * rounds
-    recorders = [
-        FORK.Process(target=_recorder, args=(results, range(first, count, processes), barrier))
-        for first in range(processes)
-    ]
-    reader = FORK.Process(target=_reader, args=(results, stop, looks))
-    for process in (reader, *recorders):
-        process.start()
+    reader = begun(_reader, 1, results, stop, looks)
+    recorders = begun(_recorder, processes, results, range(count), barrier)
     moments, begin, took = random.Random(0), time.perf_counter(), 0.1
     with contextlib.suppress(threading.BrokenBarrierError):  # somebody's traceback says why
-        for seed in tqdm(range(count, count + rounds), desc="rounds", disable=None):
+        for seed in progress(range(count, count + rounds), "rounds", "round"):
             barrier.wait(PATIENCE)
             start = time.perf_counter()
             victim = FORK.Process(target=finish, args=(results, seed))
@@ -118,13 +108,10 @@ def record_at_once(results: Path, processes: int, rounds: int) -> dict:
                 time.sleep(0.002)
             took = time.perf_counter() - start  # as long as the next round will take, about
         barrier.wait(PATIENCE)
-    for process in recorders:
-        process.join()
+    wrong = failures(recorders)
     seconds = time.perf_counter() - begin
     stop.set()
-    reader.join()
-
-    wrong = [f"{process.name} failed" for process in (reader, *recorders) if process.exitcode]
+    wrong += failures(reader)
     recorded = set(read_table(results).seed)
     wrong += [f"seed {seed} is not in the table" for seed in sorted(set(range(count)) - recorded)]
     rebuild_table(results)
@@ -134,7 +121,7 @@ def record_at_once(results: Path, processes: int, rounds: int) -> dict:
     return {"seconds": seconds, "looks": looks.value, "killed_late": len(recorded) - count, "wrong": wrong}
 
 
-def _turns(results: Path, turns: int) -> None:
+def _turns(_: int, results: Path, turns: int) -> None:
     folder, done = RecordFolder(results, "wanted"), 0
     while done < turns:
         try:
@@ -152,12 +139,7 @@ def _turns(results: Path, turns: int) -> None:
 
 def take_turns(results: Path, processes: int, turns: int) -> list[str]:
     """Try the turns, and return what went wrong."""
-    all_of_them = [FORK.Process(target=_turns, args=(results, turns)) for _ in range(processes)]
-    for process in all_of_them:
-        process.start()
-    for process in all_of_them:
-        process.join()
-    return [f"{process.name} failed" for process in all_of_them if process.exitcode]
+    return failures(begun(_turns, processes, results, turns))
 
 
 def rebuild_seconds(results: Path, count: int) -> float:
@@ -167,16 +149,11 @@ def rebuild_seconds(results: Path, count: int) -> float:
         folder = results / f"run{number}"
         folder.mkdir(exist_ok=True)
         (folder / "result.json").write_text(json.dumps(record | {"run_id": folder.name, "seed": number}, indent=2))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        rebuild_table(results)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return median_seconds(lambda: rebuild_table(results))
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--turns", type=int, default=50, help="of each process with the run that all want")
@@ -195,13 +172,11 @@ def main(argv=None) -> int:
         print(f"{args.processes} processes wanted the same run, {args.turns} times each")
         for number in (800, 5000):
             print(f"results.csv from {number} records: {rebuild_seconds(folder / 'many', number):.2f} s")
-    print(
-        "\n".join(wrong)
-        if wrong
-        else "every record is there, every look found a valid table, every run had one process"
-    )
-    return 1 if wrong else 0
+    fine = "every record is there, every look found a valid table, every run had one process"
+    print("\n".join(wrong) if wrong else fine)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line_errors():
+        main()

@@ -8,17 +8,15 @@ become the test part. The files are hard links to a few JPEGs of 224 x 224 in a 
 """
 
 import os
-import statistics
 import tempfile
-import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 import datasets
+from benchmarks.timing import median_seconds
 from common import Parser, one_line_errors
 from datasets.splits import imagenet_classes
 
@@ -35,16 +33,6 @@ def fill(folder: Path, count: int, source: Path) -> None:
             original.write_bytes(source.read_bytes())
         else:
             os.link(original, folder / f"{number}.jpg")
-
-
-def median_seconds(function: Callable[[], object], times: int = 5) -> float:
-    function()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def measure(name: str, root: Path, shots: int | None) -> None:

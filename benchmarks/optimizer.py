@@ -8,8 +8,7 @@ arrive with it. The steps alternate in one process. Times are medians; draws of 
 the steps at T = 5.
 """
 
-import argparse
-import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -17,7 +16,9 @@ from torch import nn
 
 from benchmarks.plain import DenseSO
 from benchmarks.step import ARCHITECTURES
+from benchmarks.timing import alternately
 from clip.model import CLIP
+from common import Parser, one_line_errors
 from methods.choice import Blocks, select_matrices
 from optimizers import SO
 
@@ -42,8 +43,8 @@ def attached_step(optimizer: SO, values: dict) -> None:
     optimizer.step()
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--backbone", default="ViT-B/16", choices=ARCHITECTURES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=10)
@@ -61,19 +62,13 @@ def main(argv=None) -> None:
         attached = SO(bare, lr=1e-4, density_ratio=density, T=5)
         values = {p: torch.randn(max(1, int(p.numel() * density)), device=args.device) for p in bare}
         steps[f"SO, attached {density:g}"] = lambda optimizer=attached, values=values: attached_step(optimizer, values)
-    seconds = {name: [] for name in steps}
-    for _ in range(args.steps + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+    seconds, _ = alternately(steps, args.steps, args.device)
     for name, times in seconds.items():
-        reference = median(seconds["dense SO " + name.split()[-1]][1:]) if name.startswith("SO") else None
-        ratio = f"   {reference / median(times[1:]):6.1f} x faster than dense SO" if reference else ""
-        print(f"{name:22} {1000 * median(times[1:]):9.2f} ms{ratio}")
+        reference = median(seconds["dense SO " + name.split()[-1]]) if name.startswith("SO") else None
+        ratio = f"   {reference / median(times):6.1f} x faster than dense SO" if reference else ""
+        print(f"{name:22} {1000 * median(times):9.2f} ms{ratio}")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

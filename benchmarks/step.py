@@ -9,10 +9,10 @@ Weights are random (their values do not matter for the cost), images are noise, 
 is measured in a process of its own for each side. The plain side always computes in float32.
 """
 
-import argparse
 import subprocess
 import sys
-import time
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -21,8 +21,10 @@ import torch.nn.functional as F
 
 import utils
 from benchmarks.plain import DenseSO, encode_image, encode_text
+from benchmarks.timing import alternately
 from clip.layouts import PackedPrompts
 from clip.model import CLIP, Architecture
+from common import Parser, one_line_errors
 from experiment import Experiment
 from methods.adapters import lora
 from methods.choice import Blocks, select_matrices
@@ -54,7 +56,7 @@ def class_names(count: int) -> list[str]:
 class Side:
     """One way to do a training step on its own copy of the model."""
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         torch.manual_seed(0)
         self.args, self.device = args, torch.device(args.device)
         self.model = CLIP(ARCHITECTURES[args.backbone]).to(self.device)
@@ -71,7 +73,7 @@ class Side:
 
 
 class Plain(Side):
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         super().__init__(args)
         self.optimizer = DenseSO(self.params, lr=2e-4, density_ratio=args.density, T=args.t)
 
@@ -84,7 +86,7 @@ class Plain(Side):
 
 
 class Fast(Side):
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         super().__init__(args)
         self.optimizer = SO(self.params, lr=2e-4, density_ratio=args.density, T=args.t)
         attach(self.model, self.optimizer)
@@ -103,7 +105,7 @@ class Fast(Side):
 class LoRA(Side):
     """CLIP-LoRA's step on the same path, for comparison: AdamW on rank 2 at q, k and v, dropout 0.25."""
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         super().__init__(args)
         hparams = lora.Hparams(encoder=args.encoder).settled(shots=1, images=1)
         settings = Settings(method="lora", seed=0)
@@ -117,25 +119,17 @@ class LoRA(Side):
 SIDES = {"plain": Plain, "fast": Fast, "lora": LoRA}
 
 
-def timed(side: Side) -> tuple[float, float]:
-    start = time.perf_counter()
-    loss = side.step()
-    if side.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, loss
-
-
-def measure_memory(args) -> None:
+def measure_memory(args: Namespace) -> None:
     """Print the peak above the model with its data, over three steps of one side."""
     side = SIDES[args.only](args)
     before = peak_memory_mb(side.device)
-    seconds = [timed(side)[0] for _ in range(3)]
+    seconds, _ = alternately({"step": side.step}, 2, side.device.type)
     extra = peak_memory_mb(side.device) - before
-    print(f"{args.only:6} peak {extra:.0f} MB above {before:.0f} MB, step {min(seconds):.2f} s")
+    print(f"{args.only:6} peak {extra:.0f} MB above {before:.0f} MB, step {min(seconds['step']):.2f} s")
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--backbone", default="ViT-B/16", choices=ARCHITECTURES)
     parser.add_argument("--encoder", default="both", choices=("text", "vision", "both"))
     parser.add_argument("--batch_size", type=int, default=4)
@@ -150,27 +144,24 @@ def main(argv=None) -> None:
     if args.only:
         return measure_memory(args)
     sides = {name: side(args) for name, side in SIDES.items()}
-    seconds, losses = {name: [] for name in sides}, {name: [] for name in sides}
-    for _ in range(args.steps + 1):
-        for name, side in sides.items():
-            duration, loss = timed(side)
-            seconds[name].append(duration)
-            losses[name].append(loss)
-    for name in sides:
-        times = " ".join(f"{s:.2f}" for s in seconds[name][1:])
-        print(f"{name:6} median {median(seconds[name][1:]):.3f} s   ({times})   losses {losses[name]}")
+    steps = {name: side.step for name, side in sides.items()}
+    seconds, losses = alternately(steps, args.steps, torch.device(args.device).type)
+    for name, times in seconds.items():
+        each = " ".join(f"{s:.2f}" for s in times)
+        print(f"{name:6} median {median(times):.3f} s   ({each})   losses {losses[name]}")
     for name in ("plain", "lora"):
-        print(f"median of {name} / median of fast: {median(seconds[name][1:]) / median(seconds['fast'][1:]):.2f}")
+        print(f"median of {name} / median of fast: {median(seconds[name]) / median(seconds['fast']):.2f}")
     largest = max(
         float((a - b).abs().max())
         for a, b in zip(*([p.detach() for p in sides[name].params] for name in ("plain", "fast")), strict=True)
     )
     print(f"largest difference of a weight after {args.steps + 1} steps: {largest:.2e}")
-    del sides
+    del sides, steps
     for name in SIDES:
         command = [sys.executable, "-m", "benchmarks.step", "--only", name, *(argv or sys.argv[1:])]
         print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

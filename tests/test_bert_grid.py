@@ -195,7 +195,7 @@ def understood(monkeypatch):
 
     def parse(script_name, *argv):
         if script_name == "main.py":
-            return Settings(**vars(parser().parse_args(argv)))
+            return Settings(**vars(parser("").parse_args(argv)))
         with pytest.raises(SystemExit, match="not to be run"):
             {"script.py": script, "script_LoRA.py": script_LoRA}[script_name].main(argv)
         return seen[-1]

@@ -14,7 +14,7 @@ from scipy import stats
 
 from scripts import report
 from scripts.reporting import comparison, figures
-from scripts.reporting.results import ELEVEN, read_results
+from scripts.reporting.results import ELEVEN, PUBLISHED, read_results
 from scripts.reporting.sheets import accuracy_tables, cost_tables, validation_tables
 
 SO = {"encoder": "both", "position": "all", "lr": 0.0002, "batch_size": 32, "early_stop_loss": 0.01, "min_area": 0.08}
@@ -340,7 +340,7 @@ def test_pairs_are_chosen_by_method_or_label(results, make, no_figures):
 
 
 def published_row(name):
-    (row,) = [row for row in comparison.read_published()["rows"] if row["name"] == name]
+    (row,) = [row for row in PUBLISHED["rows"] if row["name"] == name]
     return row
 
 

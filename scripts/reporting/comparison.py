@@ -1,18 +1,16 @@
 """Differences between configurations, and deviations from what papers report."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
-import yaml
 from scipy import stats
 
 from common import UserError
-from scripts.reporting.results import ELEVEN, Results, text
-from scripts.reporting.sheets import MISSING, Cell, Sheet, average, in_words, suites
+from scripts.reporting.results import ELEVEN, PUBLISHED, Results, text
+from scripts.reporting.sheets import MISSING, Cell, Sheet, average, in_words, number, suites
 
-PUBLISHED = Path(__file__).parent / "published.yaml"
 CONFIDENCE = 0.95
+SIGNED = "{:+.2f}"
 DIFFERENCES = ["a", "b", "shots", "data_set", "pairs", "data_sets", "mean_a", "mean_b", "difference", "low", "high"]
 DEVIATIONS = ["name", "paper", "configuration", "shots", "data_set", "published", "read_off", "measured", "sd", "seeds"]
 DEVIATIONS += ["deviation"]
@@ -28,11 +26,9 @@ ASSUMPTIONS = (
 )
 
 
-def interval(differences: pd.Series) -> tuple[float, float] | None:
-    """Return Student's t confidence interval of the mean; None for fewer than two values."""
+def interval(differences: pd.Series) -> tuple[float, float]:
+    """Return Student's t confidence interval of the mean; nan for a single value."""
     n = len(differences)
-    if n < 2:
-        return None
     half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std() / n**0.5
     return differences.mean() - half, differences.mean() + half
 
@@ -69,16 +65,12 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     high (empty where there are too few values for an interval).
     """
     runs = results.tested
-    place = ["shots", "tested_on", "classes", "seed"]
-    one, two = (runs[runs.configuration == label].set_index(place) for label in (a, b))
-    one = one.assign(images=one.split_sha256 + one.data_sha256, mean_a=one.test_accuracy)
-    two = pd.DataFrame(
-        {"mean_b": two.test_accuracy, "others": two.split_sha256 + two.data_sha256, "other_method": two.method}
-    )
-    both = one.join(two, how="inner").reset_index()
-    untrained = both[["method", "other_method"]].eq("zero_shot").any(axis=1)  # its hashes are of the test part only
-    both = both[untrained | (both.images == both.others)]
-    both = both.assign(difference=both.mean_a - both.mean_b)
+    one, two = (runs[runs.configuration == label] for label in (a, b))
+    both = one.merge(two, on=["shots", "tested_on", "classes", "seed"], suffixes=("", "_b"))
+    untrained = both[["method", "method_b"]].eq("zero_shot").any(axis=1)  # its hashes are of the test part only
+    same_images = (both.split_sha256 == both.split_sha256_b) & (both.data_sha256 == both.data_sha256_b)
+    both = both[untrained | same_images].assign(mean_a=both.test_accuracy, mean_b=both.test_accuracy_b)
+    both["difference"] = both.mean_a - both.mean_b
     rows = []
     for shots, pairs in both.groupby("shots"):
         for suite, columns in suites(pairs).items():
@@ -93,43 +85,34 @@ def differences(results: Results, a: str, b: str) -> pd.DataFrame:
     return pd.DataFrame([{"a": a, "b": b} | row for row in rows], columns=DIFFERENCES)
 
 
-def _difference(values: pd.DataFrame) -> dict[str, float | None]:
-    low, high = interval(values.difference) or (None, None)
+def _difference(values: pd.DataFrame) -> dict[str, float]:
+    low, high = interval(values.difference)
     return values[["mean_a", "mean_b", "difference"]].mean().to_dict() | {"low": low, "high": high}
 
 
 def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sheet:
     """Return the same as a table."""
-    pairs = int(rows.pairs[rows.data_sets == 1].sum())
-    alone = results.tested.configuration.isin([a, b]).sum() - 2 * pairs
-    title = f"{a} minus {b}"
-    header = ["dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]
     cells = [
         [
             Cell(row.data_set),
-            Cell(str(row.shots), row.shots),
-            Cell(signed(row.difference), row.difference),
-            Cell(MISSING) if pd.isna(row.low) else Cell(f"{signed(row.low)} to {signed(row.high)}", row.low),
-            Cell(str(row.pairs), row.pairs),
-            *(Cell(f"{value:.2f}", value) for value in (row.mean_a, row.mean_b)),
+            number(row.shots, "{}"),
+            number(row.difference, SIGNED),
+            number(row.low, f"{SIGNED} to {SIGNED.format(row.high)}"),
+            number(row.pairs, "{}"),
+            number(row.mean_a),
+            number(row.mean_b),
         ]
         for row in rows.itertuples()
     ]
+    pairs = int(rows.pairs[rows.data_sets == 1].sum())
+    alone = results.tested.configuration.isin([a, b]).sum() - 2 * pairs
     notes = [f"{pairs} pairs of runs; percentage points; means are of the pairs only."]
     if alone:
         notes.append(f"{alone} runs of the two have no partner with the same images and are left out.")
     if rows.low.isna().any():
         notes.append(f"{MISSING}: an interval needs at least two pairs.")
-    return Sheet(title, header, cells, notes)
-
-
-def signed(value: float) -> str:
-    return f"{value:+.2f}"
-
-
-def read_published() -> dict:
-    """Return the content of published.yaml, which explains itself."""
-    return yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    header = ["dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]
+    return Sheet(f"{a} minus {b}", header, cells, notes)
 
 
 def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
@@ -140,9 +123,9 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
     published, read_off (error of that), measured (mean over seeds), sd, seeds, deviation. Means over datasets are
     compared if all eleven are there.
     """
-    published, rows, notes = read_published(), [], []
+    rows, notes = [], []
     runs = results.tested[results.tested.tested_on.isin(ELEVEN)]
-    for row in published["rows"]:
+    for row in PUBLISHED["rows"]:
         own = runs[runs.method == row.get("method")]
         for (label, shots), group in own.groupby(["configuration", "shots"], sort=False):
             reported = {ELEVEN[name]: value for name, value in row.get("data_sets", {}).get(shots, {}).items()}
@@ -160,7 +143,7 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
                 compared["mean of 11"] = (mean, averages)
             fewest = group.groupby("tested_on").size().min()
             for name, (value, accuracies) in compared.items():
-                head = {"name": row["name"], "paper": published["papers"][row["paper"]]["url"], "configuration": label}
+                head = {"name": row["name"], "paper": PUBLISHED["papers"][row["paper"]]["url"], "configuration": label}
                 head |= {"shots": shots, "data_set": name, "published": value, "read_off": row.get("read_off")}
                 head |= {"measured": accuracies.mean(), "sd": accuracies.std()}
                 head |= {"seeds": len(measured[name]) if name in measured else fewest}
@@ -182,17 +165,17 @@ def _mismatch(run: pd.Series, wanted: dict) -> list[str]:
 
 def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
     """Return the same as tables, one for each configuration and published row."""
-    known = {row["name"]: ", ".join(row["settings"][0]) for row in read_published()["rows"] if "settings" in row}
+    known = {row["name"]: ", ".join(row["settings"][0]) for row in PUBLISHED["rows"] if "settings" in row}
     sheets = []
     for (label, name), part in rows.groupby(["configuration", "name"], sort=False):
         cells = [
             [
                 Cell(row.data_set),
-                Cell(str(row.shots), row.shots),
-                Cell(signed(row.deviation), row.deviation),
-                published_cell(row.published, row.read_off),
-                Cell(f"{row.measured:.2f}" + ("" if pd.isna(row.sd) else f" ± {row.sd:.2f}"), row.measured),
-                Cell(str(row.seeds), row.seeds),
+                number(row.shots, "{}"),
+                number(row.deviation, SIGNED),
+                _reported(row.published, row.read_off),
+                number(row.measured, "{:.2f}" + ("" if pd.isna(row.sd) else f" ± {row.sd:.2f}")),
+                number(row.seeds, "{}"),
             ]
             for row in part.itertuples(index=False)
         ]
@@ -204,22 +187,15 @@ def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
 
 def published_sheet() -> Sheet:
     """Return the averages over the eleven datasets that papers report."""
-    content = read_published()
-    shots = sorted({number for row in content["rows"] for number in row["means"]})
-    rows = [
-        [
-            Cell(row["name"]),
-            *(published_cell(row["means"].get(number), row.get("read_off")) for number in shots),
-            Cell("arXiv " + content["papers"][row["paper"]]["url"].rpartition("/")[2]),
-        ]
-        for row in content["rows"]
-    ]
-    header = ["method", *map(in_words, shots), "source"]
+    rows = []
+    shots = sorted({n for row in PUBLISHED["rows"] for n in row["means"]})
+    for row in PUBLISHED["rows"]:
+        means = [_reported(row["means"].get(n), row.get("read_off")) for n in shots]
+        url = PUBLISHED["papers"][row["paper"]]["url"]
+        rows.append([Cell(row["name"]), *means, Cell(f"arXiv {url.rpartition('/')[2]}")])
     notes = ["Per cent, ViT-B/16, averages over the eleven datasets. ≈: read off a plot."]
-    return Sheet("Published averages", header, rows, notes)
+    return Sheet("Published averages", ["method", *map(in_words, shots), "source"], rows, notes)
 
 
-def published_cell(value: float | None, read_off: float | None) -> Cell:
-    if value is None:
-        return Cell(MISSING)
-    return Cell(f"{value:.1f}" if pd.isna(read_off) else f"≈ {value:.1f}", value)
+def _reported(value: float | None, read_off: float | None) -> Cell:
+    return number(value, "{:.1f}" if pd.isna(read_off) else "≈ {:.1f}")

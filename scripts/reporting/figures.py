@@ -2,8 +2,9 @@
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -27,6 +28,7 @@ TRAINING_POINTS = 100  # longer training curves are averaged to so many; whole, 
 WIDEST = 4  # panels side by side
 
 Style = dict[str, str | tuple]
+Points = dict[str, list[tuple[float, pd.Series]]]  # by configuration: x, and accuracies, one for each seed
 
 
 @dataclass
@@ -43,18 +45,34 @@ class Grid:
 def grids(results: Results, folder: Path) -> tuple[list[Grid], list[str]]:
     """Return all figures of the runs that were trained, and notes on curves that cannot be read."""
     runs = results.tested
-    labels = results.labels(runs)
     styles = {
         label: {
             "color": COLOURS[i % len(COLOURS)],
             "marker": MARKERS[i % len(MARKERS)],
             "linestyle": DASHES[i % len(DASHES)],
         }
-        for i, label in enumerate(labels)
+        for i, label in enumerate(results.labels(runs))
     }
     curves, notes = _read_curves(runs, folder)
-    found = [_against_shots(runs, styles), *_against_cost(runs, styles), *_curves(runs, curves, styles)]
+    with_curve = runs[runs.run_id.isin(curves)]
+    found = [_against_shots(runs, styles)]
+    found += [_against_cost(runs, *about, styles) for about in COSTS if about[0] in runs]
+    found += [_curves(at, shots, curves, styles) for shots, at in with_curve.groupby("shots")]
     return [grid for grid in found if grid.panels], notes
+
+
+def _only(styles: dict[str, Style], labels: Iterable[str]) -> dict[str, Style]:
+    present = set(labels)
+    return {label: style for label, style in styles.items() if label in present}
+
+
+def _draw_points(ax: Axes, points: Points, styles: dict[str, Style]) -> None:
+    """Draw means and standard deviations over seeds."""
+    for label, at in points.items():
+        means = [values.mean() for _, values in at]
+        deviations = [values.std() if len(values) > 1 else 0.0 for _, values in at]
+        ax.errorbar([x for x, _ in at], means, yerr=deviations, capsize=2, **styles[label])
+    ax.set_ylabel("test accuracy, %")
 
 
 # --- accuracy against shots
@@ -64,84 +82,60 @@ def _against_shots(runs: pd.DataFrame, styles: dict[str, Style]) -> Grid:
     shots = sorted(runs.shots.unique())
     panels = {}
     for title, part, columns in places(runs):
-        means = {}
-        for label, own in part.groupby("configuration"):
-            values = {n: accuracies(at, columns) for n, at in own.groupby("shots")}
-            means[label] = {n: value for n, value in values.items() if value is not None}
-        if any(means.values()):
-            panels[title] = lambda ax, means=means: _draw_against_shots(ax, means, shots, styles)
+        points = {}
+        for label in _only(styles, part.configuration):
+            by_shots = part[part.configuration == label].groupby("shots")
+            found = [(n, accuracies(at, columns)) for n, at in by_shots]
+            points[label] = [(n, values) for n, values in found if values is not None]
+        points = {label: at for label, at in points.items() if at}
+        if points:
+            panels[title] = partial(_draw_against_shots, points=points, shots=shots, styles=styles)
     caption = "Mean and standard deviation over seeds. An average is shown if no dataset is missing."
-    return Grid("accuracy_against_shots", "Test accuracy against shots", caption, panels, _only(styles, runs))
+    used = _only(styles, runs.configuration)
+    return Grid("accuracy_against_shots", "Test accuracy against shots", caption, panels, used)
 
 
-def _draw_against_shots(ax: Axes, means: dict, shots: list[int], styles: dict[str, Style]) -> None:
-    present = [label for label in styles if means.get(label)]
-    for i, label in enumerate(present):
-        aside = 2 ** (0.06 * (i - (len(present) - 1) / 2))  # error bars would hide each other
-        points = sorted(means[label].items())
-        ax.errorbar(
-            [n * aside for n, _ in points],
-            [values.mean() for _, values in points],
-            yerr=[_sd(values) for _, values in points],
-            capsize=2,
-            **styles[label],
-        )
+def _draw_against_shots(ax: Axes, points: Points, shots: list[int], styles: dict[str, Style]) -> None:
+    aside = {label: 2 ** (0.06 * (i - (len(points) - 1) / 2)) for i, label in enumerate(points)}
+    beside = {label: [(n * aside[label], values) for n, values in at] for label, at in points.items()}
+    _draw_points(ax, beside, styles)  # side by side, or error bars would hide each other
     ax.set_xscale("log", base=2)
     ax.set_xticks(shots, [str(n) for n in shots])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlim(shots[0] / 1.4, shots[-1] * 1.4)
     ax.set_xlabel("shots")
-    ax.set_ylabel("test accuracy, %")
-
-
-def _sd(values: pd.Series) -> float:
-    return values.std() if len(values) > 1 else 0.0
-
-
-def _only(styles: dict[str, Style], runs: pd.DataFrame) -> dict[str, Style]:
-    present = set(runs.configuration)
-    return {label: style for label, style in styles.items() if label in present}
 
 
 # --- accuracy against what it costs
 
-
-COSTS = {
-    "changed_weights": ("changed weights", "accuracy_against_changed_weights"),
-    "peak_memory_mb": ("peak memory, MiB", "accuracy_against_memory"),
-}
-
-
-def _against_cost(runs: pd.DataFrame, styles: dict[str, Style]) -> list[Grid]:
-    """Return figures with a point for each configuration; for the datasets of a suite it is their average."""
-    found = []
-    for cost, (axis, name) in COSTS.items():
-        panels, shown = {}, []
-        for title, part, columns in main_places(runs) if cost in runs else ():
-            for shots, at in part.groupby("shots"):
-                points = {}
-                for label, own in at.dropna(subset=cost).groupby("configuration"):
-                    values = accuracies(own, columns)
-                    if values is not None:
-                        points[label] = (own.groupby("tested_on")[cost].mean().mean(), values)
-                        shown.append(own)
-                if points:
-                    panels[f"{title}, {in_words(shots)}"] = lambda ax, points=points, axis=axis: _draw_against_cost(
-                        ax, points, axis, styles
-                    )
-        caption = "Mean and standard deviation over seeds."
-        if cost == "peak_memory_mb":
-            caption += " Memory is torch's on a GPU and the whole process's on a CPU: compare only on one device."
-        used = _only(styles, pd.concat(shown)) if shown else {}
-        found.append(Grid(name, f"Test accuracy against {axis.split(',')[0]}", caption, panels, used))
-    return found
+MEMORY = " Memory is torch's on a GPU and the whole process's on a CPU: compare only on one device."
+COSTS = (  # column of the records, label of the axis, file name, addition to the caption
+    ("changed_weights", "changed weights", "accuracy_against_changed_weights", ""),
+    ("peak_memory_mb", "peak memory, MiB", "accuracy_against_memory", MEMORY),
+)
 
 
-def _draw_against_cost(ax: Axes, points: dict, axis: str, styles: dict[str, Style]) -> None:
-    for label, (cost, values) in points.items():
-        style = styles[label] | {"linestyle": "none"}
-        ax.errorbar([cost], [values.mean()], yerr=[_sd(values)], capsize=2, **style)
-    costs = [cost for cost, _ in points.values() if cost > 0]
+def _against_cost(runs: pd.DataFrame, cost: str, axis: str, name: str, more: str, styles: dict[str, Style]) -> Grid:
+    """Return a figure with a point for each configuration; for the datasets of a suite it is their average."""
+    panels, shown = {}, set()
+    for title, part, columns in main_places(runs.dropna(subset=cost)):
+        for shots, at in part.groupby("shots"):
+            points = {}
+            for label, own in at.groupby("configuration"):
+                values = accuracies(own, columns)
+                if values is not None:
+                    points[label] = [(own.groupby("tested_on")[cost].mean().mean(), values)]
+            if points:
+                shown |= points.keys()
+                panel = partial(_draw_against_cost, points=points, axis=axis, styles=styles)
+                panels[f"{title}, {in_words(shots)}"] = panel
+    title = f"Test accuracy against {axis.split(',')[0]}"
+    return Grid(name, title, f"Mean and standard deviation over seeds.{more}", panels, _only(styles, shown))
+
+
+def _draw_against_cost(ax: Axes, points: Points, axis: str, styles: dict[str, Style]) -> None:
+    _draw_points(ax, points, {label: style | {"linestyle": "none"} for label, style in styles.items()})
+    costs = [cost for ((cost, _),) in points.values() if cost > 0]
     if costs and max(costs) / min(costs) > 20 and len(costs) < len(points):
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(min(costs))))
     elif costs and max(costs) / min(costs) > 20:
@@ -150,7 +144,6 @@ def _draw_against_cost(ax: Axes, points: dict, axis: str, styles: dict[str, Styl
         ax.locator_params(axis="x", nbins=4)
     ax.margins(x=0.15, y=0.15)
     ax.set_xlabel(axis)
-    ax.set_ylabel("test accuracy, %")
 
 
 # --- training and test curves
@@ -172,22 +165,18 @@ def _read_curves(runs: pd.DataFrame, folder: Path) -> tuple[dict[str, pd.DataFra
     return curves, notes
 
 
-def _curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame], styles: dict[str, Style]) -> list[Grid]:
-    runs = runs[runs.run_id.isin(curves)]
-    found = []
-    for shots, at in runs.groupby("shots"):
-        panels = {
-            title: lambda ax, part=part: _draw_curves(ax, part, curves, styles)
-            for title, part, columns in places(at)
-            if len(columns) == 1
-        }
-        caption = (
-            f"A line is a run. Thin: training accuracy, on augmented images, averaged to at most {TRAINING_POINTS} "
-            "points. Thick, with markers: test accuracy, of runs with --eval_every."
-        )
-        title = f"Training and test curves, {in_words(shots)}"
-        found.append(Grid(f"curves_{shots}shot", title, caption, panels, _only(styles, at)))
-    return found
+def _curves(runs: pd.DataFrame, shots: int, curves: dict[str, pd.DataFrame], styles: dict[str, Style]) -> Grid:
+    panels = {
+        title: partial(_draw_curves, runs=part, curves=curves, styles=styles)
+        for title, part, columns in places(runs)
+        if len(columns) == 1
+    }
+    caption = (
+        f"A line is a run. Thin: training accuracy, on augmented images, averaged to at most {TRAINING_POINTS} "
+        "points. Thick, with markers: test accuracy, of runs with --eval_every."
+    )
+    title = f"Training and test curves, {in_words(shots)}"
+    return Grid(f"curves_{shots}shot", title, caption, panels, _only(styles, runs.configuration))
 
 
 def _draw_curves(ax: Axes, runs: pd.DataFrame, curves: dict[str, pd.DataFrame], styles: dict[str, Style]) -> None:

@@ -6,34 +6,21 @@ of it: they are the tables' captions and columns.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from common import UserError
-from records import FIRST, LAST, read_record
+from records import in_order, read_record
 from settings import Settings
 
-# Columns with which the published tables are made, in their order.
-ELEVEN = {
-    "imagenet": "ImageNet",
-    "sun397": "SUN397",
-    "fgvc": "Aircraft",
-    "eurosat": "EuroSAT",
-    "stanford_cars": "Cars",
-    "food101": "Food101",
-    "oxford_pets": "Pets",
-    "oxford_flowers": "Flowers",
-    "caltech101": "Caltech101",
-    "dtd": "DTD",
-    "ucf101": "UCF101",
-}
-VARIANTS = {"imagenet_v2": "V2", "imagenet_sketch": "Sketch", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
-SHORT = ELEVEN | VARIANTS  # in tables; other datasets keep their names
-SUITES = {"the eleven datasets": ELEVEN, "variants of ImageNet": VARIANTS}  # datasets over which an average is usual
+PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+SUITES: dict[str, dict[str, str]] = PUBLISHED["suites"]
+ELEVEN = SUITES["the eleven datasets"]
+SHORT = {dataset: name for names in SUITES.values() for dataset, name in names.items()}  # in tables; others keep theirs
 
 NEEDED = ("run_id", "method", "dataset", "backbone", "shots", "seed", "test_accuracy", "finished_at")
 # What a run measures, and where and when it did. Every other column, known or not, is a setting.
@@ -61,7 +48,7 @@ class Results:
     runs: pd.DataFrame
     settings: pd.DataFrame
     recorded: list[str]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     @property
     def tested(self) -> pd.DataFrame:
@@ -70,9 +57,8 @@ class Results:
 
     def tidy(self) -> pd.DataFrame:
         """Return one row a run: its configuration, then all recorded columns in the order of results.csv."""
-        between = [name for name in self.recorded if name not in FIRST and name not in LAST]
-        ordered = ["configuration", *FIRST[1:], *between, *LAST, "run_id"]
-        return self.runs[[name for name in ordered if name == "configuration" or name in self.recorded]]
+        ordered = [name for name in in_order(self.recorded) if name != "run_id"]
+        return self.runs[["configuration", *ordered, "run_id"]]
 
     def labels(self, runs: pd.DataFrame) -> list[str]:
         """Return the configurations of these runs, in order."""
@@ -85,10 +71,8 @@ def read_results(folder: Path) -> Results:
 
     Raise UserError that names what is missing or damaged.
     """
-    notes = []
-    paths = sorted(folder.glob("*/result.json"))
-    records = [(path, record) for path, record in zip(paths, map(read_record, paths)) if record is not None]
-    records = [record | _searched(path.parent) for path, record in records]
+    paths, notes = sorted(folder.glob("*/result.json")), []
+    records = [record | _searched(path.parent) for path in paths if (record := read_record(path)) is not None]
     if len(records) < len(paths):
         notes.append(f"{len(paths) - len(records)} of {len(paths)} records are damaged and left out.")
     if paths and not records:
@@ -98,12 +82,9 @@ def read_results(folder: Path) -> Results:
         runs = pd.DataFrame(records) if paths else pd.read_csv(source, low_memory=False)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no results, no */result.json; name the --results_dir of your runs") from None
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror}") from None
-    except ValueError as error:  # of pandas and of decoding
-        raise UserError(
-            f"{source} is damaged ({' '.join(str(error).split())}); any run of main.py writes it again"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: of pandas and of decoding
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} cannot be read ({reason}); any run of main.py writes it again") from None
     _check(runs, source)
     return arrange(runs.astype({"shots": int, "seed": int, "test_accuracy": float}), notes)
 
@@ -128,9 +109,10 @@ def _check(runs: pd.DataFrame, source: Path) -> None:
     if runs.empty:
         raise UserError(f"{source} holds no runs")
     valid = {name: runs[name].notna() for name in NEEDED}
-    accuracy, shots, seed = (pd.to_numeric(runs[name], errors="coerce") for name in ("test_accuracy", "shots", "seed"))
-    valid["test_accuracy"] = accuracy.between(0, 100)
-    valid["shots"], valid["seed"] = (shots >= 1) & (shots % 1 == 0), (seed >= 0) & (seed % 1 == 0)
+    numbers = runs[["test_accuracy", "shots", "seed"]].apply(pd.to_numeric, errors="coerce")
+    valid["test_accuracy"] = numbers.test_accuracy.between(0, 100)
+    valid["shots"] = (numbers.shots >= 1) & (numbers.shots % 1 == 0)
+    valid["seed"] = (numbers.seed >= 0) & (numbers.seed % 1 == 0)
     valid["finished_at"] = pd.to_datetime(runs.finished_at, errors="coerce", utc=True, format="ISO8601").notna()
     for name, good in valid.items():
         if not good.all():
@@ -139,18 +121,16 @@ def _check(runs: pd.DataFrame, source: Path) -> None:
             raise UserError(f"{source} is damaged: {problem}; remove that run or repeat it with --force")
 
 
-def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
-    """Return the runs by configuration and dataset."""
+def arrange(runs: pd.DataFrame, notes: list[str]) -> Results:
+    """Return the runs by configuration and dataset, and `notes` with one on repeated runs."""
     runs, recorded = runs.copy(), list(runs)
-    hashes = ("split_sha256", "data_sha256", "weights_sha256")
-    for name in ("test_dataset", "root_path", "searched", "template", "device", *hashes, *ALWAYS, *BUDGETS):
+    filled = {name: getattr(Settings, name) for name in ALWAYS}
+    filled |= {"test_dataset": runs.dataset, "split_sha256": "", "data_sha256": ""}
+    for name in ("root_path", "searched", "template", "device", "weights_sha256", *BUDGETS, *filled):
         if name not in runs:
             runs[name] = None
-    for name in ALWAYS:
-        runs[name] = runs[name].astype(object).where(runs[name].notna(), getattr(Settings, name))
-    runs["test_dataset"] = runs.test_dataset.astype(object).where(runs.test_dataset.notna(), runs.dataset)
-    for name in ("split_sha256", "data_sha256"):
-        runs[name] = runs[name].astype(object).where(runs[name].notna(), "")
+    for name, value in filled.items():
+        runs[name] = runs[name].astype(object).where(runs[name].notna(), value)
     runs["evaluated"] = runs.eval_only.map(text) == "true"
     runs["tested_on"] = _columns(runs)
     runs["short_name"] = runs.tested_on.map(lambda column: SHORT.get(column, column))
@@ -164,17 +144,16 @@ def arrange(runs: pd.DataFrame, notes: Sequence[str] = ()) -> Results:
 
     runs = runs.sort_values(["finished_at", "run_id"])
     repeats = runs.duplicated(["configuration", "tested_on", "shots", "seed"], keep="last")
-    notes = list(notes)
     if repeats.any():
         older = runs.run_id[repeats].astype(str).tolist()
         named = ", ".join(older[:5]) + (", ..." if len(older) > 5 else "")
         reason = "because a newer one has the same settings, dataset, shots and seed"
-        notes.append(f"{len(older)} run(s) left out {reason}: {named}")
-    rows = {label: i for i, label in enumerate(order)}
-    columns = {name: i for i, name in enumerate(dict.fromkeys((*SHORT, *sorted(set(runs.tested_on)))))}
+        notes = [*notes, f"{len(older)} run(s) left out {reason}: {named}"]
+    names = dict.fromkeys((*order, *SHORT, *sorted(set(runs.tested_on))))
+    place = {name: i for i, name in enumerate(names)}
     runs = runs[~repeats].sort_values(
         ["configuration", "shots", "tested_on", "seed"],
-        key=lambda key: key.map({"configuration": rows, "tested_on": columns}.get(key.name, lambda value: value)),
+        key=lambda column: column if column.name in ("shots", "seed") else column.map(place),
     )
     return Results(runs.reset_index(drop=True), settings, recorded, notes)
 
@@ -245,15 +224,11 @@ def _budgets(runs: pd.DataFrame, settings: pd.DataFrame) -> pd.Series:
 
 
 def _labels(runs: pd.DataFrame, settings: pd.DataFrame) -> pd.Series:
+    """Return each run's method and those of its settings in which the method's runs differ."""
     labels = pd.Series("", index=runs.index)
-    for (_, evaluated), group in settings.groupby([runs.method, runs.evaluated]):
-        differing = [name for name in group if group[name].nunique() > 1]
-        parts = [
-            group[name].map(lambda value, name=name: value if name == "iterations" else f"{name} {value}")
-            for name in differing
-        ]
-        label = group.method + (", evaluated weights" if evaluated else "")
-        if parts:
-            label += " (" + parts[0].str.cat(parts[1:], sep=", ") + ")"
-        labels.loc[group.index] = label
+    for (method, evaluated), group in settings.groupby([runs.method, runs.evaluated]):
+        differing = group[[name for name in group if group[name].nunique() > 1]]
+        for index, row in differing.iterrows():
+            words = ", ".join(value if name == "iterations" else f"{name} {value}" for name, value in row.items())
+            labels[index] = method + (", evaluated weights" if evaluated else "") + (f" ({words})" if words else "")
     return labels

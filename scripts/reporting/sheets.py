@@ -1,5 +1,6 @@
 """Tables, written as Markdown, LaTeX and, through page.html, HTML: accuracies, costs, validation accuracies."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,12 +60,29 @@ def in_words(shots: int) -> str:
     return "1 shot" if shots == 1 else f"{shots} shots"
 
 
+def number(value: float | None, shown: str = "{:.2f}") -> Cell:
+    """Return a cell that shows a number in this format; None and nan are missing."""
+    return Cell(MISSING) if pd.isna(value) else Cell(shown.format(value), value)
+
+
 def spread(values: pd.Series | None, usual: int | None = None) -> Cell:
     """Return mean and, of several, standard deviation (of a sample, n - 1); and how many, unless as `usual`."""
     if values is None or values.empty:
         return Cell(MISSING)
-    shown = f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
-    return Cell(shown + (f" (n={len(values)})" if usual not in (None, len(values)) else ""), float(values.mean()))
+    shown = "{:.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+    return number(values.mean(), shown + (f" (n={len(values)})" if usual not in (None, len(values)) else ""))
+
+
+def seeds(runs: pd.DataFrame) -> tuple[int, str]:
+    """Return how many seeds most cells of a table have, and a note on them."""
+    counts = runs.groupby(["configuration", "shots", "tested_on"]).size()
+    usual, found = int(counts.mode().max()), sorted(runs.seed.unique())
+    listed, uneven = ", ".join(map(str, found)), counts.nunique() > 1
+    if len(found) == 1:
+        return usual, f"Per cent, seed {listed}."
+    over = f"{usual} of the seeds" if uneven or usual < len(found) else "the seeds"
+    text = f"Per cent, mean ± standard deviation over {over} {listed}"
+    return usual, text + (", or n where it says so." if uneven else ".")
 
 
 # --- which datasets stand together
@@ -127,20 +145,15 @@ def accuracy_tables(results: Results) -> list[Sheet]:
     for evaluated, kind in results.runs[results.runs.test_part == "test"].groupby("evaluated"):
         for suite, columns in suites(kind).items():
             for shots, runs in kind[kind.tested_on.isin(columns)].groupby("shots"):
-                sheets.append(_accuracy_table(results, runs, suite, columns, shots, evaluated))
+                title = f"Test accuracy after {in_words(shots)} on {suite or ', '.join(columns)}"
+                title += ", evaluated weights" if evaluated else ""
+                sheets.append(_accuracy_table(results, runs, title, suite, columns))
     return sheets
 
 
-def _accuracy_table(
-    results: Results, runs: pd.DataFrame, suite: str, columns: list[str], shots: int, evaluated: bool
-) -> Sheet:
-    counts = runs.groupby(["configuration", "tested_on"]).size()
-    usual = int(counts.mode().max())
-    title = f"Test accuracy after {in_words(shots)} on {suite or ', '.join(columns)}"
-    title += ", evaluated weights" if evaluated else ""
-    header, rows, mixed = ["method", *(SHORT.get(column, column) for column in columns)], [], False
-    if suite:
-        header.append(f"average of {len(columns)}")
+def _accuracy_table(results: Results, runs: pd.DataFrame, title: str, suite: str, columns: list[str]) -> Sheet:
+    usual, note = seeds(runs)
+    notes, rows, mixed = [note], [], False
     for label in results.labels(runs):
         own = runs[runs.configuration == label]
         row = [Cell(label), *(spread(own.test_accuracy[own.tested_on == column], usual) for column in columns)]
@@ -149,7 +162,6 @@ def _accuracy_table(
             mixed |= mean is not None and len(mean) < own.groupby("tested_on").size().max()
             row.append(spread(mean))
         rows.append(row)
-    notes = [_seeds(sorted(runs.seed.unique()), usual, counts.nunique() > 1)]
     if any(cell.text == MISSING for row in rows for cell in row):
         notes.append(f"{MISSING}: no run" + (", and no average without it." if suite else "."))
     if mixed:
@@ -157,15 +169,8 @@ def _accuracy_table(
     absent = [name for column, name in SUITES.get(suite, {}).items() if column not in columns]
     if absent:
         notes.append(f"Of {suite} there is no run, at any number of shots, on {', '.join(absent)}.")
-    return Sheet(title, header, rows, notes)
-
-
-def _seeds(seeds: list[int], usual: int, uneven: bool) -> str:
-    listed = ", ".join(map(str, seeds))
-    if len(seeds) == 1:
-        return f"Per cent, seed {listed}."
-    over = f"{usual} of the seeds" if uneven or usual < len(seeds) else "the seeds"
-    return f"Per cent, mean ± standard deviation over {over} {listed}" + (", or n where it says so." if uneven else ".")
+    header = ["method", *(SHORT.get(column, column) for column in columns)]
+    return Sheet(title, header + ([f"average of {len(columns)}"] if suite else []), rows, notes)
 
 
 # --- accuracy and cost
@@ -186,33 +191,26 @@ def cost_tables(results: Results) -> list[Sheet]:
 
 def _cost_table(results: Results, title: str, runs: pd.DataFrame, columns: list[str]) -> Sheet:
     shots, rows = sorted(runs.shots.unique()), []
-    counts = runs.groupby(["configuration", "shots", "tested_on"]).size()
-    usual = int(counts.mode().max())
+    usual, note = seeds(runs)
     for label in results.labels(runs):
         own = runs[runs.configuration == label]
-        found = [accuracies(own[own.shots == number], columns) for number in shots]
+        row = [Cell(label), *(spread(accuracies(own[own.shots == n], columns), usual) for n in shots)]
         most = own[own.shots == shots[-1]]
-        row = [Cell(label), *(spread(values, usual) for values in found)]
-        rows.append([*row, *(_cost(most, column, *about) for column, about in COSTS.items())])
-    header = ["method", *map(in_words, shots), *(heading for heading, _, _ in COSTS.values())]
+        for column, (_, shown, unit) in COSTS.items():  # means, over datasets if there are several
+            mean = pd.to_numeric(most[column]).groupby(most.tested_on).mean().mean() if column in runs else math.nan
+            row.append(number(mean, shown.format(mean / unit)))
+        rows.append(row)
     days = sorted({str(finished)[:10] for finished in runs.finished_at})
     made = [f"{days[0]} to {days[-1]}"]
     for name, word in MADE_ON.items():
         if name in runs:
             made.append(f"{word} {', '.join(sorted(set(runs[name].astype(str))))}")
-    notes = [
-        _seeds(sorted(runs.seed.unique()), usual, counts.nunique() > 1),
+    after = (
         f"After {in_words(shots[-1])}: weights that are trained, weights that changed, size of the optimizer's state, "
-        "seconds of training.",
-        f"{'; '.join(made)}.",
-    ]
-    return Sheet(f"Accuracy and cost, {title}", header, rows, notes)
-
-
-def _cost(runs: pd.DataFrame, column: str, heading: str, shown: str, unit: float) -> Cell:
-    """Return the mean of a column, over datasets if there are several."""
-    values = pd.to_numeric(runs[column]).groupby(runs.tested_on).mean() if column in runs else pd.Series(dtype=float)
-    return Cell(MISSING) if values.isna().all() else Cell(shown.format(values.mean() / unit), float(values.mean()))
+        "seconds of training."
+    )
+    header = ["method", *map(in_words, shots), *(heading for heading, _, _ in COSTS.values())]
+    return Sheet(f"Accuracy and cost, {title}", header, rows, [note, after, f"{'; '.join(made)}."])
 
 
 # --- accuracy on validation images
@@ -225,21 +223,16 @@ def validation_tables(results: Results) -> list[Sheet]:
 
 
 def _validation_table(runs: pd.DataFrame) -> Sheet:
-    shots = sorted(runs.shots.unique())
-    counts = runs.groupby(["configuration", "shots"]).size()
-    usual = int(counts.max())
-    rows = []
+    shots, rows = sorted(runs.shots.unique()), []
+    usual, note = seeds(runs)
     for _, of_method in runs.groupby("method", sort=False):
         ranked = []
         for label, own in of_method.groupby("configuration", sort=False):
-            cells = [spread(own.test_accuracy[own.shots == number], usual) for number in shots]
-            whole = all((own.shots == number).sum() == usual for number in shots)
-            mean = pd.Series([cell.value for cell in cells]).mean() if whole else None
-            ranked.append([Cell(label), *cells, Cell(MISSING) if mean is None else Cell(f"{mean:.2f}", float(mean))])
+            found = [own.test_accuracy[own.shots == n] for n in shots]
+            whole = all(len(values) >= usual for values in found)
+            mean = number(sum(values.mean() for values in found) / len(shots) if whole else None)
+            ranked.append([Cell(label), *(spread(values, usual) for values in found), mean])
         rows += sorted(ranked, key=lambda row: -1.0 if row[-1].value is None else row[-1].value, reverse=True)
-    notes = [
-        _seeds(sorted(runs.seed.unique()), usual, counts.nunique() > 1),
-        f"The mean is over the numbers of shots; {MISSING} where runs are missing, as those that diverged are.",
-    ]
+    missing = f"The mean is over the numbers of shots; {MISSING} where runs are missing, as those that diverged are."
     title = f"Validation accuracy on {runs.short_name.iloc[0]}, each method's best settings first"
-    return Sheet(title, ["method", *map(in_words, shots), "mean"], rows, notes)
+    return Sheet(title, ["method", *map(in_words, shots), "mean"], rows, [note, missing])

@@ -1,14 +1,18 @@
-"""All files of a report."""
+"""All files of a report; the page is one file that holds everything and loads nothing."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import jinja2
 import pandas as pd
 
 from common import note, progress, write_atomically
-from scripts.reporting import comparison, figures, page
-from scripts.reporting.results import read_results
-from scripts.reporting.sheets import accuracy_tables, cost_tables, validation_tables
+from scripts.reporting import comparison, figures
+from scripts.reporting.results import PUBLISHED, read_results
+from scripts.reporting.sheets import Cell, Sheet, accuracy_tables, cost_tables, validation_tables
+
+TEMPLATE = Path(__file__).parent / "page.html"
 
 
 def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> None:
@@ -30,23 +34,60 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
         drawn.append((grid, *figures.inline(grid)))
         images |= {f"{grid.name}.{kind}": figures.image(grid, kind) for kind in ("png", "svg")}
     runs_csv = results.tidy().to_csv(index=False)
+    runs, constant = _runs_sheet(runs_csv)
     notes = [*results.notes, *damaged]
     for text in notes:
         note(text)
-    everything = page.page(results, runs_csv, tables, difference_sheets, published, unmatched, drawn, notes)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        results=results,
+        last=str(results.runs.finished_at.max())[:10],
+        accuracies=tables,
+        differences=difference_sheets,
+        assumptions=comparison.ASSUMPTIONS,
+        published=published,
+        unmatched=unmatched,
+        papers=PUBLISHED["papers"].values(),
+        figures=drawn,
+        notes=notes,
+        runs=runs,
+        constant=constant,
+    )
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, content in images.items():
         (out / "figures" / name).write_bytes(content)
-    sheets = [*tables, *difference_sheets, *published]
     rows = pd.concat(differences) if differences else pd.DataFrame(columns=comparison.DIFFERENCES)
+    sheets = [sheet.markdown() for sheet in (*tables, *difference_sheets, *published)]
     files = {
         "runs.csv": runs_csv,
-        "tables.md": "\n".join([*(f"{text}\n" for text in notes), *(sheet.markdown() for sheet in sheets)]),
+        "tables.md": "\n".join([*(f"{text}\n" for text in notes), *sheets]),
         "tables.tex": "\n".join(sheet.latex() for sheet in tables),
         "differences.csv": rows.to_csv(index=False),
         "deviations.csv": deviations.to_csv(index=False),
-        "index.html": everything,
+        "index.html": page,
     }
     for name, content in files.items():
         write_atomically(out / name, content)
+
+
+def _runs_sheet(runs_csv: str) -> tuple[Sheet, dict[str, str]]:
+    """Return the table of all runs and, separately, the columns with the same value in all of several runs."""
+    table = pd.read_csv(io.StringIO(runs_csv), dtype=str, keep_default_na=False)
+    same = [name for name in table if table[name].nunique() == 1 and len(table) > 1]
+    rest = table.drop(columns=same)
+    rows = [[Cell(_short(name, value), value) for name, value in zip(rest, row)] for row in rest.to_numpy()]
+    return Sheet("All runs", [*rest], rows), {name: table[name][0] or "-" for name in same}
+
+
+def _short(name: str, value: str) -> str:
+    """Return a value of the tidy table as it is shown; the page also holds the whole value."""
+    if name.endswith("_sha256"):
+        return value[:8]
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return f"{number:.2f}" if name.endswith("_accuracy") else f"{number:.6g}" if "." in value else value
