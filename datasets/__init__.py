@@ -134,7 +134,7 @@ def _read(name: str, root: Path) -> tuple[Split, Path | None]:
         return read_folder(root)
     found = locate(name, root)
     parts = read_split(name, found)
-    _note_departure(name, found, parts.class_names, (len(parts.train), len(parts.val), len(parts.test)))
+    _note_departure(name, found, parts.class_names, parts.sizes)
     return parts, found.images
 
 

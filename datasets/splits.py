@@ -25,6 +25,10 @@ class Split:
     val: tuple[Item, ...]
     test: tuple[Item, ...]
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return len(self.train), len(self.val), len(self.test)
+
     def labels(self) -> dict[str, int]:
         """Return the labels, by path, of the images that may be drawn."""
         return {item.path: item.label for item in (*self.train, *self.val)}

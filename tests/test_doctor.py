@@ -106,12 +106,11 @@ def test_published_data_are_ready_without_a_warning(tmp_path, monkeypatch, exami
 def as_if_published(monkeypatch, root: Path) -> None:
     """Make the fabricated dtd the published one."""
     split = read_json_split(root / DTD_SPLIT)
-    sizes = (len(split.train), len(split.val), len(split.test))
     names = names_sha256(split.class_names)
-    spec = dataclasses.replace(SPECS["dtd"], classes=len(split.class_names), sizes=sizes, names_sha256=names)
+    spec = dataclasses.replace(SPECS["dtd"], classes=len(split.class_names), sizes=split.sizes, names_sha256=names)
     monkeypatch.setitem(SPECS, "dtd", spec)
     sha256 = hashlib.sha256((root / DTD_SPLIT).read_bytes()).hexdigest()
-    source = dataclasses.replace(SOURCES["dtd"], split=dataclasses.replace(SOURCES["dtd"].split, sha256=sha256))
+    source = dataclasses.replace(SOURCES["dtd"], split_sha256=sha256)
     monkeypatch.setitem(SOURCES, "dtd", source)
 
 

@@ -178,22 +178,21 @@ def _source(name: str, found: Found) -> Path | None:
 
 def _compare(name: str, found: Found, split: Split, report: Report, command: str) -> None:
     """Compare the split with the published one: its bytes, its numbers, its class names."""
-    sizes = (len(split.train), len(split.val), len(split.test))
-    unlike = departure(name, split.class_names, sizes)
+    unlike = departure(name, split.class_names, split.sizes)
     same_names, source = names_sha256(split.class_names) == SPECS[name].names_sha256, _source(name, found)
-    same_numbers = (len(split.class_names), sizes) == (SPECS[name].classes, SPECS[name].sizes)
+    same_numbers = (len(split.class_names), split.sizes) == (SPECS[name].classes, SPECS[name].sizes)
     if found.split:
-        known = SOURCES[name].split
-        if file_sha256(found.split) == known.sha256:
-            state = "the checksum reported for the published file" if known.reported else "the published file"
-        elif known.reported:
+        known = SOURCES[name]
+        if file_sha256(found.split) == known.split_sha256:
+            state = "the checksum reported for the published file" if known.split_reported else "the published file"
+        elif known.split_reported:
             state = "the published checksum is not known for certain"
         elif unlike:
             state = "not the published file"
         else:
             state = "other bytes than the published file, but the same classes and numbers"
         report.fact("split", f"{found.split} ({state})")
-    counts = f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images"
+    counts = f"{len(split.class_names)} classes, {'/'.join(map(str, split.sizes))} train/val/test images"
     report.fact("numbers", counts + (", as published" if same_numbers else ""))
     if same_names:
         report.fact("class names", "as published")
@@ -254,8 +253,9 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
     for line in notes.getvalue().splitlines():
         report.fact("note", line.removeprefix("note: "))
     if split:
-        sizes = (len(split.train), len(split.val), len(split.test))
-        report.fact("numbers", f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images")
+        report.fact(
+            "numbers", f"{len(split.class_names)} classes, {'/'.join(map(str, split.sizes))} train/val/test images"
+        )
         _examine_shots(name, split, report)
     if split or root.is_dir():
         items = (*split.train, *split.val, *split.test) if split else _images_below(root, image_endings())

@@ -17,7 +17,7 @@ from filelock import FileLock
 from common import Parser, UserError, fail, note, one_line_errors
 from fetching import fetch, has_checksum, is_web_page
 
-from ..specs import SPECS, Layout, locate, names_sha256
+from ..specs import SPECS, Layout, departure, locate
 from ..splits import list_imagenet, read_json_split, read_split
 from ..task import DatasetError, Task, check_images_exist
 from .archives import check_space, is_archive, why_no_archive
@@ -88,7 +88,7 @@ def check(name: str, root: Path) -> str:
         raise DatasetError(
             f"{error} If it is, move {found.images} away and run again; copies with renamed images do not fit the split"
         ) from error
-    return f"{len(split.train) + len(split.val) + len(split.test):,} images in {found.images}"
+    return f"{sum(split.sizes):,} images in {found.images}"
 
 
 def _layout(name: str, root: Path) -> Layout:
@@ -143,7 +143,7 @@ def _arrange(name: str, root: Path, layout: Layout) -> None:
         missing = _missing_parts(name, layout, root)
         names = tuple(word for part in missing for word in called(part) if word)
         if missing and holds(archive, names):
-            check_space(name, root / layout.folder, SOURCES[name].unpacked_gb)
+            check_space(name, root / layout.folder, SOURCES[name].gigabytes)
             with unpacked(archive, root / layout.folder, names) as tree:
                 for part in missing:
                     arrange_folder(tree, part, called(part))
@@ -154,7 +154,7 @@ def _download(name: str, folder: Path) -> None:
     """Download the first of the dataset's archives that is available; print a note on each that is not."""
     source = SOURCES[name]
     started = sum(path.stat().st_size for path in folder.glob("*.part")) / 1e9
-    check_space(name, folder, max(source.download_gb - started, 0) + source.unpacked_gb)
+    check_space(name, folder, max(source.gigabytes - started, 0) + source.gigabytes)
     for archive in source.archives:
         part = folder / f"{archive.file}.part"
         before = part.stat().st_size if part.exists() else 0
@@ -204,8 +204,8 @@ def fetch_from_drive(file_id: str, target: Path) -> None:
 
 def _get_split(name: str, root: Path) -> None:
     """Download the split file from GitHub or else Google Drive, unless it is in one of the dataset's folders."""
-    source, file = SOURCES[name].split, SPECS[name].split_file
-    if source is None or any((root / layout.folder / file).is_file() for layout in SPECS[name].layouts):
+    source, file = SOURCES[name], SPECS[name].split_file
+    if file is None or any((root / layout.folder / file).is_file() for layout in SPECS[name].layouts):
         return
     target = root / _layout(name, root).folder / file
     new = target.with_name(f"{file}.new")
@@ -213,10 +213,10 @@ def _get_split(name: str, root: Path) -> None:
     for from_drive in (False, True):
         try:
             if from_drive:
-                fetch_from_drive(source.drive, new)
+                fetch_from_drive(source.split_drive, new)
             else:
-                fetch(f"{SPLITS}/{file}", new, None if source.reported else source.sha256, DatasetError)
-            _check_split(name, new, source.sha256)
+                fetch(f"{SPLITS}/{file}", new, None if source.split_reported else source.split_sha256, DatasetError)
+            _check_split(name, new)
             new.replace(target)
             print(f"split file in {target}")
             return
@@ -226,17 +226,14 @@ def _get_split(name: str, root: Path) -> None:
     raise DatasetError(f"split file {target} could not be downloaded (see above); run again or put it there")
 
 
-def _check_split(name: str, path: Path, sha256: str) -> None:
+def _check_split(name: str, path: Path) -> None:
     """Raise DatasetError unless a split has the known checksum, or else the published classes and numbers."""
-    if has_checksum(path, sha256):
+    if has_checksum(path, SOURCES[name].split_sha256):
         return
-    split, spec = read_json_split(path), SPECS[name]
-    here = (len(split.train), len(split.val), len(split.test))
-    if here != spec.sizes or names_sha256(split.class_names) != spec.names_sha256:
-        raise DatasetError(
-            f"{path} has {len(split.class_names)} classes and {here[0]}/{here[1]}/{here[2]} train/val/test images, but "
-            f"the published split has {spec.classes} and {'/'.join(map(str, spec.sizes))}, or other class names"
-        )
+    split = read_json_split(path)
+    unlike = departure(name, split.class_names, split.sizes)
+    if unlike:
+        raise DatasetError(f"{path} has {unlike}")
     note(f"the split of {name} has the published classes and numbers, but other bytes than the known copy")
 
 
@@ -246,7 +243,7 @@ def _print_steps(name: str, root: Path, folder: Path) -> None:
     lines = [archive.url.replace("drive:", "https://drive.google.com/uc?id=") for archive in source.archives]
     print(
         f"\n{name} must be downloaded by hand:\n"
-        f"  1. Download the images, about {source.download_gb:g} GB (these addresses have not been tried):\n"
+        f"  1. Download the images, about {source.gigabytes:g} GB (these addresses have not been tried):\n"
         + "".join(f"       {line}\n" for line in (*lines, *source.hints))
         + f"  2. Put the archives or the unpacked folders, with any name, into\n       {folder}\n"
         f"  3. Run again: python -m datasets.download {name} --root_path {root}\n",
