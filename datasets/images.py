@@ -63,7 +63,7 @@ def training_loader(
     """
     if not 0 <= start <= iterations:
         raise ValueError(f"start must be between 0 and iterations = {iterations}, not {start}")
-    data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
+    data = _TrainingData(task, transform, seed, cache_mb)
     batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start, drop_last)
     return _loader(data, workers, pin_memory, batch_sampler=batches)
 
@@ -83,7 +83,7 @@ def augmented_loader(
     Image p of pass i is item number i * len(task.train) + p; batches may span two passes. The augmentations differ from
     those of training with the same seed. Images, transform and errors are as in `training_loader`.
     """
-    data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
+    data = _TrainingData(task, transform, seed, cache_mb)
     keys = [(-1 - i, position) for i in range(passes) for position in range(len(task.train))]
     return _loader(data, workers, pin_memory, batch_size=batch_size, sampler=keys)
 
@@ -137,37 +137,12 @@ class _ImageCache:
         return Image.fromarray(pixels.numpy())
 
 
-class _TrainingData(Dataset):
-    """Augmented training images, addressed by (epoch, position in the train list)."""
-
-    def __init__(self, task: Task, transform: Transform, seed: int, cache: _ImageCache):
-        self.items = task.train
-        self.transform = transform
-        self.seed = seed
-        self.cache = cache
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | DatasetError:
-        epoch, position = key
-        item = self.items[position]
-        try:
-            image = self.cache.read(item)
-        except DatasetError as error:
-            return error
-        # Only the CPU generator: torch.manual_seed would also reseed every GPU, from which dropout draws.
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(_derive_seed("augment", self.seed, epoch, position))
-        try:
-            return self.transform(image), item.label
-        finally:
-            torch.set_rng_state(state)
-
-
 class _OrderedData(Dataset):
-    """Items in order, transformed without randomness."""
+    """Transformed images, addressed by their position in `items`; `source` reads them."""
 
-    def __init__(self, items: Sequence[Item], task: Task, transform: Transform):
+    def __init__(self, items: Sequence[Item], source: Task | _ImageCache, transform: Transform):
         self.items = items
-        self.task = task
+        self.source = source
         self.transform = transform
 
     def __len__(self) -> int:
@@ -176,10 +151,27 @@ class _OrderedData(Dataset):
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int] | DatasetError:
         item = self.items[position]
         try:
-            image = self.task.read(item)
+            image = self.source.read(item)
         except DatasetError as error:
             return error
         return self.transform(image), item.label
+
+
+class _TrainingData(_OrderedData):
+    """Augmented training images, addressed by (epoch, position in the train list)."""
+
+    def __init__(self, task: Task, transform: Transform, seed: int, cache_mb: int):
+        super().__init__(task.train, _ImageCache(task, cache_mb * 10**6), transform)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | DatasetError:
+        # Only the CPU generator: torch.manual_seed would also reseed every GPU, from which dropout draws.
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(_derive_seed("augment", self.seed, *key))
+        try:
+            return super().__getitem__(key[1])
+        finally:
+            torch.set_rng_state(state)
 
 
 class _TrainingBatches(Sampler):

@@ -26,7 +26,7 @@ from ..fewshot import val_shots
 from ..folder import FolderTask, image_endings, read_folder
 from ..images import default_workers
 from ..specs import SPECS, Found, departure, names_sha256, search
-from ..splits import IMAGE_EXTENSIONS, Split, imagenet_classes, list_imagenet_part, read_split
+from ..splits import IMAGE_EXTENSIONS, Split, folder_items, imagenet_classes, list_imagenet_part, read_split
 from ..task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, missing_images, note_untested
 from .sources import SOURCES
 
@@ -141,10 +141,7 @@ def _read_imagenet(found: Found, report: Report, command: str) -> Split | None:
     parts = []
     for part in ("train", "val"):
         try:
-            listed = enumerate(zip(wnids, list_imagenet_part(found.images / part)))
-            parts.append(
-                tuple(Item(f"{part}/{wnid}/{image}", label) for label, (wnid, images) in listed for image in images)
-            )
+            parts.append(folder_items(f"{part}/", wnids, list_imagenet_part(found.images / part)))
         except DatasetError as error:
             report.problem(f"{error}; {command}, which arranges the files or says what to do")
     return Split(names, parts[0], (), parts[1]) if len(parts) == 2 else None
