@@ -7,14 +7,13 @@ The addresses in datasets/acquire/sources.py were collected from public code and
 Exit code 0: all datasets are ready; 2: something is missing, and the output says what; 130: interrupted.
 """
 
-import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
 
-from common import Parser, UserError, fail, note, one_line_errors
+from common import DISK_FULL, Parser, UserError, fail, note, one_line_errors
 from fetching import fetch, has_checksum, is_web_page
 
 from ..specs import SPECS, Layout, departure, locate
@@ -101,14 +100,10 @@ def _layout(name: str, root: Path) -> Layout:
     return max(layouts, key=rank)
 
 
-def _parts(name: str, layout: Layout, root: Path) -> tuple[Path, ...]:
-    """Return the folders that must exist."""
-    images = root / layout.folder / layout.images
-    return tuple(images / part for part in SOURCES[name].parts or (layout.holds,))
-
-
 def _missing_parts(name: str, layout: Layout, root: Path) -> list[Path]:
-    return [part for part in _parts(name, layout, root) if is_missing(part)]
+    """Return the folders of images that must exist and do not."""
+    images = root / layout.folder / layout.images
+    return [images / part for part in SOURCES[name].parts or (layout.holds,) if is_missing(images / part)]
 
 
 def _get_images(name: str, root: Path) -> None:
@@ -191,7 +186,7 @@ def fetch_from_drive(file_id: str, target: Path) -> None:
     try:
         gdown.download(id=file_id, output=str(arriving), resume=True, timeout=60)
     except (gdown.DownloadError, OSError) as error:  # OSError: requests' errors, and the disk's
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in DISK_FULL:
             raise
         raise DatasetError(f"Google Drive did not send {address} ({_one_line(error)}); {remedy}") from error
     with open(arriving, "rb") as file:
@@ -253,6 +248,6 @@ def _print_steps(name: str, root: Path, folder: Path) -> None:
 
 def _one_line(error: Exception) -> str:
     """Return an error's message on one line, for a full disk with a remedy."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if getattr(error, "errno", None) in DISK_FULL:
         return f"no space left ({error.filename or 'disk full'}); free some space and run again to resume"
     return " ".join(str(error).split())
