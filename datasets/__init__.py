@@ -15,13 +15,7 @@ from .digits import DigitsTask, split_digits
 from .fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
 from .folder import TEMPLATES as FOLDER_TEMPLATES
 from .folder import FolderTask, read_folder
-from .images import (
-    augmented_loader,
-    batches_per_epoch,
-    default_workers,
-    test_loader,
-    training_loader,
-)
+from .images import augmented_loader, batches_per_epoch, default_workers, test_loader, training_loader
 from .recorded import import_coop, replay, to_json
 from .specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
 from .splits import ImageNetListing, Split, folder_items, list_imagenet, read_split

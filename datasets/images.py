@@ -89,12 +89,7 @@ def augmented_loader(
 
 
 def test_loader(
-    items: Sequence[Item],
-    task: Task,
-    transform: Transform,
-    batch_size: int,
-    workers: int,
-    pin_memory: bool = False,
+    items: Sequence[Item], task: Task, transform: Transform, batch_size: int, workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Return a loader of some items of `task`, in order, in batches (images [b, ...], labels int64 [b])."""
     return _loader(_OrderedData(items, task, transform), workers, pin_memory, batch_size=batch_size)
@@ -226,10 +221,5 @@ def _loader(data: Dataset, workers: int, pin_memory: bool, **batching: object) -
     # does not change the program's global generator.
     generator = torch.Generator().manual_seed(0)
     return _Loader(
-        data,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=_collate,
-        generator=generator,
-        **batching,
+        data, num_workers=workers, pin_memory=pin_memory, collate_fn=_collate, generator=generator, **batching
     )
