@@ -202,15 +202,10 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outplanes)
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
-            self.downsample = nn.Sequential(
-                OrderedDict(
-                    [
-                        ("-1", nn.AvgPool2d(stride)),
-                        ("0", nn.Conv2d(inplanes, outplanes, 1, bias=False)),
-                        ("1", nn.BatchNorm2d(outplanes)),
-                    ]
-                )
-            )
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", nn.Conv2d(inplanes, outplanes, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(outplanes))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)

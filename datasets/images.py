@@ -188,13 +188,10 @@ class _TrainingBatches(Sampler):
         for iteration in range(self.start, self.iterations):
             epoch, batch = divmod(iteration, self.per_epoch)
             if epoch != ordered_epoch:
-                ordered_epoch, order = epoch, self._order(epoch)
+                generator = torch.Generator().manual_seed(_derive_seed("order", self.seed, epoch))
+                ordered_epoch, order = epoch, torch.randperm(self.n_items, generator=generator).tolist()
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(epoch, position) for position in positions]
-
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(_derive_seed("order", self.seed, epoch))
-        return torch.randperm(self.n_items, generator=generator).tolist()
 
 
 # A DataLoader raises a worker's exception again with the worker's traceback as its message. The single line of a

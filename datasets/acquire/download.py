@@ -22,7 +22,7 @@ from ..task import DatasetError, Task, check_images_exist
 from .archives import check_space, is_archive, why_no_archive
 from .arrange import archives_below, arrange_folder, holds, is_missing, unpacked
 from .imagenet import arrange_imagenet
-from .sources import SOURCES, SPLITS, Archive
+from .sources import SOURCES, SPLITS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,22 +153,19 @@ def _download(name: str, folder: Path) -> None:
     for archive in source.archives:
         part = folder / f"{archive.file}.part"
         before = part.stat().st_size if part.exists() else 0
+        target = folder / archive.file
         try:
-            _fetch(archive, folder / archive.file)
+            if archive.url.startswith("drive:"):
+                fetch_from_drive(archive.url.removeprefix("drive:"), target)
+            else:
+                fetch(archive.url, target, archive.checksum, DatasetError)
+            if not is_archive(target):
+                raise DatasetError(why_no_archive(target))
             return
         except DatasetError as error:
             if part.exists() and part.stat().st_size > before:
                 raise  # this download can be resumed; another source would start from zero
             note(f"{name}: {error}")
-
-
-def _fetch(archive: Archive, target: Path) -> None:
-    if archive.url.startswith("drive:"):
-        fetch_from_drive(archive.url.removeprefix("drive:"), target)
-    else:
-        fetch(archive.url, target, archive.checksum, DatasetError)
-    if not is_archive(target):
-        raise DatasetError(why_no_archive(target))
 
 
 def fetch_from_drive(file_id: str, target: Path) -> None:
