@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 _NOT_WRITABLE |= {errno.ENAMETOOLONG}
 
@@ -72,9 +72,9 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in _DISK_FULL | _NOT_WRITABLE:
+        if error.errno not in DISK_FULL | _NOT_WRITABLE:
             raise
-        remedy = "free some space there" if error.errno in _DISK_FULL else "choose another path"
+        remedy = "free some space there" if error.errno in DISK_FULL else "choose another path"
         sys.exit(fail(f"{error.filename or 'disk'}: {error.strerror}; {remedy}"))
 
 

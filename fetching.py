@@ -1,6 +1,5 @@
 """Download a file so that it resumes, is verified, and is never there by half. For weights and datasets."""
 
-import errno
 import http.client
 import urllib.error
 import urllib.request
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from common import UserError, file_digest, progress
+from common import DISK_FULL, UserError, file_digest, progress
 
 CHUNK = 1 << 20
 
@@ -37,13 +36,8 @@ def _download_verified(url: str, target: Path, checksum: str | None, error: type
     part = target.with_name(f"{target.name}.part")
     try:
         _download(url, part)
-    except _WebPageError:
-        raise error(
-            f"{url} sent a web page instead of the file (a login, a quota or an error page); open it in a browser "
-            f"and put the file at {target}, or run again later"
-        ) from None
     except (OSError, http.client.HTTPException) as reason:  # URLError is an OSError
-        if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(reason, "errno", None) in DISK_FULL:
             raise error(f"no space left for {part}; free some space there and run again to resume") from reason
         again = f"run again to resume {part}" if part.exists() else "run again"
         raise error(
@@ -53,10 +47,6 @@ def _download_verified(url: str, target: Path, checksum: str | None, error: type
         part.unlink()
         raise error(f"the download of {url} arrived damaged ({_algorithm(checksum)} differs); run again")
     part.replace(target)
-
-
-class _WebPageError(Exception):
-    """The server sent HTML instead of a file."""
 
 
 def _download(url: str, part: Path) -> None:
@@ -76,7 +66,7 @@ def _download(url: str, part: Path) -> None:
         have = have if resumes else 0
         chunk = response.read(CHUNK)
         if not resumes and is_web_page(chunk):
-            raise _WebPageError
+            raise OSError("the server sent a web page, perhaps a login or a quota; open the address in a browser")
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         bar = progress(None, part.stem, "B", total=total, initial=have, unit_scale=True, leave=True)

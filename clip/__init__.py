@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from .download import MODELS, fetch_model
-from .errors import WeightsError
 from .model import CLIP
 from .preprocess import test_transform
 from .tokenizer import tokenize
-from .weights import build_model, read_state_dict, weights_sha256
+from .weights import WeightsError, build_model, read_state_dict, weights_sha256
 
 __all__ = ["CLIP", "WeightsError", "available_models", "load", "tokenize", "weights_sha256"]
 

@@ -12,9 +12,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .errors import WeightsError
 from .model import CLIP
-from .weights import save_tensors
+from .weights import WeightsError, save_tensors
 
 FORMAT = "clip-sparse-delta-1"
 

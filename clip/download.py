@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fetching import fetch
 
-from .errors import WeightsError
+from .weights import WeightsError
 
 PREFIX = "https://openaipublic.azureedge.net/clip/models"
 MODELS = {  # name: (file, its SHA-256)

@@ -1,31 +1,17 @@
 """How the tokens of a batch are arranged, and which tokens attention lets each of them see.
 
-A transformer block leaves three things to a layout: `attend` is attention among all tokens, `used` picks the token of
-each image or prompt that the embedding is computed from, and `attend_used` is attention with only that token's query.
-Everything else in a block works on each token separately. Notation: B images or prompts, T tokens, D width, H heads.
+A transformer block leaves three things to a layout, `Images` or `PackedPrompts`: `attend` is attention among all tokens
+[..., D], `used` picks the token of each image or prompt that the embedding is computed from, [..., D] to [B, D], and
+`attend_used` is attention with only those tokens' queries [B, D]. Everything else in a block works on each token
+separately. Notation: B images or prompts, T tokens, D width, H heads.
 """
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Layout(Protocol):
-    """The three functions of a layout."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        """Return the attention of all tokens; all arguments and the result are [..., D]."""
-
-    def used(self, x: Tensor) -> Tensor:
-        """Return the used token of each image or prompt: [..., D] to [B, D]."""
-
-    def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        """Return the attention [B, D] of the used tokens' queries [B, D] to all keys and values [..., D]."""
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:  # [B, T, D] -> [B, H, T, D/H]
+def split_heads(x: Tensor, heads: int) -> Tensor:  # [B, T, D] -> [B, H, T, D/H]
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -49,7 +35,7 @@ class Images:
     """Image tokens [B, T, D]. Each token sees all tokens of its image; the first, the class token, is used."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        q, k, v = (_split_heads(x, heads) for x in (q, k, v))
+        q, k, v = (split_heads(x, heads) for x in (q, k, v))
         return _join_heads(_attention(q, k, v))
 
     def used(self, x: Tensor) -> Tensor:
@@ -120,10 +106,10 @@ class PackedPrompts:
     def _pad(self, x: Tensor, heads: int) -> Tensor:  # rests of [T, D] -> [B, H, S, D/H]
         B, S = self.shape
         padded = x.new_zeros(B * S, x.shape[-1]).index_copy(0, self.slots, x[self.prefix :])
-        return _split_heads(padded.view(B, S, -1), heads)
+        return split_heads(padded.view(B, S, -1), heads)
 
     def _prefixed(self, x: Tensor, heads: int) -> Tensor:  # [T, D] -> [B, H, prefix + S, D/H]
-        shared = _split_heads(x[None, : self.prefix], heads).expand(self.shape[0], -1, -1, -1)
+        shared = split_heads(x[None, : self.prefix], heads).expand(self.shape[0], -1, -1, -1)
         return torch.cat([shared, self._pad(x, heads)], dim=2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -131,7 +117,7 @@ class PackedPrompts:
         rests = _join_heads(rests).flatten(0, 1)[self.slots]
         if self.prefix == 0:
             return rests
-        shared = (_split_heads(x[None, : self.prefix], heads) for x in (q, k, v))
+        shared = (split_heads(x[None, : self.prefix], heads) for x in (q, k, v))
         first = _join_heads(_attention(*shared, is_causal=True))[0]  # [prefix, D]
         return torch.cat([first, rests])
 
@@ -139,6 +125,9 @@ class PackedPrompts:
         return x[self.ends]
 
     def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        q = _split_heads(q.unsqueeze(1), heads)  # [B, H, 1, D/H]
+        q = split_heads(q.unsqueeze(1), heads)  # [B, H, 1, D/H]
         keys, values = self._prefixed(k, heads), self._prefixed(v, heads)
         return _join_heads(_attention(q, keys, values, self.until_end)).squeeze(1)
+
+
+Layout = Images | PackedPrompts

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layouts import IMAGES, Layout, PackedPrompts
+from .layouts import IMAGES, Layout, PackedPrompts, split_heads
 
 HEAD_WIDTH = 64  # of every attention head in CLIP; so heads = width / 64
 
@@ -125,11 +125,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
-                gelu=QuickGELU(),
-                c_proj=nn.Linear(4 * width, width),
-            )
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
         )
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
@@ -206,15 +202,10 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outplanes)
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
-            self.downsample = nn.Sequential(
-                OrderedDict(
-                    [
-                        ("-1", nn.AvgPool2d(stride)),
-                        ("0", nn.Conv2d(inplanes, outplanes, 1, bias=False)),
-                        ("1", nn.BatchNorm2d(outplanes)),
-                    ]
-                )
-            )
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", nn.Conv2d(inplanes, outplanes, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(outplanes))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -239,10 +230,8 @@ class AttentionPool(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B, R*R, D]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # [B, T, D]
 
-        def split_heads(y: Tensor) -> Tensor:  # [B, T, D] -> [B, H, T, D/H]
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        q, k, v = split_heads(self.q_proj(x[:, :1])), split_heads(self.k_proj(x)), split_heads(self.v_proj(x))
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (split_heads(y, self.heads) for y in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)  # [B, H, 1, D/H]
         return self.c_proj(x.flatten(1))
 

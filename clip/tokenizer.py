@@ -55,11 +55,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without start and end tokens and without a length limit."""
-        return [i for piece in self._pieces.findall(self._clean(text)) for i in self._encode_piece(piece)]
-
-    def _clean(self, text: str) -> str:
-        text = html.unescape(html.unescape(self._fix(text))).strip()
-        return self._blanks.sub(" ", text).strip().lower()
+        text = html.unescape(html.unescape(self._fix(text)))
+        text = self._blanks.sub(" ", text).strip().lower()
+        return [i for piece in self._pieces.findall(text) for i in self._encode_piece(piece)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; case and blanks are lost in encoding."""

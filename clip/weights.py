@@ -15,10 +15,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from common import replacing
+from common import UserError, replacing
 
-from .errors import WeightsError
 from .model import CLIP, HEAD_WIDTH, Architecture
+
+
+class WeightsError(UserError):
+    """A weight file that is missing, damaged or belongs to something else. The message names it and the remedy."""
+
 
 # OpenAI's archives hold three integers beside the weights; some exports hold the constant causal mask.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")

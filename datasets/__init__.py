@@ -15,16 +15,10 @@ from .digits import DigitsTask, split_digits
 from .fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
 from .folder import TEMPLATES as FOLDER_TEMPLATES
 from .folder import FolderTask, read_folder
-from .images import (
-    augmented_loader,
-    batches_per_epoch,
-    default_workers,
-    test_loader,
-    training_loader,
-)
+from .images import augmented_loader, batches_per_epoch, default_workers, test_loader, training_loader
 from .recorded import import_coop, replay, to_json
 from .specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
-from .splits import ImageNetListing, Split, list_imagenet, read_split
+from .splits import ImageNetListing, Split, folder_items, list_imagenet, read_split
 from .task import DatasetError, Item, Task, check_images_exist, note_untested, read_image
 
 __all__ = [
@@ -109,7 +103,8 @@ def build(
 
     if name == "imagenet":
         parts, image_root = _list_imagenet(root, shots)
-        train, val = _draw_imagenet(parts, shots, seed, order)
+        drawn = draw_disjoint(parts.train, shots, seed, order) if shots else ((), ())
+        train, val = (folder_items("train/", parts.wnids, names) for names in drawn)
     else:
         parts, image_root = _read(name, root)
         if shots and not parts.train:
@@ -134,7 +129,7 @@ def _read(name: str, root: Path) -> tuple[Split, Path | None]:
         return read_folder(root)
     found = locate(name, root)
     parts = read_split(name, found)
-    _note_departure(name, found, parts.class_names, (len(parts.train), len(parts.val), len(parts.test)))
+    _note_departure(name, found, parts.class_names, parts.sizes)
     return parts, found.images
 
 
@@ -191,20 +186,6 @@ def _list_imagenet(root: Path, shots: int | None) -> tuple[ImageNetListing, Path
                 f"({shots} train, {val_shots(shots)} val); unpack the class again or ask for fewer shots"
             )
     return listing, image_root
-
-
-def _draw_imagenet(
-    listing: ImageNetListing, shots: int | None, seed: int, order: str
-) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    train, val = draw_disjoint(listing.train, shots, seed, order) if shots else ((), ())
-    return tuple(
-        tuple(
-            Item(f"train/{wnid}/{name}", label)
-            for label, (wnid, names) in enumerate(zip(listing.wnids, drawn))
-            for name in names
-        )
-        for drawn in (train, val)
-    )
 
 
 def _note_departure(name: str, found: Found, class_names: Sequence[str], sizes: tuple[int, int, int]) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -87,23 +86,23 @@ def _read_class_folders(root: Path, folders: list[str]) -> Split:
 
 
 def _read_parts(root: Path, parts: dict[str, str]) -> Split:
-    twice = [part for part, count in Counter(parts.values()).items() if count > 1]
-    if twice:
-        same = [name for name, part in parts.items() if part == twice[0]]
-        raise DatasetError(f"{root} has the folders {' and '.join(same)}, which mean the same part; keep one")
+    names: dict[str, str] = {}
+    for name, part in parts.items():
+        if names.setdefault(part, name) != name:
+            raise DatasetError(f"{root} has the folders {names[part]} and {name}, which mean the same part; keep one")
     for part in ("train", "test"):
-        if part not in parts.values():
+        if part not in names:
             raise DatasetError(
                 f"{root} has {' and '.join(parts)} but no {part} folder; add it, or move the class folders into {root} "
                 "itself, where they are divided automatically"
             )
     listing = _Listing(root)
-    listed = {part: listing.class_folders(_subfolders(root / name), f"{name}/") for name, part in parts.items()}
+    listed = {part: listing.class_folders(_subfolders(root / name), f"{name}/") for part, name in names.items()}
     listing.note()
-    train_folder = root / next(name for name, part in parts.items() if part == "train")
+    train_folder = root / names["train"]
     _check_classes(train_folder, listed["train"])
     labels = {folder: label for label, folder in enumerate(listed["train"])}
-    for name, part in parts.items():
+    for part, name in names.items():
         unknown = listed[part].keys() - labels.keys()
         if unknown:
             raise DatasetError(
@@ -231,16 +230,13 @@ class _Listing:
                     pending.append((path, target, above | {real}))
                 elif entry.name.lower().endswith(image_endings()):
                     images.append(path)
-                    self._check_new(path, target)
+                    before = self.paths.setdefault(target, path)
+                    if before != path:  # the file could be used for training and for testing
+                        first, second = sorted(self.root / p for p in (before, path))
+                        raise DatasetError(f"{first} and {second} are the same file; remove the link")
                 else:
                     self.others.append(path)
         return sorted(images)
-
-    def _check_new(self, path: str, target: str) -> None:
-        before = self.paths.setdefault(target, path)
-        if before != path:  # the file could be used for training and for testing
-            first, second = sorted((before, path))
-            raise DatasetError(f"{self.root / first} and {self.root / second} are the same file; remove the link")
 
     def note(self) -> None:
         """Print how many files were left out."""

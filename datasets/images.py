@@ -63,7 +63,7 @@ def training_loader(
     """
     if not 0 <= start <= iterations:
         raise ValueError(f"start must be between 0 and iterations = {iterations}, not {start}")
-    data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
+    data = _TrainingData(task, transform, seed, cache_mb)
     batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start, drop_last)
     return _loader(data, workers, pin_memory, batch_sampler=batches)
 
@@ -83,18 +83,13 @@ def augmented_loader(
     Image p of pass i is item number i * len(task.train) + p; batches may span two passes. The augmentations differ from
     those of training with the same seed. Images, transform and errors are as in `training_loader`.
     """
-    data = _TrainingData(task, transform, seed, _ImageCache(task, cache_mb * 10**6))
+    data = _TrainingData(task, transform, seed, cache_mb)
     keys = [(-1 - i, position) for i in range(passes) for position in range(len(task.train))]
     return _loader(data, workers, pin_memory, batch_size=batch_size, sampler=keys)
 
 
 def test_loader(
-    items: Sequence[Item],
-    task: Task,
-    transform: Transform,
-    batch_size: int,
-    workers: int,
-    pin_memory: bool = False,
+    items: Sequence[Item], task: Task, transform: Transform, batch_size: int, workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Return a loader of some items of `task`, in order, in batches (images [b, ...], labels int64 [b])."""
     return _loader(_OrderedData(items, task, transform), workers, pin_memory, batch_size=batch_size)
@@ -137,37 +132,12 @@ class _ImageCache:
         return Image.fromarray(pixels.numpy())
 
 
-class _TrainingData(Dataset):
-    """Augmented training images, addressed by (epoch, position in the train list)."""
-
-    def __init__(self, task: Task, transform: Transform, seed: int, cache: _ImageCache):
-        self.items = task.train
-        self.transform = transform
-        self.seed = seed
-        self.cache = cache
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | DatasetError:
-        epoch, position = key
-        item = self.items[position]
-        try:
-            image = self.cache.read(item)
-        except DatasetError as error:
-            return error
-        # Only the CPU generator: torch.manual_seed would also reseed every GPU, from which dropout draws.
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(_derive_seed("augment", self.seed, epoch, position))
-        try:
-            return self.transform(image), item.label
-        finally:
-            torch.set_rng_state(state)
-
-
 class _OrderedData(Dataset):
-    """Items in order, transformed without randomness."""
+    """Transformed images, addressed by their position in `items`; `source` reads them."""
 
-    def __init__(self, items: Sequence[Item], task: Task, transform: Transform):
+    def __init__(self, items: Sequence[Item], source: Task | _ImageCache, transform: Transform):
         self.items = items
-        self.task = task
+        self.source = source
         self.transform = transform
 
     def __len__(self) -> int:
@@ -176,10 +146,27 @@ class _OrderedData(Dataset):
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int] | DatasetError:
         item = self.items[position]
         try:
-            image = self.task.read(item)
+            image = self.source.read(item)
         except DatasetError as error:
             return error
         return self.transform(image), item.label
+
+
+class _TrainingData(_OrderedData):
+    """Augmented training images, addressed by (epoch, position in the train list)."""
+
+    def __init__(self, task: Task, transform: Transform, seed: int, cache_mb: int):
+        super().__init__(task.train, _ImageCache(task, cache_mb * 10**6), transform)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | DatasetError:
+        # Only the CPU generator: torch.manual_seed would also reseed every GPU, from which dropout draws.
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(_derive_seed("augment", self.seed, *key))
+        try:
+            return super().__getitem__(key[1])
+        finally:
+            torch.set_rng_state(state)
 
 
 class _TrainingBatches(Sampler):
@@ -201,13 +188,10 @@ class _TrainingBatches(Sampler):
         for iteration in range(self.start, self.iterations):
             epoch, batch = divmod(iteration, self.per_epoch)
             if epoch != ordered_epoch:
-                ordered_epoch, order = epoch, self._order(epoch)
+                generator = torch.Generator().manual_seed(_derive_seed("order", self.seed, epoch))
+                ordered_epoch, order = epoch, torch.randperm(self.n_items, generator=generator).tolist()
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(epoch, position) for position in positions]
-
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(_derive_seed("order", self.seed, epoch))
-        return torch.randperm(self.n_items, generator=generator).tolist()
 
 
 # A DataLoader raises a worker's exception again with the worker's traceback as its message. The single line of a
@@ -234,10 +218,5 @@ def _loader(data: Dataset, workers: int, pin_memory: bool, **batching: object) -
     # does not change the program's global generator.
     generator = torch.Generator().manual_seed(0)
     return _Loader(
-        data,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=_collate,
-        generator=generator,
-        **batching,
+        data, num_workers=workers, pin_memory=pin_memory, collate_fn=_collate, generator=generator, **batching
     )

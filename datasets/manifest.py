@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -130,15 +131,11 @@ def _check_row(row: object, where: str) -> dict:
     if not isinstance(row["class_name"], (str, type(None))):
         raise DatasetError(f"{where}: class_name {json.dumps(row['class_name'])[:80]} is not text")
     if row["label"] is not None:
-        try:
-            label = int(str(row["label"]))  # through text: int() alone would accept true and 1.5
-        except ValueError:
-            label = -1
-        if label < 0:
+        if not re.fullmatch("[0-9]{1,9}", str(row["label"])):  # int() alone would accept true and 1.5
             raise DatasetError(
                 f"{where}: label {row['label']!r} is not a whole number from 0; names belong in the column class_name"
             )
-        row["label"] = label
+        row["label"] = int(row["label"])
     elif row["class_name"] is None:
         raise DatasetError(f"{where}: no label and no class_name; give one of them")
     if row["part"] is not None:

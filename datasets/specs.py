@@ -27,17 +27,17 @@ class Layout:
 class Spec:
     """One dataset. `layouts` are tried in order: CoOp's, the released SO code's, torchvision's.
 
-    `split_file` is CoOp's split (None: the dataset has its own). `templates` are the dataset-specific prompts.
     `classes` and `sizes` (images in train, val and test before any draw) are those of the published split; ImageNet's
-    are those of its folders. `names_sha256` is that of the published class names, see `names_sha256`.
+    are those of its folders. `names_sha256` is that of the published class names, see `names_sha256`. `split_file` is
+    CoOp's split (None: the dataset has its own). `templates` are the dataset-specific prompts.
     """
 
     layouts: tuple[Layout, ...]
-    split_file: str | None
-    templates: tuple[str, ...]
     classes: int
     sizes: tuple[int, int, int]
     names_sha256: str
+    split_file: str | None = None
+    templates: tuple[str, ...] = RELEASED_TEMPLATES
 
     @property
     def is_test_only(self) -> bool:
@@ -52,7 +52,6 @@ def _layouts(images: str, *folders: str) -> tuple[Layout, ...]:
 SPECS = {
     "imagenet": Spec(
         layouts=(Layout("imagenet", "images", holds="val"), Layout("imagenet", "", holds="val")),
-        split_file=None,
         templates=(
             "itap of a {}.",
             "a bad photo of the {}.",
@@ -71,14 +70,12 @@ SPECS = {
         # Images are in one-letter folders, so a subfolder `a` identifies torchvision's.
         layouts=(*_layouts("SUN397", "sun397", "SUN397"), Layout("SUN397", "", holds="a")),
         split_file="split_zhou_SUN397.json",
-        templates=("a photo of a {}.",),
         classes=397,
         sizes=(15880, 3970, 19850),
         names_sha256="583c0fad85d22c563fc88e49462efce4c5a08aec1e0b8020f325224af67cb040",
     ),
     "fgvc": Spec(
         layouts=_layouts("images", "fgvc_aircraft", "fgvc-aircraft-2013b/data"),
-        split_file=None,
         templates=("a photo of a {}, a type of aircraft.",),
         classes=100,
         sizes=(3334, 3333, 3333),
@@ -95,7 +92,6 @@ SPECS = {
     "stanford_cars": Spec(
         layouts=_layouts("", "stanford_cars", "StanfordCars"),
         split_file="split_zhou_StanfordCars.json",
-        templates=("a photo of a {}.",),
         classes=196,
         sizes=(6509, 1635, 8041),
         names_sha256="2caca90b5c02b65fcd9542cc2c934aa40c56ded5cb5b72e6e0b8e6b023cf81f9",
@@ -127,7 +123,6 @@ SPECS = {
     "caltech101": Spec(
         layouts=_layouts("101_ObjectCategories", "caltech-101", "Caltech101", "caltech101"),
         split_file="split_zhou_Caltech101.json",
-        templates=("a photo of a {}.",),
         classes=100,
         sizes=(4128, 1649, 2465),
         names_sha256="84f9ff49dce58ae6e74754fd578f6dd6bb9c1b711758e7c3da3888216d0630ca",
@@ -155,32 +150,24 @@ SPECS = {
             Layout("imagenetv2", "imagenetv2-matched-frequency-format-val"),
             Layout("imagenetv2-matched-frequency-format-val", ""),
         ),
-        split_file=None,
-        templates=("a photo of a {}.",),
         classes=1000,
         sizes=(0, 0, 10000),
         names_sha256="571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60",
     ),
     "imagenet_sketch": Spec(
         layouts=(Layout("imagenet-sketch", "images"), Layout("imagenet-sketch", "sketch"), Layout("sketch", "")),
-        split_file=None,
-        templates=("a photo of a {}.",),
         classes=1000,
         sizes=(0, 0, 50889),
         names_sha256="571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60",
     ),
     "imagenet_a": Spec(
         layouts=(Layout("imagenet-adversarial", "imagenet-a"), Layout("imagenet-a", "")),
-        split_file=None,
-        templates=("a photo of a {}.",),
         classes=200,
         sizes=(0, 0, 7500),
         names_sha256="4b36c17b1b1bba6c18f01853a5cec90f5a342594ef1e9cfd7b64f374db61ccfc",
     ),
     "imagenet_r": Spec(
         layouts=(Layout("imagenet-rendition", "imagenet-r"), Layout("imagenet-r", "")),
-        split_file=None,
-        templates=("a photo of a {}.",),
         classes=200,
         sizes=(0, 0, 30000),
         names_sha256="79cac199a91468418c879d1cc78ed06512c6ad13ed7e2cda4d550decccd6f7a1",

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
@@ -25,6 +26,10 @@ class Split:
     val: tuple[Item, ...]
     test: tuple[Item, ...]
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return len(self.train), len(self.val), len(self.test)
+
     def labels(self) -> dict[str, int]:
         """Return the labels, by path, of the images that may be drawn."""
         return {item.path: item.label for item in (*self.train, *self.val)}
@@ -45,8 +50,7 @@ class ImageNetListing:
 
     def labels(self) -> dict[str, int]:
         """Return the labels, by path, of the images that may be drawn."""
-        classes = enumerate(zip(self.wnids, self.train))
-        return {f"train/{wnid}/{name}": label for label, (wnid, names) in classes for name in names}
+        return {item.path: item.label for item in folder_items("train/", self.wnids, self.train)}
 
 
 def read_split(name: str, found: Found) -> Split:
@@ -198,10 +202,16 @@ def list_imagenet(image_root: Path, with_train: bool = True) -> ImageNetListing:
     wnids, names = imagenet_classes()
     train = list_imagenet_part(image_root / "train") if with_train else ()
     val = list_imagenet_part(image_root / "val")
-    test = tuple(
-        Item(f"val/{wnid}/{name}", label) for label, (wnid, listed) in enumerate(zip(wnids, val)) for name in listed
+    return ImageNetListing(wnids, names, train, folder_items("val/", wnids, val))
+
+
+def folder_items(inside: str, folders: Sequence[str], images: Sequence[Sequence[str]]) -> tuple[Item, ...]:
+    """Return the images of class folders as items; labels count the folders, paths begin with `inside`."""
+    return tuple(
+        Item(f"{inside}{folder}/{name}", label)
+        for label, (folder, names) in enumerate(zip(folders, images))
+        for name in names
     )
-    return ImageNetListing(wnids, names, train, test)
 
 
 def list_imagenet_part(folder: Path) -> tuple[tuple[str, ...], ...]:
@@ -231,11 +241,7 @@ def list_imagenet_variant(image_root: Path) -> Split:
     for first, second in pairwise(present):
         if labels[first] == labels[second]:
             raise DatasetError(f"{image_root}: the folders {first} and {second} are the same class; remove one")
-    test = tuple(
-        Item(f"{folder}/{image}", label)
-        for label, folder in enumerate(present)
-        for image in _list_images(image_root / folder)
-    )
+    test = folder_items("", present, [_list_images(image_root / folder) for folder in present])
     if not test:
         raise DatasetError(f"{image_root} has no class folders with images; unpack the archive again")
     return Split(tuple(names[labels[folder]] for folder in present), (), (), test)

@@ -286,11 +286,8 @@ class SO(Optimizer):
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, p in zip(saved, params):
             state = state_dict["state"].get(index, {})
-            fits = max(state["support"].max(), state["kept"].max()) < p.numel() if "support" in state else True
-            if not fits:
-                raise ValueError(
-                    f"this state_dict was made for other shapes: parameter {index} has {p.numel()} entries"
-                )
+            if "support" in state and max(state["support"].max(), state["kept"].max()) >= p.numel():
+                raise ValueError(f"this state_dict is for other shapes: parameter {index} has {p.numel()} entries")
         super().load_state_dict(state_dict)
         # The base class casts all state to the parameter's type, which rounds indices above 2**24: copy it unchanged.
         for index, p in zip(saved, params):
@@ -300,15 +297,7 @@ class SO(Optimizer):
         self.gradients, self.is_drawn = {}, False
 
     def __getstate__(self) -> dict:  # for copy and pickle
-        return super().__getstate__() | {"generator_state": self.generator.get_state()}
-
-    def __setstate__(self, state: dict) -> None:
-        if "generator_state" in state:
-            state = dict(state)
-            self.generator = torch.Generator()
-            self.generator.set_state(state.pop("generator_state"))
-            self.gradients, self.is_drawn = {}, False
-        super().__setstate__(state)
+        return super().__getstate__() | {"generator": self.generator, "gradients": {}, "is_drawn": False}
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:

@@ -106,12 +106,11 @@ def test_published_data_are_ready_without_a_warning(tmp_path, monkeypatch, exami
 def as_if_published(monkeypatch, root: Path) -> None:
     """Make the fabricated dtd the published one."""
     split = read_json_split(root / DTD_SPLIT)
-    sizes = (len(split.train), len(split.val), len(split.test))
     names = names_sha256(split.class_names)
-    spec = dataclasses.replace(SPECS["dtd"], classes=len(split.class_names), sizes=sizes, names_sha256=names)
+    spec = dataclasses.replace(SPECS["dtd"], classes=len(split.class_names), sizes=split.sizes, names_sha256=names)
     monkeypatch.setitem(SPECS, "dtd", spec)
     sha256 = hashlib.sha256((root / DTD_SPLIT).read_bytes()).hexdigest()
-    source = dataclasses.replace(SOURCES["dtd"], split=dataclasses.replace(SOURCES["dtd"].split, sha256=sha256))
+    source = dataclasses.replace(SOURCES["dtd"], split_sha256=sha256)
     monkeypatch.setitem(SOURCES, "dtd", source)
 
 
@@ -330,23 +329,25 @@ def test_text_files_of_fgvc(tmp_path, examine):
     assert "run python -m datasets.download fgvc" in out and ALL_EXIST in out and is_rejected("fgvc", tmp_path)
 
 
-def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch, examine):
+def test_images_in_a_folder_without_permissions_are_named(tmp_path, monkeypatch, examine):
     image_root = fabricate("dtd", tmp_path, per_class=4)
     locked = str(image_root / "kind-1")
-    real_list, real_exists = os.listdir, os.path.exists
 
-    def listdir(path="."):
-        if str(path) == locked:
-            raise PermissionError(13, "Permission denied", locked)
-        return real_list(path)
+    def lock(function):
+        def locked_function(path=".", **options):
+            if str(path).startswith(locked):
+                raise PermissionError(13, "Permission denied", locked)
+            return function(path, **options)
 
-    monkeypatch.setattr(os, "listdir", listdir)
+        return locked_function
+
+    monkeypatch.setattr(os, "listdir", lock(os.listdir))
     assert not is_rejected("dtd", tmp_path)  # its files can be opened, only not listed
     assert examine("dtd", tmp_path)[0] == 0
-    monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith(locked) and real_exists(path))
+    monkeypatch.setattr(os, "stat", lock(os.stat))
     code, verdict, out = examine("dtd", tmp_path)
-    assert code == 2 and verdict == "dtd: 1 problem" and f"folder {locked} cannot be listed (Permission denied)" in out
-    assert is_rejected("dtd", tmp_path)
+    assert code == 2 and verdict == "dtd: 1 problem" and "cannot be opened: 4 of 12; correct their links or perm" in out
+    assert "\n    kind-1/kind-1_0005.jpg (Permission denied)\n" in out and is_rejected("dtd", tmp_path)
 
 
 def test_images_listed_twice_are_a_problem_or_a_warning(tmp_path, examine):

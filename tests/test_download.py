@@ -62,7 +62,7 @@ def test_all_names_all_fifteen_and_one_failure_stops_no_other(world, data_root, 
 def test_names_and_known_checksums():
     """The nine checksums of splits, written a second time; the last two were reported for copies elsewhere."""
     assert set(SOURCES) == set(SPECS)
-    assert all((source.split is None) == (SPECS[name].split_file is None) for name, source in SOURCES.items())
+    assert all(bool(source.split_sha256) == bool(SPECS[name].split_file) for name, source in SOURCES.items())
     known = {
         "caltech101": "52ce8320",
         "oxford_pets": "d7f3ffe6",
@@ -74,10 +74,10 @@ def test_names_and_known_checksums():
         "food101": "7c3d456c",
         "sun397": "9847f9ef",
     }
-    splits = {name: SOURCES[name].split for name in known}
-    assert {name: split.sha256[:8] for name, split in splits.items()} == known
-    assert [name for name, split in splits.items() if split.reported] == ["food101", "sun397"]
-    assert all(len(split.sha256) == 64 for split in splits.values())
+    sources = {name: SOURCES[name] for name in known}
+    assert {name: source.split_sha256[:8] for name, source in sources.items()} == known
+    assert [name for name, source in sources.items() if source.split_reported] == ["food101", "sun397"]
+    assert all(len(source.split_sha256) == 64 for source in sources.values())
 
 
 def test_an_interrupted_download_is_resumed_from_the_same_source(world, data_root, run_download, tmp_path):
@@ -175,7 +175,7 @@ def test_the_split_comes_from_drive_if_the_first_copy_is_gone_or_damaged(world, 
         world.drive_requests.clear()
         world.files[path] = wrong
         assert run_download("eurosat")[0] == 0
-        assert world.drive_requests == [SOURCES["eurosat"].split.drive]
+        assert world.drive_requests == [SOURCES["eurosat"].split_drive]
         assert (data_root / "eurosat" / SPLIT_FILES["eurosat"]).read_bytes() == split
         assert not list(data_root.rglob("*.new")) and not list(data_root.rglob("*.part"))
 
@@ -187,7 +187,7 @@ def test_another_copy_of_a_split_is_judged_by_its_content(world, data_root, run_
     other_bytes = json.dumps(json.loads(split), indent=1).encode()
     world.has_archive(name, archive)
     path = world.has_split(name, split)
-    drive = SOURCES[name].split.drive
+    drive = SOURCES[name].split_drive
     world.files[path] = world.drive[drive] = other_bytes
     code, _, err = run_download(name)
     assert code == 2 and f"the published split has {SPECS[name].classes}" in err

@@ -1,6 +1,7 @@
 """Reading zip and tar archives of unknown origin: nothing in them is written outside the target folder."""
 
 import lzma
+import posixpath
 import shutil
 import stat
 import tarfile
@@ -92,7 +93,7 @@ def unpack_tar(
             raise DatasetError(f"{path}: {member.name!r} is a device file, which no dataset has; do not use it")
         after_each()
     for member, target, source in links:
-        original = _target(folder, _collapsed(source), path)
+        original = _target(folder, posixpath.normpath(source.as_posix()), path)
         if not original.is_file():
             raise DatasetError(f"{path}: the link {member.name!r} names no file of the archive; do not use it")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,17 +121,6 @@ def _target(folder: Path, name: str, path: Path) -> Path:
     if parsed.anchor or ".." in parsed.parts:
         raise DatasetError(f"{path}: the member {name!r} would leave the target folder; do not use this archive")
     return folder.joinpath(*parsed.parts)
-
-
-def _collapsed(path: PureWindowsPath) -> str:
-    """Return a link's path without the `..` that stay inside the archive; those that leave it are kept."""
-    parts: list[str] = []
-    for part in path.parts:
-        if part == ".." and parts and parts[-1] != "..":
-            parts.pop()
-        else:
-            parts.append(part)
-    return "/".join(parts)
 
 
 def _write(source: BinaryIO, target: Path) -> None:

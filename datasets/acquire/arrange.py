@@ -33,7 +33,9 @@ def arrange_folder(tree: Path, target: Path, called: tuple[str, ...]) -> None:
     Text files beside it are moved too: Aircraft's split, and the terms of others. The images are moved last, so if they
     are in place, everything is. `target` itself does not count, unless it contains a folder of its own name.
     """
-    found = _find_folder(tree, target, called)
+    candidates = [folder / name for folder, names, _ in walk(tree) for name in names if name in called]
+    innermost = map(_innermost, sorted(candidates, key=lambda path: len(path.parts)))
+    found = next((folder for folder in innermost if folder != target and _holds_images(folder)), None)
     if found is None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,15 +63,6 @@ def put(found: Path, target: Path) -> Path:
             aside.rmdir()
     found.rename(target)
     return found
-
-
-def _find_folder(tree: Path, target: Path, called: tuple[str, ...]) -> Path | None:
-    candidates = [folder / name for folder, names, _ in walk(tree) for name in names if name in called]
-    for candidate in sorted(candidates, key=lambda path: len(path.parts)):
-        inner = _innermost(candidate)
-        if inner != target and _holds_images(inner):
-            return inner
-    return None
 
 
 def _holds_images(folder: Path) -> bool:

@@ -26,8 +26,8 @@ from ..fewshot import val_shots
 from ..folder import FolderTask, image_endings, read_folder
 from ..images import default_workers
 from ..specs import SPECS, Found, departure, names_sha256, search
-from ..splits import IMAGE_EXTENSIONS, Split, imagenet_classes, list_imagenet_part, read_split
-from ..task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, missing_images, note_untested
+from ..splits import IMAGE_EXTENSIONS, Split, folder_items, imagenet_classes, list_imagenet_part, read_split
+from ..task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, note_untested
 from .sources import SOURCES
 
 PER_CLASS = 3  # images of each class that are decoded without --all
@@ -141,10 +141,7 @@ def _read_imagenet(found: Found, report: Report, command: str) -> Split | None:
     parts = []
     for part in ("train", "val"):
         try:
-            listed = enumerate(zip(wnids, list_imagenet_part(found.images / part)))
-            parts.append(
-                tuple(Item(f"{part}/{wnid}/{image}", label) for label, (wnid, images) in listed for image in images)
-            )
+            parts.append(folder_items(f"{part}/", wnids, list_imagenet_part(found.images / part)))
         except DatasetError as error:
             report.problem(f"{error}; {command}, which arranges the files or says what to do")
     return Split(names, parts[0], (), parts[1]) if len(parts) == 2 else None
@@ -178,22 +175,21 @@ def _source(name: str, found: Found) -> Path | None:
 
 def _compare(name: str, found: Found, split: Split, report: Report, command: str) -> None:
     """Compare the split with the published one: its bytes, its numbers, its class names."""
-    sizes = (len(split.train), len(split.val), len(split.test))
-    unlike = departure(name, split.class_names, sizes)
+    unlike = departure(name, split.class_names, split.sizes)
     same_names, source = names_sha256(split.class_names) == SPECS[name].names_sha256, _source(name, found)
-    same_numbers = (len(split.class_names), sizes) == (SPECS[name].classes, SPECS[name].sizes)
+    same_numbers = (len(split.class_names), split.sizes) == (SPECS[name].classes, SPECS[name].sizes)
     if found.split:
-        known = SOURCES[name].split
-        if file_sha256(found.split) == known.sha256:
-            state = "the checksum reported for the published file" if known.reported else "the published file"
-        elif known.reported:
+        known = SOURCES[name]
+        if file_sha256(found.split) == known.split_sha256:
+            state = "the checksum reported for the published file" if known.split_reported else "the published file"
+        elif known.split_reported:
             state = "the published checksum is not known for certain"
         elif unlike:
             state = "not the published file"
         else:
             state = "other bytes than the published file, but the same classes and numbers"
         report.fact("split", f"{found.split} ({state})")
-    counts = f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images"
+    counts = f"{len(split.class_names)} classes, {'/'.join(map(str, split.sizes))} train/val/test images"
     report.fact("numbers", counts + (", as published" if same_numbers else ""))
     if same_names:
         report.fact("class names", "as published")
@@ -219,16 +215,11 @@ def _examine_shots(name: str, split: Split, report: Report) -> None:
         report.fact("shots", f"{USUAL_SHOTS} and more")
         return
     fewest = small[0][0]
-    most = _most_pooled_shots(fewest) if pooled else fewest
+    most = max(s for s in range(fewest + 1) if s + val_shots(s) <= fewest) if pooled else fewest
     listed = [f"{split.class_names[label]} {count}" for count, label in small]
     report.fact("shots", f"up to {most} without repeats; classes with fewer than {needed} images: {enumerated(listed)}")
     if most == 0:
         report.problem(f"too few training images ({listed[0]}); two are needed, for training and validation")
-
-
-def _most_pooled_shots(images: int) -> int:
-    """Return the largest number of shots for which this many images are enough for training and validation."""
-    return next(shots for shots in range(images, -1, -1) if shots + val_shots(shots) <= images)
 
 
 def _images_below(root: Path, endings: tuple[str, ...]) -> tuple[Item, ...]:
@@ -254,8 +245,9 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
     for line in notes.getvalue().splitlines():
         report.fact("note", line.removeprefix("note: "))
     if split:
-        sizes = (len(split.train), len(split.val), len(split.test))
-        report.fact("numbers", f"{len(split.class_names)} classes, {'/'.join(map(str, sizes))} train/val/test images")
+        report.fact(
+            "numbers", f"{len(split.class_names)} classes, {'/'.join(map(str, split.sizes))} train/val/test images"
+        )
         _examine_shots(name, split, report)
     if split or root.is_dir():
         items = (*split.train, *split.val, *split.test) if split else _images_below(root, image_endings())
@@ -269,24 +261,17 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
 def _examine_images(task: Task, report: Report, remedy: str) -> None:
     """Look for missing, empty and damaged images among the test items of `task`, which are all images of a dataset."""
     items = list({item.path: item for item in task.test}.values())
-    missing, unlisted = missing_images(task.image_root, items)
-    for folder, reason in unlisted.items():
-        report.problem(f"folder {task.image_root / folder} cannot be listed ({reason}); change its permissions")
-    lost = [path for path in missing if path.rpartition("/")[0] not in unlisted]
-    if lost:
-        report.problem(f"images missing: {len(lost)} of {len(items)}{_clue(task.image_root, lost)}; {remedy}", lost)
-    gone = set(missing)
-    there = [item for item in items if item.path not in gone]
-    empty, broken = _weigh(task.image_root, there)
-    if broken:
-        reasons = [f"{path} ({reason})" for path, reason in broken.items()]
-        report.problem(f"images that cannot be opened: {len(broken)} of {len(items)}; {remedy}", reasons)
+    missing, barred, empty, whole = _weigh(task.image_root, items)
+    if missing:
+        clue = _clue(task.image_root, missing)
+        report.problem(f"images missing: {len(missing)} of {len(items)}{clue}; {remedy}", missing)
+    if barred:
+        advice = f"correct their links or permissions, or {remedy}"
+        report.problem(f"images that cannot be opened: {len(barred)} of {len(items)}; {advice}", barred)
     if empty:
         report.problem(f"images of 0 bytes: {len(empty)} of {len(items)}; {remedy}", empty)
-    if not missing and not broken:
+    if not missing and not barred:
         report.fact("images", f"all {len(items)} exist")
-    bad = {*empty, *broken}
-    whole = [item for item in there if item.path not in bad]
     chosen = whole if report.everything else _sample(whole)
     complaints, kinds = _decode(task, chosen)
     seen = f"{len(chosen)} of {len(items)}" + ("" if report.everything else " (a sample; --all decodes all)")
@@ -315,16 +300,22 @@ def _clue(root: Path, missing: Sequence[str]) -> str:
     return ""
 
 
-def _weigh(root: Path, items: Iterable[Item]) -> tuple[list[str], dict[str, str]]:
-    """Return the paths of empty files, and those that are not files, such as broken links, with the reason."""
-    empty, broken = [], {}
+def _weigh(root: Path, items: Iterable[Item]) -> tuple[list[str], list[str], list[str], list[Item]]:
+    """Return the paths of missing files, those that cannot be opened, with the reason, empty files, and all others."""
+    missing, barred, empty, whole = [], [], [], []
     for item in progress(items, "sizes", "image", delay=1):
+        path = root / item.path
         try:
-            if os.stat(root / item.path).st_size == 0:
+            if os.stat(path).st_size:
+                whole.append(item)
+            else:
                 empty.append(item.path)
         except OSError as error:
-            broken[item.path] = error.strerror
-    return empty, broken
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                missing.append(item.path)
+            else:
+                barred.append(f"{item.path} ({error.strerror})")
+    return missing, barred, empty, whole
 
 
 def _sample(items: Iterable[Item]) -> list[Item]:

@@ -7,23 +7,22 @@ The addresses in datasets/acquire/sources.py were collected from public code and
 Exit code 0: all datasets are ready; 2: something is missing, and the output says what; 130: interrupted.
 """
 
-import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
 
-from common import Parser, UserError, fail, note, one_line_errors
+from common import DISK_FULL, Parser, UserError, fail, note, one_line_errors
 from fetching import fetch, has_checksum, is_web_page
 
-from ..specs import SPECS, Layout, locate, names_sha256
+from ..specs import SPECS, Layout, departure, locate
 from ..splits import list_imagenet, read_json_split, read_split
 from ..task import DatasetError, Task, check_images_exist
 from .archives import check_space, is_archive, why_no_archive
 from .arrange import archives_below, arrange_folder, holds, is_missing, unpacked
 from .imagenet import arrange_imagenet
-from .sources import SOURCES, SPLITS, Archive
+from .sources import SOURCES, SPLITS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +87,7 @@ def check(name: str, root: Path) -> str:
         raise DatasetError(
             f"{error} If it is, move {found.images} away and run again; copies with renamed images do not fit the split"
         ) from error
-    return f"{len(split.train) + len(split.val) + len(split.test):,} images in {found.images}"
+    return f"{sum(split.sizes):,} images in {found.images}"
 
 
 def _layout(name: str, root: Path) -> Layout:
@@ -101,14 +100,10 @@ def _layout(name: str, root: Path) -> Layout:
     return max(layouts, key=rank)
 
 
-def _parts(name: str, layout: Layout, root: Path) -> tuple[Path, ...]:
-    """Return the folders that must exist."""
-    images = root / layout.folder / layout.images
-    return tuple(images / part for part in SOURCES[name].parts or (layout.holds,))
-
-
 def _missing_parts(name: str, layout: Layout, root: Path) -> list[Path]:
-    return [part for part in _parts(name, layout, root) if is_missing(part)]
+    """Return the folders of images that must exist and do not."""
+    images = root / layout.folder / layout.images
+    return [images / part for part in SOURCES[name].parts or (layout.holds,) if is_missing(images / part)]
 
 
 def _get_images(name: str, root: Path) -> None:
@@ -143,7 +138,7 @@ def _arrange(name: str, root: Path, layout: Layout) -> None:
         missing = _missing_parts(name, layout, root)
         names = tuple(word for part in missing for word in called(part) if word)
         if missing and holds(archive, names):
-            check_space(name, root / layout.folder, SOURCES[name].unpacked_gb)
+            check_space(name, root / layout.folder, SOURCES[name].gigabytes)
             with unpacked(archive, root / layout.folder, names) as tree:
                 for part in missing:
                     arrange_folder(tree, part, called(part))
@@ -154,26 +149,23 @@ def _download(name: str, folder: Path) -> None:
     """Download the first of the dataset's archives that is available; print a note on each that is not."""
     source = SOURCES[name]
     started = sum(path.stat().st_size for path in folder.glob("*.part")) / 1e9
-    check_space(name, folder, max(source.download_gb - started, 0) + source.unpacked_gb)
+    check_space(name, folder, max(source.gigabytes - started, 0) + source.gigabytes)
     for archive in source.archives:
         part = folder / f"{archive.file}.part"
         before = part.stat().st_size if part.exists() else 0
+        target = folder / archive.file
         try:
-            _fetch(archive, folder / archive.file)
+            if archive.url.startswith("drive:"):
+                fetch_from_drive(archive.url.removeprefix("drive:"), target)
+            else:
+                fetch(archive.url, target, archive.checksum, DatasetError)
+            if not is_archive(target):
+                raise DatasetError(why_no_archive(target))
             return
         except DatasetError as error:
             if part.exists() and part.stat().st_size > before:
                 raise  # this download can be resumed; another source would start from zero
             note(f"{name}: {error}")
-
-
-def _fetch(archive: Archive, target: Path) -> None:
-    if archive.url.startswith("drive:"):
-        fetch_from_drive(archive.url.removeprefix("drive:"), target)
-    else:
-        fetch(archive.url, target, archive.checksum, DatasetError)
-    if not is_archive(target):
-        raise DatasetError(why_no_archive(target))
 
 
 def fetch_from_drive(file_id: str, target: Path) -> None:
@@ -191,7 +183,7 @@ def fetch_from_drive(file_id: str, target: Path) -> None:
     try:
         gdown.download(id=file_id, output=str(arriving), resume=True, timeout=60)
     except (gdown.DownloadError, OSError) as error:  # OSError: requests' errors, and the disk's
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in DISK_FULL:
             raise
         raise DatasetError(f"Google Drive did not send {address} ({_one_line(error)}); {remedy}") from error
     with open(arriving, "rb") as file:
@@ -204,8 +196,8 @@ def fetch_from_drive(file_id: str, target: Path) -> None:
 
 def _get_split(name: str, root: Path) -> None:
     """Download the split file from GitHub or else Google Drive, unless it is in one of the dataset's folders."""
-    source, file = SOURCES[name].split, SPECS[name].split_file
-    if source is None or any((root / layout.folder / file).is_file() for layout in SPECS[name].layouts):
+    source, file = SOURCES[name], SPECS[name].split_file
+    if file is None or any((root / layout.folder / file).is_file() for layout in SPECS[name].layouts):
         return
     target = root / _layout(name, root).folder / file
     new = target.with_name(f"{file}.new")
@@ -213,10 +205,10 @@ def _get_split(name: str, root: Path) -> None:
     for from_drive in (False, True):
         try:
             if from_drive:
-                fetch_from_drive(source.drive, new)
+                fetch_from_drive(source.split_drive, new)
             else:
-                fetch(f"{SPLITS}/{file}", new, None if source.reported else source.sha256, DatasetError)
-            _check_split(name, new, source.sha256)
+                fetch(f"{SPLITS}/{file}", new, None if source.split_reported else source.split_sha256, DatasetError)
+            _check_split(name, new)
             new.replace(target)
             print(f"split file in {target}")
             return
@@ -226,17 +218,14 @@ def _get_split(name: str, root: Path) -> None:
     raise DatasetError(f"split file {target} could not be downloaded (see above); run again or put it there")
 
 
-def _check_split(name: str, path: Path, sha256: str) -> None:
+def _check_split(name: str, path: Path) -> None:
     """Raise DatasetError unless a split has the known checksum, or else the published classes and numbers."""
-    if has_checksum(path, sha256):
+    if has_checksum(path, SOURCES[name].split_sha256):
         return
-    split, spec = read_json_split(path), SPECS[name]
-    here = (len(split.train), len(split.val), len(split.test))
-    if here != spec.sizes or names_sha256(split.class_names) != spec.names_sha256:
-        raise DatasetError(
-            f"{path} has {len(split.class_names)} classes and {here[0]}/{here[1]}/{here[2]} train/val/test images, but "
-            f"the published split has {spec.classes} and {'/'.join(map(str, spec.sizes))}, or other class names"
-        )
+    split = read_json_split(path)
+    unlike = departure(name, split.class_names, split.sizes)
+    if unlike:
+        raise DatasetError(f"{path} has {unlike}")
     note(f"the split of {name} has the published classes and numbers, but other bytes than the known copy")
 
 
@@ -246,7 +235,7 @@ def _print_steps(name: str, root: Path, folder: Path) -> None:
     lines = [archive.url.replace("drive:", "https://drive.google.com/uc?id=") for archive in source.archives]
     print(
         f"\n{name} must be downloaded by hand:\n"
-        f"  1. Download the images, about {source.download_gb:g} GB (these addresses have not been tried):\n"
+        f"  1. Download the images, about {source.gigabytes:g} GB (these addresses have not been tried):\n"
         + "".join(f"       {line}\n" for line in (*lines, *source.hints))
         + f"  2. Put the archives or the unpacked folders, with any name, into\n       {folder}\n"
         f"  3. Run again: python -m datasets.download {name} --root_path {root}\n",
@@ -256,6 +245,6 @@ def _print_steps(name: str, root: Path, folder: Path) -> None:
 
 def _one_line(error: Exception) -> str:
     """Return an error's message on one line, for a full disk with a remedy."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if getattr(error, "errno", None) in DISK_FULL:
         return f"no space left ({error.filename or 'disk full'}); free some space and run again to resume"
     return " ".join(str(error).split())

@@ -69,13 +69,12 @@ class World:
 
     def has_split(self, name: str, content: bytes, drive: bytes | None = None) -> str:
         """Offer a split file, whose checksum becomes the known one; return its path. `drive` is Google Drive's copy."""
-        source = SOURCES[name]
-        split = dataclasses.replace(source.split, sha256=hashlib.sha256(content).hexdigest())
-        self.monkeypatch.setitem(SOURCES, name, dataclasses.replace(source, split=split))
+        source = dataclasses.replace(SOURCES[name], split_sha256=hashlib.sha256(content).hexdigest())
+        self.monkeypatch.setitem(SOURCES, name, source)
         path = f"/splits/{SPECS[name].split_file}"
         self.files[path] = content
         if drive is not None:
-            self.drive[split.drive] = drive
+            self.drive[source.split_drive] = drive
         return path
 
 
