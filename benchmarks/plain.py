@@ -66,6 +66,10 @@ class DenseSO:
         self.generator = torch.Generator().manual_seed(seed)  # in the same state as SO's: the same draws
         self.t = 0
 
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
     @torch.no_grad()
     def step(self) -> None:
         if self.t % self.T == 0:

@@ -12,12 +12,14 @@ is measured in a process of its own for each side. The plain side always compute
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import utils
 from benchmarks.plain import DenseSO, encode_image, encode_text
@@ -53,78 +55,66 @@ def class_names(count: int) -> list[str]:
     return [line.split(" ", 1)[1] for line in lines[:count]]
 
 
+@dataclass
 class Side:
-    """One way to do a training step on its own copy of the model."""
+    """One way to do a training step, on its own copy of the model."""
 
-    def __init__(self, args: Namespace):
-        torch.manual_seed(0)
-        self.args, self.device = args, torch.device(args.device)
-        self.model = CLIP(ARCHITECTURES[args.backbone]).to(self.device)
-        self.params = list(select_matrices(self.model, Blocks(encoder=args.encoder)).values())
-        generator = torch.Generator().manual_seed(1)
-        R = self.model.arch.resolution
-        self.images = torch.randn(args.batch_size, 3, R, R, generator=generator).to(self.device)
-        self.labels = torch.randint(args.classes, (args.batch_size,), generator=generator).to(self.device)
-        self.tokens = utils.tokenize_classes(class_names(args.classes), "a photo of a {}.").to(self.device)
+    params: list[nn.Parameter]
+    optimizer: DenseSO | torch.optim.Optimizer
+    features: Callable[[], tuple[Tensor, Tensor]]
+    labels: Tensor
 
-    def loss(self, image_features, text_features):
-        image, text = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
-        return F.cross_entropy(utils.LOGIT_FACTOR * image @ text.T, self.labels)
-
-
-class Plain(Side):
-    def __init__(self, args: Namespace):
-        super().__init__(args)
-        self.optimizer = DenseSO(self.params, lr=2e-4, density_ratio=args.density, T=args.t)
-
-    def step(self):
-        loss = self.loss(encode_image(self.model, self.images), encode_text(self.model, self.tokens))
-        self.model.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-
-class Fast(Side):
-    def __init__(self, args: Namespace):
-        super().__init__(args)
-        self.optimizer = SO(self.params, lr=2e-4, density_ratio=args.density, T=args.t)
-        attach(self.model, self.optimizer)
-        self.prompts = PackedPrompts(self.tokens)
-
-    def step(self):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            image, text = self.model.encode_image(self.images), self.model.encode_text(self.prompts)
-        loss = self.loss(image, text)
+    def step(self) -> float:
+        """Do one step and return its loss."""
+        image, text = (F.normalize(embeddings.float(), dim=-1) for embeddings in self.features())
+        loss = F.cross_entropy(utils.LOGIT_FACTOR * image @ text.T, self.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return loss.item()
 
 
-class LoRA(Side):
-    """CLIP-LoRA's step on the same path, for comparison: AdamW on rank 2 at q, k and v, dropout 0.25."""
-
-    def __init__(self, args: Namespace):
-        super().__init__(args)
+def side(name: str, args: Namespace) -> Side:
+    """Return one of SIDES: plain, fast (SO on this project's path) or LoRA on the same path, which is CLIP-LoRA's step:
+    AdamW on rank 2 at q, k and v, dropout 0.25."""
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    model = CLIP(ARCHITECTURES[args.backbone]).to(device)
+    params = list(select_matrices(model, Blocks(encoder=args.encoder)).values())
+    generator = torch.Generator().manual_seed(1)
+    R = model.arch.resolution
+    images = torch.randn(args.batch_size, 3, R, R, generator=generator).to(device)
+    labels = torch.randint(args.classes, (args.batch_size,), generator=generator).to(device)
+    tokens = utils.tokenize_classes(class_names(args.classes), "a photo of a {}.").to(device)
+    if name == "plain":
+        optimizer = DenseSO(params, lr=2e-4, density_ratio=args.density, T=args.t)
+        return Side(params, optimizer, lambda: (encode_image(model, images), encode_text(model, tokens)), labels)
+    if name == "fast":
+        optimizer = SO(params, lr=2e-4, density_ratio=args.density, T=args.t)
+        attach(model, optimizer)
+        prompts = PackedPrompts(tokens)
+    else:
         hparams = lora.Hparams(encoder=args.encoder).settled(shots=1, images=1)
-        settings = Settings(method="lora", seed=0)
-        self.adaptation = lora.prepare(Experiment(settings, hparams, None, self.model, None, ""))
-        self.prompts = PackedPrompts(self.tokens, self.adaptation.shares_prefix)
-        self.optimizer = self.adaptation.optimizer
+        adaptation = lora.prepare(Experiment(Settings(method="lora", seed=0), hparams, None, model, None, ""))
+        optimizer, prompts = adaptation.optimizer, PackedPrompts(tokens, adaptation.shares_prefix)
 
-    step = Fast.step
+    def features() -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            return model.encode_image(images), model.encode_text(prompts)
+
+    return Side(params, optimizer, features, labels)
 
 
-SIDES = {"plain": Plain, "fast": Fast, "lora": LoRA}
+SIDES = ("plain", "fast", "lora")
 
 
 def measure_memory(args: Namespace) -> None:
     """Print the peak above the model with its data, over three steps of one side."""
-    side = SIDES[args.only](args)
-    before = peak_memory_mb(side.device)
-    seconds, _ = alternately({"step": side.step}, 2, side.device.type)
-    extra = peak_memory_mb(side.device) - before
+    device = torch.device(args.device)
+    step = side(args.only, args).step
+    before = peak_memory_mb(device)
+    seconds, _ = alternately({"step": step}, 2, device.type)
+    extra = peak_memory_mb(device) - before
     print(f"{args.only:6} peak {extra:.0f} MB above {before:.0f} MB, step {min(seconds['step']):.2f} s")
 
 
@@ -143,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.only:
         return measure_memory(args)
-    sides = {name: side(args) for name, side in SIDES.items()}
+    sides = {name: side(name, args) for name in SIDES}
     steps = {name: side.step for name, side in sides.items()}
     seconds, losses = alternately(steps, args.steps, torch.device(args.device).type)
     for name, times in seconds.items():

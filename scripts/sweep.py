@@ -155,9 +155,7 @@ def _cluster(options: argparse.Namespace, results: Path, to_do: Sequence[Cell]) 
         if not sign:
             raise UserError(f"--slurm {word}: write --slurm NAME=VALUE")
         parameters[name] = int(value) if value.isdecimal() else value
-    cluster = clusters.Slurm(folder, parameters, options.timeouts)
-    cluster.find(to_do)
-    return cluster
+    return clusters.Slurm(folder, parameters, options.timeouts, to_do)
 
 
 def watch(cluster: "Cluster", to_do: Sequence[Cell], total: int) -> list[str]:

@@ -1,6 +1,8 @@
 """The jobs that do the runs of a sweep: submitit's, on this machine or on a slurm cluster."""
 
+import contextlib
 import getpass
+import itertools
 import os
 import shlex
 import shutil
@@ -71,7 +73,12 @@ class RunJob:
 
 
 class Cluster:
-    """Jobs of submitit, with their logs and other files in a folder."""
+    """Jobs of submitit, with their logs and other files in a folder.
+
+    Its two kinds start jobs for the first of the waiting runs, as many as there is room for, and remove these runs from
+    the list (`start`), return the jobs that are over (`_over`), count those that have begun (`running`), and leave all
+    so that the same sweep can be started again (`stop`).
+    """
 
     poll_seconds: float
 
@@ -79,47 +86,22 @@ class Cluster:
         self.folder = folder
         self.jobs: dict[submitit.Job, Cell] = {}
 
-    def start(self, waiting: list[Cell]) -> None:
-        """Start jobs for the first cells, as many as there is room for, and remove these cells from the list."""
-        raise NotImplementedError
-
-    def _over(self) -> list[submitit.Job]:
-        """Return the jobs that have ended."""
-        raise NotImplementedError
-
-    def running(self) -> int:
-        """Return how many of the jobs have begun."""
-        raise NotImplementedError
-
-    def stop(self) -> None:
-        """Leave the jobs so that the same sweep can be started again."""
-        raise NotImplementedError
-
     def ended(self) -> list[tuple[Cell, int | None, Path]]:
         """Return what has ended since the last call: the run, main.py's exit code (None if the job ended without one)
         and the log. Of submitit's files only the log is kept."""
         ended = []
         for job in self._over():
-            ended.append((self.jobs.pop(job), self._exit_code(job), job.paths.stdout))
-            self._tidy(job.paths)
+            code = None
+            with contextlib.suppress(FailedJobError):  # RunJob itself failed
+                code = job.result() if job.paths.result_pickle.exists() else None
+            ended.append((self.jobs.pop(job), code, job.paths.stdout))
+            job.paths.submitted_pickle.unlink(missing_ok=True)
+            job.paths.result_pickle.unlink(missing_ok=True)
+            folder = job.paths.folder  # that of the sweep that started it
+            if not any(folder.glob("*_submitted.pkl")):  # no other job needs the rest
+                for path in (*folder.glob("*_submission.sh"), *folder.glob(".submission_file_*")):
+                    path.unlink(missing_ok=True)
         return ended
-
-    @staticmethod
-    def _exit_code(job: submitit.Job) -> int | None:
-        if not job.paths.result_pickle.exists():
-            return None
-        try:
-            return job.result()
-        except FailedJobError:  # of RunJob itself
-            return None
-
-    @staticmethod
-    def _tidy(paths: JobPaths) -> None:
-        paths.submitted_pickle.unlink(missing_ok=True)
-        paths.result_pickle.unlink(missing_ok=True)
-        if not any(paths.folder.glob("*_submitted.pkl")):  # no other job needs the rest
-            for path in (*paths.folder.glob("*_submission.sh"), *paths.folder.glob(".submission_file_*")):
-                path.unlink(missing_ok=True)
 
 
 class Local(Cluster):
@@ -187,7 +169,7 @@ class Slurm(Cluster):
     MOST = 1000  # jobs in an array, slurm's default
     LATE_SECONDS = 60.0  # after the end of a job its result may be invisible for so long on a shared file system
 
-    def __init__(self, folder: Path, parameters: dict, timeouts: int):
+    def __init__(self, folder: Path, parameters: dict, timeouts: int, cells: Iterable[Cell]):
         super().__init__(folder)
         self.queue: dict[str, str] = {}
         self.gone_since: dict[submitit.Job, float] = {}
@@ -198,17 +180,13 @@ class Slurm(Cluster):
             raise UserError("--cluster slurm: there is no srun; start the sweep on a machine of the cluster") from None
         except ValueError as error:
             raise UserError(f"--slurm: {str(error).splitlines()[0]}; see submitit's SlurmExecutor") from None
-
-    def find(self, cells: Iterable[Cell]) -> None:
-        """Take over the jobs of earlier sweeps that slurm still has."""
         of_key = {cell.key: cell for cell in cells}
         if not self._look():
             raise UserError("slurm does not answer squeue; start the sweep again when it does")
-        for number in self.queue:
-            for folder in self.folder.parent.glob("*/"):
-                path = JobPaths(folder, number).submitted_pickle
-                if path.exists() and (cell := of_key.get(DelayedSubmission.load(path).function.key)):
-                    self.jobs[submitit.SlurmJob(folder, number)] = cell
+        for number, other in itertools.product(self.queue, folder.parent.glob("*/")):  # jobs of earlier sweeps
+            path = JobPaths(other, number).submitted_pickle
+            if path.exists() and (cell := of_key.get(DelayedSubmission.load(path).function.key)):
+                self.jobs[submitit.SlurmJob(other, number)] = cell
 
     def start(self, waiting: list[Cell]) -> None:
         while waiting:
