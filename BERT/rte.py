@@ -163,12 +163,10 @@ class Encoded:
             return_token_type_ids=True,
             return_tensors="pt",
         )
-        segment_ids = encoding["token_type_ids"] if segments else torch.zeros_like(encoding["token_type_ids"])
-        self.inputs = {
-            "input_ids": encoding["input_ids"].to(device),
-            "attention_mask": encoding["attention_mask"].to(device),
-            "token_type_ids": segment_ids.to(device),
-        }
+        if not segments:
+            encoding["token_type_ids"].zero_()
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        self.inputs = {name: encoding[name].to(device) for name in names}
         self.labels = torch.tensor([pair.label for pair in pairs], device=device)
         self.lengths = encoding["attention_mask"].sum(dim=1)
 

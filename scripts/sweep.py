@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import Parser, UserError, one_line_errors, progress
-from records import rebuild_table
+from records import read_record, rebuild_table
 from run_utils import device_name
 from scripts.sweeping.grid import LISTS, Cell, cells, read_grid
 
@@ -107,9 +107,11 @@ def show(planned: Sequence[Cell], to_do: Sequence[Cell], results: Path, anywhere
 
     If the runs are done `anywhere`, records of all GPUs count.
     """
-    from scripts.sweeping import estimates  # pandas is slow to import
+    import pandas as pd  # slow
 
-    records = estimates.read_results(results)
+    from scripts.sweeping import estimates
+
+    records = pd.DataFrame([record for path in results.glob("*/result.json") if (record := read_record(path))])
     hours, unknown = Counter(), 0
     for cell in planned:
         state = "finished"

@@ -7,7 +7,7 @@ from scipy import stats
 
 from common import UserError
 from scripts.reporting.results import ELEVEN, PUBLISHED, Results, text
-from scripts.reporting.sheets import MISSING, Cell, Sheet, average, in_words, number, suites
+from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number, suites
 
 CONFIDENCE = 0.95
 SIGNED = "{:+.2f}"
@@ -138,16 +138,16 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
                 continue
             measured = {name: part.test_accuracy for name, part in group.groupby("short_name", sort=False)}
             compared = {name: (value, measured[name]) for name, value in reported.items() if name in measured}
-            averages = average(group, list(ELEVEN))
+            averages = accuracies(group, list(ELEVEN))
             if mean is not None and averages is not None:
                 compared["mean of 11"] = (mean, averages)
             fewest = group.groupby("tested_on").size().min()
-            for name, (value, accuracies) in compared.items():
+            for name, (value, found) in compared.items():
                 head = {"name": row["name"], "paper": PUBLISHED["papers"][row["paper"]]["url"], "configuration": label}
                 head |= {"shots": shots, "data_set": name, "published": value, "read_off": row.get("read_off")}
-                head |= {"measured": accuracies.mean(), "sd": accuracies.std()}
+                head |= {"measured": found.mean(), "sd": found.std()}
                 head |= {"seeds": len(measured[name]) if name in measured else fewest}
-                rows.append(head | {"deviation": accuracies.mean() - value})
+                rows.append(head | {"deviation": found.mean() - value})
     return pd.DataFrame(rows, columns=DEVIATIONS), notes
 
 

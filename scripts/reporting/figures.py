@@ -1,10 +1,12 @@
 """The figures: each is a grid of panels, drawn as one image for files and panel by panel for the page."""
 
+import html
 import io
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from scripts.reporting.results import Results
-from scripts.reporting.sheets import accuracies, in_words, main_places, places
+from scripts.reporting.sheets import accuracies, in_words, places
 
 # Okabe and Ito's colours that show on white and on black; markers and dashes say the same without colour. A colour has
 # the same marker again only after 56 configurations.
@@ -45,14 +47,9 @@ class Grid:
 def grids(results: Results, folder: Path) -> tuple[list[Grid], list[str]]:
     """Return all figures of the runs that were trained, and notes on curves that cannot be read."""
     runs = results.tested
-    styles = {
-        label: {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": DASHES[i % len(DASHES)],
-        }
-        for i, label in enumerate(results.labels(runs))
-    }
+    names = ("color", "marker", "linestyle")
+    looks = zip(results.labels(runs), zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES)))
+    styles = {label: dict(zip(names, look)) for label, look in looks}
     curves, notes = _read_curves(runs, folder)
     with_curve = runs[runs.run_id.isin(curves)]
     found = [_against_shots(runs, styles)]
@@ -118,7 +115,7 @@ COSTS = (  # column of the records, label of the axis, file name, addition to th
 def _against_cost(runs: pd.DataFrame, cost: str, axis: str, name: str, more: str, styles: dict[str, Style]) -> Grid:
     """Return a figure with a point for each configuration; for the datasets of a suite it is their average."""
     panels, shown = {}, set()
-    for title, part, columns in main_places(runs.dropna(subset=cost)):
+    for title, part, columns in places(runs.dropna(subset=cost), once=True):
         for shots, at in part.groupby("shots"):
             points = {}
             for label, own in at.groupby("configuration"):
@@ -156,8 +153,7 @@ def _read_curves(runs: pd.DataFrame, folder: Path) -> tuple[dict[str, pd.DataFra
         path = folder / str(run_id) / "curve.csv"
         try:
             curve = pd.read_csv(path)
-            numbers = curve[["iteration", "train_accuracy"]].join(curve.filter(["test_accuracy"]))
-            curves[run_id] = numbers.astype(float)
+            curves[run_id] = curve[["iteration", "train_accuracy"]].join(curve.filter(["test_accuracy"])).astype(float)
         except FileNotFoundError:
             continue
         except (ValueError, KeyError):
@@ -272,5 +268,5 @@ def _element(figure: Figure, description: str, salt: str) -> str:
     head, _, body = svg.partition(">")
     view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href").replace(INK, "currentColor")
-    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    label = html.escape(description)
     return f'<svg viewBox="{view[0][9:-1]}" style="width:{view[1]}pt" role="img" aria-label="{label}">{body.strip()}'

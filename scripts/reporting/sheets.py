@@ -96,28 +96,24 @@ def suites(runs: pd.DataFrame) -> dict[str, list[str]]:
     return {suite: columns for suite, columns in found.items() if columns}
 
 
-def places(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
-    """Return what accuracies can be shown of, as title, runs and datasets: averages over suites, then each dataset."""
+def places(runs: pd.DataFrame, once: bool = False) -> list[tuple[str, pd.DataFrame, list[str]]]:
+    """Return what accuracies can be shown of, as title, runs and datasets: averages over suites, then each dataset,
+    or, if each is to be shown `once`, those that are part of no average."""
     averages, single = [], []
     for suite, columns in suites(runs).items():
         part = runs[runs.tested_on.isin(columns)]
         if suite and len(columns) > 1:
             averages.append((f"average of {len(columns)}", part, columns))
+            if once:
+                continue
         for column in columns:
             own = part[part.tested_on == column]
             single.append((own.short_name.iloc[0], own, [column]))
     return averages + single
 
 
-def main_places(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
-    """Return the same without datasets that are part of an average."""
-    found = places(runs)
-    averaged = {column for _, _, columns in found if len(columns) > 1 for column in columns}
-    return [place for place in found if len(place[2]) > 1 or place[2][0] not in averaged]
-
-
-def average(runs: pd.DataFrame, columns: Sequence[str]) -> pd.Series | None:
-    """Return averages over datasets of one configuration and number of shots, one for each seed.
+def accuracies(runs: pd.DataFrame, columns: Sequence[str]) -> pd.Series | None:
+    """Return the accuracy of one configuration and number of shots, averaged over datasets, for each seed.
 
     Return None if a dataset is missing, and a single value, the average of the datasets' means, if not all datasets
     have the same seeds.
@@ -126,11 +122,6 @@ def average(runs: pd.DataFrame, columns: Sequence[str]) -> pd.Series | None:
         return None
     table = runs.pivot(index="seed", columns="tested_on", values="test_accuracy")
     return table.mean(axis=1) if table.notna().all(axis=None) else pd.Series([table.mean().mean()])
-
-
-def accuracies(own: pd.DataFrame, columns: Sequence[str]) -> pd.Series | None:
-    """Return accuracies of one configuration and number of shots, one for each seed; of several datasets averages."""
-    return average(own, columns) if len(columns) > 1 else own.test_accuracy
 
 
 # --- accuracy
@@ -158,7 +149,7 @@ def _accuracy_table(results: Results, runs: pd.DataFrame, title: str, suite: str
         own = runs[runs.configuration == label]
         row = [Cell(label), *(spread(own.test_accuracy[own.tested_on == column], usual) for column in columns)]
         if suite:
-            mean = average(own, columns)
+            mean = accuracies(own, columns)
             mixed |= mean is not None and len(mean) < own.groupby("tested_on").size().max()
             row.append(spread(mean))
         rows.append(row)
@@ -186,7 +177,7 @@ MADE_ON = {"device": "device", "torch_version": "torch", "git_commit": "commit"}
 
 def cost_tables(results: Results) -> list[Sheet]:
     """Return the configurations' accuracies beside what they cost, for each dataset or average over a suite."""
-    return [_cost_table(results, *place) for place in main_places(results.tested)]
+    return [_cost_table(results, *place) for place in places(results.tested, once=True)]
 
 
 def _cost_table(results: Results, title: str, runs: pd.DataFrame, columns: list[str]) -> Sheet:

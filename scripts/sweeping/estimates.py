@@ -6,22 +6,10 @@ from pathlib import Path
 import pandas as pd
 
 from arguments import Config
-from common import UserError
 from settings import Training
 
 ALIKE = ("method", "dataset", "test_dataset", "classes", "backbone", "precision", "eval_only")
 PER_ITERATION = ("batch_size", "encoder", "position", "sampled_gradients")  # the time of an iteration depends on these
-
-
-def read_results(results: Path) -> pd.DataFrame:
-    """Return results.csv of a results folder; empty if there is none. Raise UserError for a damaged one."""
-    path = results / "results.csv"
-    try:
-        return pd.read_csv(path)
-    except FileNotFoundError:
-        return pd.DataFrame()
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it, and the next run writes it again") from None
 
 
 def seconds(config: Config, records: pd.DataFrame, device: str | None) -> float | None:

@@ -1,7 +1,6 @@
 """From lists of methods, datasets, shots and seeds to the runs of a sweep."""
 
 import dataclasses
-import difflib
 import itertools
 import shlex
 from collections.abc import Collection, Sequence
@@ -66,14 +65,12 @@ def read_grid(path: Path) -> dict:
     """
     where = f"--grid {path}"
     grid = read_yaml(path, where)
-    if not isinstance(grid, dict):
-        raise UserError(f"{where} must have some of the keys {', '.join(KEYS)}")
-    for name, value in grid.items():
-        if name not in KEYS:
-            close = difflib.get_close_matches(str(name), KEYS, n=1)
-            raise UserError(f"{where}: unknown key {name!r}" + (f"; meant {close[0]}?" if close else ""))
-        if name in LISTS and not (isinstance(value, list) and value):
-            raise UserError(f"{where}: {name} must be a list, not {value!r}")
+    if not isinstance(grid, dict) or not grid.keys() <= set(KEYS):
+        unknown = [name for name in grid if name not in KEYS] if isinstance(grid, dict) else grid
+        raise UserError(f"{where} must have only the keys {', '.join(KEYS)}, not {unknown!r}")
+    for name in LISTS:
+        if name in grid and not (isinstance(grid[name], list) and grid[name]):
+            raise UserError(f"{where}: {name} must be a list, not {grid[name]!r}")
     rows = grid.get("rows", {})
     if not isinstance(rows, dict):
         raise UserError(f"{where}: rows must be `name: {{setting: value}}`, not {rows!r}")
