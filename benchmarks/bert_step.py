@@ -30,7 +30,7 @@ class Side:
         width = {"hidden_size": args.width, "intermediate_size": 4 * args.width}
         config = BertConfig(**width, num_hidden_layers=args.layers, num_attention_heads=args.heads)
         self.model = BertForSequenceClassification(config).to(args.device)
-        self.optimizer = bert.prepare(self.model, bert.Settings(kappa=args.kappa, T_sparse=args.T_sparse))
+        self.optimizer = bert.prepare(self.model, bert.Settings(kappa=args.kappa, T_sparse=10))
         if is_sampled:
             attach(self.model, self.optimizer)
         generator = torch.Generator().manual_seed(1)
@@ -60,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each of the 8 pairs")
     parser.add_argument("--kappa", type=float, default=1e-4)
-    parser.add_argument("--T_sparse", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)

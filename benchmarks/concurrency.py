@@ -112,11 +112,10 @@ def record_at_once(results: Path, processes: int, rounds: int) -> dict:
     seconds = time.perf_counter() - begin
     stop.set()
     wrong += failures(reader)
-    recorded = set(read_table(results).seed)
-    wrong += [f"seed {seed} is not in the table" for seed in sorted(set(range(count)) - recorded)]
     rebuild_table(results)
-    recorded, files = set(read_table(results).seed), [json.loads(f.read_text()) for f in results.glob("*/result.json")]
-    wrong += [f"seed {seed}: table and files differ" for seed in recorded ^ {record["seed"] for record in files}]
+    recorded = set(read_table(results).seed)
+    written = {json.loads(file.read_text())["seed"] for file in results.glob("*/result.json")}
+    wrong += [f"seed {seed} is missing" for seed in (written | set(range(count))) - recorded]
     wrong += [f"left behind: {part}" for part in results.glob("*.part")]
     return {"seconds": seconds, "looks": looks.value, "killed_late": len(recorded) - count, "wrong": wrong}
 

@@ -1,4 +1,4 @@
-"""Trains the tiny CLIP that ships with this project, from random weights, on generated images.
+"""Train the tiny CLIP that ships with this project, from random weights, on generated images.
 
     pip install -r requirements-all.txt
     python scripts/train_tiny_clip.py --out clip/tiny.safetensors
@@ -43,30 +43,16 @@ ARCHITECTURE = Architecture(
 FAMILIES = (  # a package and its files of one family
     ("matplotlib", "mpl-data/fonts/ttf/DejaVuS*[!y].ttf"),  # all but DejaVu...Display
     ("matplotlib", "mpl-data/fonts/ttf/STIXGeneral*.ttf"),
-    ("font_amatic_sc", "files/*.ttf"),
-    ("font_caladea", "files/*.ttf"),
-    ("font_fredoka_one", "files/*.ttf"),
+    *((f"font_{name}", "files/*.ttf") for name in ("amatic_sc", "caladea", "fredoka_one")),
     ("font_hanken_grotesk", "files/*.otf"),
-    ("font_intuitive", "files/*.ttf"),
-    ("font_manrope", "files/*.ttf"),
-    ("font_roboto", "files/*.ttf"),
-    ("font_source_sans_pro", "files/*.ttf"),
-    ("font_source_serif_pro", "files/*.ttf"),
+    *((f"font_{name}", "files/*.ttf") for name in ("intuitive", "manrope", "roboto")),
+    *((f"font_{name}", "files/*.ttf") for name in ("source_sans_pro", "source_serif_pro")),
 )
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORDINGS = (
-    "a photo of a {}.",
-    "a photo of the {}.",
-    "a picture of a {}.",
-    "an image of the {}",
-    "a drawing of a {}.",
-    "a blurry photo of a {}.",
-    "a printed {}.",
-    "itap of a {}.",
-    "this is a {}",
-    "the {}, written large",
-    "{}",
+    *("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of the {}", "a drawing of a {}."),
+    *("a blurry photo of a {}.", "a printed {}.", "itap of a {}.", "this is a {}", "the {}, written large", "{}"),
 )
 START_SCALE, END_SCALE = math.log(1 / 0.07), math.log(100)  # logarithm of the factor on the cosines
 GLYPH, SIDE = 48, 32  # side of a rendered glyph and of a training image, in pixels

@@ -37,25 +37,25 @@ def chosen_pairs(results: Results, asked: Sequence[Sequence[str]] | None) -> lis
     """Return the labels of the configurations to compare: those `asked` for or, if SO has one configuration, SO with
     every other. Raise UserError for a name that is unknown or has several configurations."""
     labels = results.labels(results.tested)
-    if asked:
-        pairs = [tuple(_label(name, labels, results) for name in pair) for pair in asked]
-        for a, b in pairs:
-            if a == b:
-                raise UserError(f"--compare needs two different methods, not {a!r} twice")
-        return pairs
-    so = [label for label in labels if results.settings.method[label] == "so"]
-    return [(so[0], label) for label in labels if label != so[0]] if len(so) == 1 else []
 
+    def of(method: str) -> list[str]:
+        return [label for label in labels if results.settings.method[label] == method]
 
-def _label(name: str, labels: list[str], results: Results) -> str:
-    if name in labels:
-        return name
-    own = [label for label in labels if results.settings.method[label] == name]
-    if len(own) == 1:
-        return own[0]
-    choice = ", ".join(repr(label) for label in own or labels) or "nothing: no trained runs"
-    problem = f"{name} has several configurations" if own else f"there is no {name!r} in these results"
-    raise UserError(f"--compare: {problem}; choose from {choice}")
+    def chosen(name: str) -> str:
+        own = [name] if name in labels else of(name)
+        if len(own) == 1:
+            return own[0]
+        choice = ", ".join(repr(label) for label in own or labels) or "nothing: no trained runs"
+        problem = f"{name} has several configurations" if own else f"there is no {name!r} in these results"
+        raise UserError(f"--compare: {problem}; choose from {choice}")
+
+    if not asked:
+        return [(so, label) for so in of("so") for label in labels if label != so] if len(of("so")) == 1 else []
+    pairs = [(chosen(a), chosen(b)) for a, b in asked]
+    for a, b in pairs:
+        if a == b:
+            raise UserError(f"--compare needs two different methods, not {a!r} twice")
+    return pairs
 
 
 def differences(results: Results, a: str, b: str) -> pd.DataFrame:

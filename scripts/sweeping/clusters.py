@@ -24,7 +24,7 @@ from scripts.sweeping.grid import Cell
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs do not find this module: they start elsewhere
 MAIN = PROJECT / "main.py"
-TERMINATED = 128 + signal.SIGTERM  # exit code of a main.py that was stopped and left its run in order
+TERMINATED = 128 + signal.SIGTERM  # exit code of a main.py that was stopped and kept its checkpoint
 
 
 class RunJob:
@@ -127,7 +127,7 @@ class Local(Cluster):
             executor.update_parameters(timeout_min=10**7, stderr_to_stdout=True)  # never
             if cell.settings.device == "cuda":
                 executor.update_parameters(gpus_per_node=1, visible_gpus=[self.gpus[place]])
-            # The job inherits this mask: only the sweep gets Ctrl-C, and then stops its jobs in order.
+            # The job inherits this mask: only the sweep gets Ctrl-C, and then sends SIGTERM.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 job = executor.submit(RunJob(cell.key, cell.words))
