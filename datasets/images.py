@@ -61,8 +61,6 @@ def training_loader(
     All training images are decoded here, once, so that a damaged file is reported (DatasetError) before training
     begins. Up to `cache_mb` MB of pixels stay in memory; the other images are decoded again on every use.
     """
-    if not 0 <= start <= iterations:
-        raise ValueError(f"start must be between 0 and iterations = {iterations}, not {start}")
     data = _TrainingData(task, transform, seed, cache_mb)
     batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start, drop_last)
     return _loader(data, workers, pin_memory, batch_sampler=batches)
