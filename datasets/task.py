@@ -48,6 +48,8 @@ class Task:
 
     # The parts that split.json lists. The test part of a published dataset needs no list: it is never drawn.
     parts_to_record = ("train", "val")
+    # The SHA-256 of all other data that a result depends on; None if name and split determine them.
+    data_sha256 = None
     if_missing = "is the dataset unpacked completely? python -m datasets.doctor says what is missing"
 
     def read(self, item: Item) -> Image.Image:
@@ -67,11 +69,6 @@ class Task:
                 line = f"{part}\t{item.label}\t{item.path}\n"
                 digest.update(line.encode("utf-8", "surrogateescape"))  # a file name may be no valid text
         return digest.hexdigest()
-
-    @property
-    def data_sha256(self) -> str | None:
-        """Return the SHA-256 of all other data that a result depends on; None if name and split determine them."""
-        return None
 
     @property
     def test_sha256(self) -> str:

@@ -140,16 +140,8 @@ class SO(Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
         self.gradients: dict[Tensor, Tensor] = {}  # for the next step: parameter -> values [k] at its support
         self.is_drawn = False  # whether the supports of the next step are drawn
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            density_ratio=density_ratio,
-            T=T,
-            dense=dense,
-            prune_first=prune_first,
-        )
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, density_ratio=density_ratio, T=T)
+        defaults |= dict(dense=dense, prune_first=prune_first)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
