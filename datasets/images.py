@@ -22,10 +22,7 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 def batches_per_epoch(n_items: int, batch_size: int, drop_last: bool = False) -> int:
-    """Return the number of batches in one pass over `n_items`, including the last, partial one.
-
-    With `drop_last` a partial one does not count, unless it is the only one.
-    """
+    """Return the number of batches in a pass; with `drop_last` a partial one counts only if there is no other."""
     return max(1, n_items // batch_size) if drop_last and n_items else -(-n_items // batch_size)
 
 

@@ -242,10 +242,7 @@ def names_sha256(class_names: Sequence[str]) -> str:
 
 
 def departure(name: str, class_names: Sequence[str], sizes: tuple[int, int, int]) -> str | None:
-    """Return how a split differs from the published one in its classes or its numbers of train, val and test images.
-
-    None if it does not differ.
-    """
+    """Return how a split differs from the published one in classes or numbers of images; None if it does not."""
     spec = SPECS[name]
     classes = len(class_names)
     if (classes, sizes) == (spec.classes, spec.sizes):

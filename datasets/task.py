@@ -76,10 +76,7 @@ class Task:
         return replace(self, train=(), val=()).split_sha256
 
     def fingerprint(self, items: Sequence[Item]) -> str:
-        """Return the SHA-256 of how images are read and of the items' paths, labels, sizes and modification times.
-
-        Raises DatasetError if an image is missing.
-        """
+        """Return the SHA-256 of how images are read and of the items' paths, labels, sizes and modification times."""
         digest = hashlib.sha256(type(self).__name__.encode())
         image_root = self.image_root.resolve()  # one folder has one fingerprint, whether its path is relative or not
         for item in items:
