@@ -78,10 +78,7 @@ class Attention(nn.Module):
         self.register_load_state_dict_pre_hook(_use_module_names)
 
     def project(self, x: Tensor, parts: str) -> Tensor:
-        """Return queries, keys and values side by side, or only the `parts` of them: "qkv", "q" or "kv".
-
-        [..., D] to [..., number of parts x D].
-        """
+        """Return queries, keys and values side by side, or only some `parts` of them, "q" or "kv": [..., parts x D]."""
         if parts == "qkv":
             return self.in_proj(x)
         rows = self.rows(parts)

@@ -30,9 +30,7 @@ def _byte_symbols() -> dict[int, str]:
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    symbols = {byte: chr(byte) for byte in printable}
-    symbols.update({byte: chr(256 + i) for i, byte in enumerate(others)})
-    return symbols
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 class Tokenizer:
@@ -62,10 +60,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; case and blanks are lost in encoding."""
         bytes_of = {symbol: byte for byte, symbol in self.byte_symbols.items()}
-        text = "".join(self.symbols[i] for i in ids).replace(WORD_END, " ")
-        return bytes(b for c in text for b in ([bytes_of[c]] if c in bytes_of else c.encode())).decode(
-            "utf-8", errors="replace"
-        )
+        text = "".join(self.symbols[i] for i in ids).replace(WORD_END, self.byte_symbols[ord(" ")])
+        return bytes(bytes_of[symbol] for symbol in text).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> list[int]:
         if piece not in self.cache:

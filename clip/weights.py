@@ -29,10 +29,7 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, a TorchScript archive or a saved state dict by name, types as stored.
-
-    Raise WeightsError if the file is none of these.
-    """
+    """Return by name, as stored, the tensors of a safetensors file, a TorchScript archive or a saved state dict."""
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
@@ -133,10 +130,7 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def read_architecture(weights: dict[str, Tensor]) -> Architecture:
-    """Return the architecture that these tensors' names and shapes belong to.
-
-    Raise KeyError, IndexError or ValueError if they do not belong to a CLIP.
-    """
+    """Return the architecture of these tensors. Raise KeyError, IndexError or ValueError if they are not a CLIP's."""
 
     def count(prefix: str) -> int:
         depth = prefix.count(".")
@@ -177,10 +171,7 @@ def read_architecture(weights: dict[str, Tensor]) -> Architecture:
 
 
 def build_model(weights: dict[str, Tensor], source: str, device: str | torch.device = "cpu") -> CLIP:
-    """Return the CLIP that these weights belong to, in float32 on `device`.
-
-    `source` names them in the WeightsError that is raised if they fit no CLIP.
-    """
+    """Return the CLIP of these weights, in float32. Raise WeightsError, naming their `source`, if they fit none."""
     try:
         arch = read_architecture(weights)
     except KeyError as error:
@@ -218,10 +209,7 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[st
 
 
 def weights_sha256(model: CLIP) -> str:
-    """Return the SHA-256 of all weights' names, shapes and float32 bytes, in the order of the names.
-
-    It is the same for the same weights in every file format.
-    """
+    """Return the SHA-256 of all weights' names, shapes and float32 bytes; it is the same in every file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

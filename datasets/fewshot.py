@@ -9,11 +9,8 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
-from typing import TypeVar
 
 from .task import Item, Task
-
-T = TypeVar("T")
 
 ORDERS = ("released", "coop")
 CLASSES = ("all", "base", "new")
@@ -56,8 +53,8 @@ def _draw_part(items: Sequence[Item], k: int, rng: random.Random, repeat: bool =
 
 
 def draw_disjoint(
-    images: Sequence[Sequence[T]], shots: int, seed: int, order: str = "released"
-) -> tuple[list[Sequence[T]], list[Sequence[T]]]:
+    images: Sequence[Sequence[str]], shots: int, seed: int, order: str = "released"
+) -> tuple[list[list[str]], list[list[str]]]:
     """Draw train and val from one pool per class, as for ImageNet; return (train, val), one list per class.
 
     `images[label]` are the images of a class; each must have at least shots + min(shots, 4). In label order, one sample

@@ -22,8 +22,6 @@ from .manifest import PARTS, also, check_names, divide, read_manifest
 from .splits import Split, read_text, scan
 from .task import DatasetError, Item, Task, read_upright_image
 
-TEMPLATES = ("a photo of a {}.",)
-
 _MANIFESTS = ("manifest.csv", "manifest.json")
 # Folders that macOS and Synology add: they contain thumbnails with the names of your images.
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
@@ -72,17 +70,13 @@ def read_folder(root: Path) -> tuple[Split, Path]:
             f"{root} has folders that look like parts ({', '.join(parts)}) and other folders beside them "
             f"({others[0]}); move these elsewhere, or write a manifest.csv"
         )
-    split = _read_parts(root, parts) if parts and not others else _read_class_folders(root, folders)
-    return split, root
-
-
-def _read_class_folders(root: Path, folders: list[str]) -> Split:
+    if parts and not others:
+        return _read_parts(root, parts), root
     listing = _Listing(root)
     images = listing.class_folders(folders)
     listing.note()
     _check_classes(root, images)
-    names = _class_names(root, folders)
-    return Split(names, *divide(images, str(root)))
+    return Split(_class_names(root, folders), *divide(images, str(root))), root
 
 
 def _read_parts(root: Path, parts: dict[str, str]) -> Split:

@@ -22,10 +22,7 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 def batches_per_epoch(n_items: int, batch_size: int, drop_last: bool = False) -> int:
-    """Return the number of batches in one pass over `n_items`, including the last, partial one.
-
-    With `drop_last` a partial one does not count, unless it is the only one.
-    """
+    """Return the number of batches in a pass; with `drop_last` a partial one counts only if there is no other."""
     return max(1, n_items // batch_size) if drop_last and n_items else -(-n_items // batch_size)
 
 
@@ -61,8 +58,6 @@ def training_loader(
     All training images are decoded here, once, so that a damaged file is reported (DatasetError) before training
     begins. Up to `cache_mb` MB of pixels stay in memory; the other images are decoded again on every use.
     """
-    if not 0 <= start <= iterations:
-        raise ValueError(f"start must be between 0 and iterations = {iterations}, not {start}")
     data = _TrainingData(task, transform, seed, cache_mb)
     batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start, drop_last)
     return _loader(data, workers, pin_memory, batch_sampler=batches)

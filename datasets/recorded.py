@@ -104,12 +104,11 @@ def import_coop(task: Task, path: Path, labels: Mapping[str, int]) -> Task:
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(f"--split {path} is not a few-shot file of CoOp ({reason})") from error
-    for items in parts.values():
-        for item in items:
-            if type(item.label) is not int or labels.get(item.path) != item.label:
-                raise DatasetError(
-                    f"--split {path}: {item.path} with label {item.label} is not in train or val of {task.name}"
-                )
+    for item in (*parts["train"], *parts["val"]):
+        if type(item.label) is not int or labels.get(item.path) != item.label:
+            raise DatasetError(
+                f"--split {path}: {item.path} with label {item.label} is not in train or val of {task.name}"
+            )
     return dataclasses.replace(task, **parts)
 
 

@@ -211,21 +211,21 @@ def search(name: str, root: Path) -> Found:
     names = list(dict.fromkeys(layout.folder for layout in spec.layouts))
     folders = [root / folder for folder in names if (root / folder).is_dir()]
     if not folders:
-        problem = f"{name}: no dataset folder in {root}; looked for {_listed(names)} (see DATASETS.md)"
+        problem = f"{name}: no dataset folder in {root}; looked for {', '.join(names)} (see DATASETS.md)"
         return Found(problems=(problem,))
 
     problems = []
     places = [(root / layout.folder, root / layout.folder / layout.images, layout.holds) for layout in spec.layouts]
     existing = [(folder, images) for folder, images, holds in places if (images / holds).is_dir()]
     if not existing:
-        tried = [images / holds for _, images, holds in places]
-        problems.append(f"{name}: image folder not found; looked for {_listed(tried)}; unpack the images there")
+        tried = ", ".join(dict.fromkeys(str(images / holds) for _, images, holds in places))
+        problems.append(f"{name}: image folder not found; looked for {tried}; unpack the images there")
     splits = []
     if spec.split_file:
         splits = [folder / spec.split_file for folder in folders if (folder / spec.split_file).is_file()]
         if not splits:
             problems.append(
-                f"{name}: split file {spec.split_file} not found in {_listed(folders)}; "
+                f"{name}: split file {spec.split_file} not found in {', '.join(map(str, folders))}; "
                 "it was published with CoOp, and DATASETS.md says where to get it"
             )
     complete = [place for place in existing if not spec.split_file or place[0] / spec.split_file in splits]
@@ -242,10 +242,7 @@ def names_sha256(class_names: Sequence[str]) -> str:
 
 
 def departure(name: str, class_names: Sequence[str], sizes: tuple[int, int, int]) -> str | None:
-    """Return how a split differs from the published one in its classes or its numbers of train, val and test images.
-
-    None if it does not differ.
-    """
+    """Return how a split differs from the published one in classes or numbers of images; None if it does not."""
     spec = SPECS[name]
     classes = len(class_names)
     if (classes, sizes) == (spec.classes, spec.sizes):
@@ -260,7 +257,3 @@ def departure(name: str, class_names: Sequence[str], sizes: tuple[int, int, int]
         f"{classes} classes and {here} train/val/test images, but the published split has {spec.classes} and "
         f"{published}; results cannot be compared with published ones"
     )
-
-
-def _listed(things: list) -> str:
-    return ", ".join(dict.fromkeys(str(thing) for thing in things))

@@ -37,10 +37,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageNetListing:
-    """ImageNet's folders: `train[label]` are the file names of a class, `test` are all images of its val folder.
-
-    There is no validation part.
-    """
+    """ImageNet's folders: `train[label]` are the file names of a class, `test` all images of its val folder; no val."""
 
     wnids: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -49,7 +46,6 @@ class ImageNetListing:
     val: tuple[Item, ...] = ()
 
     def labels(self) -> dict[str, int]:
-        """Return the labels, by path, of the images that may be drawn."""
         return {item.path: item.label for item in folder_items("train/", self.wnids, self.train)}
 
 

@@ -48,6 +48,8 @@ class Task:
 
     # The parts that split.json lists. The test part of a published dataset needs no list: it is never drawn.
     parts_to_record = ("train", "val")
+    # The SHA-256 of all other data that a result depends on; None if name and split determine them.
+    data_sha256 = None
     if_missing = "is the dataset unpacked completely? python -m datasets.doctor says what is missing"
 
     def read(self, item: Item) -> Image.Image:
@@ -69,20 +71,12 @@ class Task:
         return digest.hexdigest()
 
     @property
-    def data_sha256(self) -> str | None:
-        """Return the SHA-256 of all other data that a result depends on; None if name and split determine them."""
-        return None
-
-    @property
     def test_sha256(self) -> str:
         """Return the same hash as `split_sha256`, of `test` only."""
         return replace(self, train=(), val=()).split_sha256
 
     def fingerprint(self, items: Sequence[Item]) -> str:
-        """Return the SHA-256 of how images are read and of the items' paths, labels, sizes and modification times.
-
-        Raises DatasetError if an image is missing.
-        """
+        """Return the SHA-256 of how images are read and of the items' paths, labels, sizes and modification times."""
         digest = hashlib.sha256(type(self).__name__.encode())
         image_root = self.image_root.resolve()  # one folder has one fingerprint, whether its path is relative or not
         for item in items:

@@ -49,12 +49,6 @@ def _first_occurrences(x: Tensor) -> Tensor:
     return x[positions[is_first].sort().values]
 
 
-def find(sorted_rows: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each query [n, q] its position in the same row of `sorted_rows` [n, k], and whether it is there."""
-    positions = torch.searchsorted(sorted_rows, queries).clamp_(max=sorted_rows.shape[1] - 1)
-    return positions, sorted_rows.gather(1, positions) == queries
-
-
 def merge(
     kept: Tensor, support: Tensor, m: Tensor, v: Tensor, grad: Tensor, beta1: float, beta2: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +57,9 @@ def merge(
     `kept` [n, k] and `support` [n, k'] have sorted, distinct indices in each row; `m` and `v` belong to `kept`, `grad`
     to `support`. An entry in both K and S appears twice with the same moments; `is_twin` marks the second.
     """
-    at, in_kept = find(kept, support)
+    # For each entry of S its position in K, and whether it is there.
+    at = torch.searchsorted(kept, support).clamp_(max=kept.shape[1] - 1)
+    in_kept = kept.gather(1, at) == support
     # Gradients of entries in both S and K go to their places in K; the others go to a last column that is cut off.
     places = torch.where(in_kept, at, kept.shape[1])
     grad_of_kept = grad.new_zeros(len(kept), kept.shape[1] + 1).scatter_(1, places, grad)[:, :-1]
@@ -144,16 +140,8 @@ class SO(Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
         self.gradients: dict[Tensor, Tensor] = {}  # for the next step: parameter -> values [k] at its support
         self.is_drawn = False  # whether the supports of the next step are drawn
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            density_ratio=density_ratio,
-            T=T,
-            dense=dense,
-            prune_first=prune_first,
-        )
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, density_ratio=density_ratio, T=T)
+        defaults |= dict(dense=dense, prune_first=prune_first)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:

@@ -38,7 +38,6 @@ class SOAblation(Optimizer):
        kept: U and K are S, and v lasts until S is chosen again.
 
     `prune_first` does step 5 before step 4, which then updates only K; moments "dense" and "none" are the same with it.
-
     gradient="dense" with moments="dense" is Adam; gradient="dense" with moments="none" is Adam with beta1 = 0.
 
     The definition of the paper's "no momentum" is not known here. This one leaves out only the first moment. Plain
@@ -54,8 +53,7 @@ class SOAblation(Optimizer):
         seed: of the generator for all draws; with the same seed S is SO's, except with moments="random".
 
     Memory, in entries per tensor: indices of S (none with a dense gradient) and of K, m and v of K; with
-    moments="dense" m and v of W. Parameters without a gradient are not updated. Raises ValueError for options out of
-    range.
+    moments="dense" m and v of W. Raises ValueError for options out of range.
     """
 
     def __init__(

@@ -5,17 +5,8 @@ import json
 import pytest
 from support.fabricate import FOLDERS, SPLIT_FILES, error_of_build, fabricate
 
-import datasets
 from datasets.splits import read_json_split
 from datasets.task import DatasetError, Item
-
-
-def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="unknown dataset 'cifar'"):
-        datasets.build("cifar", ".", 1, 1)
-    for shots in (0, -1):
-        with pytest.raises(ValueError, match="shots"):
-            datasets.build("digits", None, shots, 1)
 
 
 def test_missing_folders_and_split_file(tmp_path):

@@ -1,4 +1,1 @@
-"""Getting datasets: sources, download, archives, arrangement, and the doctor that examines what is there.
-
-Nothing that trains or evaluates imports this package.
-"""
+"""Getting and examining datasets. Nothing that trains or evaluates imports this package."""

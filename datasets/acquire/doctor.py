@@ -69,11 +69,9 @@ class Report:
         print(name)
 
     def fact(self, topic: str, text: object) -> None:
-        """Print one line."""
         print(printable(f"  {topic}: {text}"))
 
     def warning(self, text: str) -> None:
-        """Print and count a warning."""
         self.warnings += 1
         self.fact("warning", text)
 
@@ -88,7 +86,6 @@ class Report:
             print(f"    and {len(examples) - len(shown)} more; --all names all of them")
 
     def close(self) -> None:
-        """Print the result."""
         if self.problems:
             state = f"{self.problems} problem{'s' * (self.problems > 1)}"
         else:

@@ -7,6 +7,7 @@ The addresses in datasets/acquire/sources.py were collected from public code and
 Exit code 0: all datasets are ready; 2: something is missing, and the output says what; 130: interrupted.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,10 +56,8 @@ def prepare(name: str, root: Path) -> str:
     Files that exist, in any layout that `locate` knows, are used. If nothing is missing, nothing is written or
     downloaded. Raises DatasetError with what is missing and what to do.
     """
-    try:
+    with contextlib.suppress(DatasetError):
         return check(name, root)
-    except DatasetError:
-        pass
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{name}.lock"):
         problems = []
