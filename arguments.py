@@ -246,7 +246,8 @@ def _parser(method: str | None = None) -> Parser:
     order = {name: number for number, name in enumerate(flags)}
     for name in sorted(flags, key=lambda name: (name != "method", order[name])):
         about, group = flags[name], groups[flags[name]["group"]]
-        text = f"{about['help']} [{about['default']}]".replace("%", "%%")
+        shown = "-" if about["default"] in (None, "", ()) else about["default"]
+        text = f"{about['help']} [{shown}]".replace("%", "%%")
         if about["kind"] is bool:
             group.add_argument(f"--{name}", action=BooleanOptionalAction, help=text)
         elif about["kind"] is tuple:

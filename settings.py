@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,8 +24,8 @@ from common import UserError
 def option(
     default: Any,
     text: str,
-    group: str = "method",
     *,
+    group: str = "method",
     kind: type | None = None,
     choices: Collection[str] | None = None,
     at_least: float | None = None,
@@ -52,6 +53,12 @@ def option(
             "complement": complement,
         },
     )
+
+
+# The headings of --help.
+data, model, training, machine, output = (
+    partial(option, group=group) for group in ("data", "model", "training", "machine", "output")
+)
 
 
 def with_default(options: type, name: str, default: Any) -> Any:
@@ -92,74 +99,40 @@ class Settings(Options):
 
     method: str = option("so", "method of adaptation; its own flags: --method NAME --help")
 
-    dataset: str = option(
-        "digits", "digits is embedded, folder is your images", "data", choices=datasets.available_datasets()
-    )
-    root_path: str = option("", "folder that holds the datasets ($DATA); for --dataset folder, your images", "data")
-    shots: int = option(1, "labelled training images per class", "data", at_least=1, at_most=MAX_SHOTS)
-    seed: int = option(
-        3, "of the few-shot draw, of image order and augmentation, and of the method", "data", at_least=0, below=2**63
-    )
-    draw: str = option(
-        "released", "few-shot draw as in SO's released code, or as in CoOp's", "data", choices=datasets.ORDERS
-    )
-    split: str | None = option(
-        None, "train on the images in the split.json of a run, or in a few-shot pickle of CoOp", "data", kind=str
-    )
-    classes: str = option(
-        "all", "base or new: one half of the classes, for the base-to-new protocol", "data", choices=datasets.CLASSES
-    )
-    test_part: str = option(
-        "test", "images that accuracy is measured on; val: all validation images", "data", choices=("test", "val")
-    )
-    prompts: str = option(
-        "released",
-        "'a photo of a {}.' for every dataset, or each dataset's own prompts",
-        "data",
-        choices=("released", "specific"),
-    )
-    template: tuple[str, ...] = option((), "your own prompt with {} for the class name; may be repeated", "data")
+    dataset: str = data("digits", "digits is embedded, folder is your images", choices=datasets.available_datasets())
+    root_path: str = data("", "folder that holds the datasets ($DATA); for --dataset folder, your images")
+    shots: int = data(1, "labelled training images per class", at_least=1, at_most=MAX_SHOTS)
+    seed: int = data(3, "of the draw, of image order and augmentation, and of the method", at_least=0, below=2**63)
+    draw: str = data("released", "few-shot draw as in SO's released code, or as in CoOp's", choices=datasets.ORDERS)
+    split: str | None = data(None, "train on the images in a run's split.json, or in CoOp's few-shot pickle", kind=str)
+    classes: str = data("all", "base or new: one half, for the base-to-new protocol", choices=datasets.CLASSES)
+    test_part: str = data("test", "images to test on; val: all validation images", choices=("test", "val"))
+    prompts: str = data("released", "'a photo of a {}.', or each dataset's own", choices=("released", "specific"))
+    template: tuple[str, ...] = data((), "your own prompt with {} for the class name; may be repeated")
 
-    backbone: str = option("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file", "model")
-    precision: str = option(
-        "fp32", "of the model's computation; weights are always float32", "model", choices=("fp32", "bf16")
-    )
+    backbone: str = model("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
+    precision: str = model("fp32", "of the computation; weights are always float32", choices=("fp32", "bf16"))
 
-    tuned_on: str = option(
-        "none",
-        "for the record: images that the settings were chosen on; --search sets val",
-        "training",
-        choices=("none", "val", "test"),
+    tuned_on: str = training(
+        "none", "for the record: images that the settings were chosen on", choices=("none", "val", "test")
     )
-    save_every: int = option(
-        1000, "iterations between two checkpoints that a stopped run resumes from; 0: none", "training", at_least=0
-    )
+    save_every: int = training(1000, "iterations between checkpoints to resume from; 0: none", at_least=0)
 
-    device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one", "machine")
-    workers: int | None = option(
-        None, "processes that read images; default: from the machine's cores", "machine", kind=int, at_least=0
-    )
-    image_cache_mb: int = option(
-        2048, "memory for decoded training images; the others are decoded on every use", "machine", at_least=0
-    )
-    cache_dir: str = option(
-        "~/.cache/clip-so", "folder for the features of test images under unchanged weights", "machine"
-    )
+    device: str = machine("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    workers: int | None = machine(None, "processes that read images; default: from the cores", kind=int, at_least=0)
+    image_cache_mb: int = machine(2048, "memory for decoded training images; others are decoded on use", at_least=0)
+    cache_dir: str = machine("~/.cache/clip-so", "folder for the features of test images under unchanged weights")
 
-    results_dir: str = option("results", "folder of run folders and results.csv", "output")
-    save_path: str | None = option(
-        None, "folder for the adapted weights; without it nothing is saved", "output", kind=str
+    results_dir: str = output("results", "folder of run folders and results.csv")
+    save_path: str | None = output(None, "folder for the adapted weights; without it nothing is saved", kind=str)
+    filename: str | None = output(None, "name of the weight file there; default: the method's name", kind=str)
+    eval_only: bool = output(False, "do not train: evaluate the weights in --save_path")
+    eval_datasets: str | None = output(
+        None, "with --eval_only: datasets to evaluate on, comma-separated, instead of --dataset", kind=str
     )
-    filename: str | None = option(
-        None, "name of the weight file there, without ending; default: the method's name", "output", kind=str
-    )
-    eval_only: bool = option(False, "do not train: evaluate the weights in --save_path", "output")
-    eval_datasets: str | None = option(
-        None, "with --eval_only: datasets to evaluate on, comma-separated, instead of --dataset", "output", kind=str
-    )
-    tensorboard: bool = option(False, "write the curves for TensorBoard into the run's folder", "output")
-    force: bool = option(False, "run even if this run is already recorded", "output")
-    wait: bool = option(False, "if another process is doing this run, wait for it instead of stopping", "output")
+    tensorboard: bool = output(False, "write the curves for TensorBoard into the run's folder")
+    force: bool = output(False, "run even if this run is already recorded")
+    wait: bool = output(False, "if another process is doing this run, wait for it instead of stopping")
 
     @property
     def test_dataset(self) -> str:
@@ -296,25 +269,15 @@ class Training(Hparams):
     # Whether an epoch leaves out its last batch if that is smaller than the others (and not the only one).
     drop_last: ClassVar[bool] = False
 
-    lr: float = option(2e-4, "initial learning rate", "training", above=0)
-    n_iters: int | None = option(2000, "iterations per shot: n_iters x shots in all", "training", kind=int, at_least=1)
-    total_iters: int | None = option(
-        None, "iterations in all, instead of n_iters x shots", "training", kind=int, at_least=1
-    )
-    epochs: int | None = option(
-        None, "passes over the training images, instead of n_iters x shots", "training", kind=int, at_least=1
-    )
-    batch_size: int = option(32, "training images per iteration", "training", at_least=1)
-    early_stop_loss: float = option(
-        0.01, "stop when an epoch's mean training loss falls below this; 0 never stops", "training", at_least=0
-    )
-    min_area: float = option(
-        0.08, "smallest part of an image that a random training crop keeps", "training", above=0, at_most=1
-    )
-    flip: bool = option(True, "flip training images at random", "training")
-    eval_every: int = option(
-        0, "diagnostic: test accuracy every N iterations in curve.csv; it decides nothing", "training", at_least=0
-    )
+    lr: float = training(2e-4, "initial learning rate", above=0)
+    n_iters: int | None = training(2000, "iterations per shot: n_iters x shots in all", kind=int, at_least=1)
+    total_iters: int | None = training(None, "iterations in all, instead of n_iters x shots", kind=int, at_least=1)
+    epochs: int | None = training(None, "passes over the images, instead of n_iters x shots", kind=int, at_least=1)
+    batch_size: int = training(32, "training images per iteration", at_least=1)
+    early_stop_loss: float = training(0.01, "stop below this mean loss of an epoch; 0 never stops", at_least=0)
+    min_area: float = training(0.08, "smallest part of an image in a random training crop", above=0, at_most=1)
+    flip: bool = training(True, "flip training images at random")
+    eval_every: int = training(0, "diagnostic: test accuracy every N iterations in curve.csv", at_least=0)
 
     @classmethod
     def alternatives(cls, name: str) -> tuple[str, ...]:
