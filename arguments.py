@@ -81,6 +81,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     shows = given.pop("print_config", False)
     _reject_foreign_flags(given, method)
     if dataset == "digits":
+        if "root_path" in given and not any("dataset" in layer for _, layer in layers):
+            note("--root_path is not used by the embedded digits; for your own images add --dataset folder")
         layers.insert(0, ("configs/digits.yaml", read_config(QUICK_START)))
     published = Path(METHODS[method].__file__).with_suffix(".yaml")
     if published.is_file():

@@ -85,7 +85,10 @@ def do(run: Run) -> dict:
     record = recorded(run)
     if record is None:
         with run.claimed():
-            record = recorded(run) or do_now(run)  # another process may have done it before this one got the lock
+            record = recorded(run)  # another process may have done it before this one got the lock
+            if record is None:
+                run.note_replaced()
+                record = do_now(run)
     print(f"zero-shot {record['zero_shot_accuracy']:.2f} %", end="")
     print(f"  ->  {record['method']} {record['test_accuracy']:.2f} %" if record["method"] != "zero_shot" else "")
     if run.weights and run.weights.is_file():
@@ -126,9 +129,10 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
             experiment, run.config.candidates(), run.config.search, checkpoints
         )
         experiment = dataclasses.replace(experiment, hparams=hparams)
+    zero_shot = train.zero_shot(experiment)  # before a method touches the model
     own = checkpoints("training")
     adaptation, batches = train.prepare(experiment, own.number)
-    zero_shot = introduce(run, experiment, adaptation, f"on {run.task.name}", "trains")
+    introduce(run, adaptation, zero_shot, f"on {run.task.name}", "trains")
     if own.number:
         print(f"resumes after iteration {own.number}, where this run was stopped")
     with run.log() as log:
@@ -149,9 +153,9 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
 
 def evaluate_saved(run: Run, experiment: Experiment) -> dict:
     """Test weights that were saved before, and return the run's record."""
+    zero_shot = train.zero_shot(experiment)
     adaptation = train.adapt(experiment)
-    on = f"trained on {run.settings.dataset}, tested on {run.task.name}"
-    zero_shot = introduce(run, experiment, adaptation, on, "evaluates")
+    introduce(run, adaptation, zero_shot, f"trained on {run.settings.dataset}, tested on {run.task.name}", "evaluates")
     adaptation.saved.load(run.weights, experiment.base_sha256)
     note_other_split(run)
     start = time.perf_counter()
@@ -162,21 +166,20 @@ def evaluate_saved(run: Run, experiment: Experiment) -> dict:
 
 def test_zero_shot(run: Run, experiment: Experiment) -> dict:
     """Test the model as it is, and return the run's record."""
-    accuracy = introduce(run, experiment, None, f"on {run.task.name}", "trains")
+    accuracy = train.zero_shot(experiment)
+    introduce(run, None, accuracy, f"on {run.task.name}", "trains")
     return run.record(experiment, {"test_accuracy": accuracy, "zero_shot_accuracy": accuracy, "eval_seconds": 0.0})
 
 
-def introduce(run: Run, experiment: Experiment, adaptation: Adaptation | None, on: str, does: str) -> float:
-    """Print what the run is about, and the zero-shot accuracy in per cent; return it."""
+def introduce(run: Run, adaptation: Adaptation | None, zero_shot: float, on: str, does: str) -> None:
+    """Print what the run is about, and the zero-shot accuracy in per cent."""
     settings, classes = run.settings, len(run.task.class_names)
     tensors, weights = (len(adaptation.parameters), adaptation.trainable_weights) if adaptation else (0, 0)
     print(
         f"{settings.method} {on} ({classes} classes), shots {settings.shots}, seed {settings.seed}, "
         f"{settings.backbone} on {settings.device}: {does} {tensors} tensors, {weights:,} weights"
     )
-    zero_shot = train.zero_shot(experiment)
     print(f"zero-shot accuracy {zero_shot:.2f} % on {len(run.task.test)} {settings.test_part} images")
-    return zero_shot
 
 
 def note_other_split(run: Run) -> None:

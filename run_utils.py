@@ -115,16 +115,27 @@ class Run:
     def id(self) -> str:
         return self.folder.run_id
 
+    @property
+    def template(self) -> str:
+        """The prompts as they are recorded."""
+        return " | ".join(self.task.templates)
+
     def finished(self) -> dict | None:
-        """Return the record if this run is done: on the same data, and its weights are saved if that is asked for."""
+        """Return the record if this run is done: on the same images with the same prompts, and its weights are saved
+        if that is asked for."""
         record = self.folder.read()
-        data = (self.task.split_sha256, self.task.data_sha256)
-        if record is None or (record.get("split_sha256"), record.get("data_sha256")) != data:
+        used = {"split_sha256": self.task.split_sha256, "data_sha256": self.task.data_sha256, "template": self.template}
+        if record is None or any(record.get(name) != value for name, value in used.items()):
             return None
         nothing_changed = record["trainable_weights"] == 0 == record["changed_weights"]
         if self.weights is None or not self.config.trains or nothing_changed:
             return record
         return record if checkpoint_metadata(self.weights).get("run_id") == self.id else None
+
+    def note_replaced(self) -> None:
+        """Say on stderr that there is a record of this run that is going to be replaced, unless --force asks for it."""
+        if not self.settings.force and self.folder.read() is not None:
+            note(f"{self.folder.path} has a record of other images or prompts, or no saved weights: it is replaced")
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -175,7 +186,7 @@ class Run:
     def checkpoints(self, name: str, base_sha256: str) -> Checkpoints:
         """Return what an unfinished run resumes from, until its result is recorded."""
         belongs_to = {"split": self.task.split_sha256, "data": self.task.data_sha256, "weights": base_sha256}
-        return Checkpoints(self.folder.path, name, belongs_to | {"format": 2})
+        return Checkpoints(self.folder.path, name, belongs_to | {"template": self.template, "format": 2})
 
     @contextlib.contextmanager
     def log(self) -> Iterator[Callable[[dict], None]]:
@@ -239,12 +250,13 @@ class Run:
             "optimizer_bytes": adaptation.optimizer_bytes if adaptation else 0,
             "checkpoint_bytes": self.weights.stat().st_size if adaptation and self.weights else None,
             "tuned_on": settings.tuned_on,
+            "search": "; ".join(f"{name}={','.join(map(str, v))}" for name, v in self.config.search.items()) or None,
             **result,
             "draw": self._draw(),
             "epochs": getattr(self.config.hparams, "epochs", None),
             "prompts": "own" if settings.template else settings.prompts,
             "root_path": _as_text(Path(settings.root_path).expanduser().resolve()) if own_data else None,
-            "template": " | ".join(task.templates),
+            "template": self.template,
             "split_sha256": task.split_sha256,
             "data_sha256": task.data_sha256,
             "weights_sha256": experiment.base_sha256,

@@ -177,7 +177,8 @@ def _step(
     (share * (loss + adaptation.penalty())).backward()
     if ends_epoch or not adaptation.full_batch:
         adaptation.optimizer.step()
-        adaptation.scheduler.step()
+        if adaptation.scheduler is not None:
+            adaptation.scheduler.step()
     correct = (logits.detach().argmax(dim=-1) == labels).sum()
     loss = loss.detach()
     return torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
@@ -233,6 +234,7 @@ def search(
     if not task.val:
         raise UserError(f"{task.name} has no val images to choose settings by; leave --search out")
     on_val = dataclasses.replace(experiment, task=dataclasses.replace(task, test=task.val))
+    on_val.test_features()  # before a method touches the model
     done = checkpoints("search")
     state = done.take() or {"rows": [], "seconds": 0.0}
     rows, watch = state["rows"], Stopwatch(state["seconds"])
@@ -258,6 +260,7 @@ def search(
         raise TrainingDiverged("the training loss diverges with all settings of --search; search lower values of lr")
     best = accuracies.index(max(accuracies))
     rows[best]["chosen"] = True
+    print("chosen:", *(f"{name}={rows[best][name]}" for name in names), f"({accuracies[best]:.2f} % on val images)")
     return choices[best].settled(experiment.settings.shots, len(task.train)), rows, watch.seconds
 
 

@@ -38,6 +38,11 @@ METHODS: dict[str, ModuleType] = {
     name.rpartition(".")[2]: import_module(f".{name}", package=__name__) for name in MODULES
 }
 
+for _name, _module in METHODS.items():  # a mistake in a new method shows at the start
+    for _field in dataclasses.fields(_module.Hparams):
+        if "help" not in _field.metadata or _field.name in Settings.__dataclass_fields__:
+            raise TypeError(f"{_name}: Hparams.{_field.name} has no option(...), or the name of a common setting")
+
 
 def saved_settings(path: Path, metadata: dict[str, str]) -> tuple[Hparams, dict]:
     """Return the hyperparameters that a weight file was trained with, and the common settings of its run.

@@ -116,7 +116,7 @@ class Adaptation:
         return {
             "saved": self.saved.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "generators": [generator.get_state() for generator in self.generators],
         }
 
@@ -124,6 +124,7 @@ class Adaptation:
         """Bring this adaptation, which was only prepared and built, to that state, bit for bit."""
         self.saved.load_state_dict(state["saved"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         for generator, drawn in zip(self.generators, state["generators"]):
             generator.set_state(drawn)
