@@ -8,18 +8,11 @@ recorded are not done again, except failed ones.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `import datasets` must find this project's package
 
-from BERT import grid
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Do the grid of the command line."""
-    grid.main("LoRA", __doc__, argv)
-
+from BERT.grid import main
 
 if __name__ == "__main__":
-    main()
+    main("LoRA", __doc__)

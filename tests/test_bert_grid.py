@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.bert import SMALL, read_table, small_bert
 
 from benchmarks import bert_step
-from BERT import grid, rte, script, script_LoRA
+from BERT import grid, rte
 from BERT.main import Result, Settings, TrainingDiverged, parser, run
 
 
@@ -25,10 +25,10 @@ def call(tmp_path, monkeypatch, capsys):
     small_bert(tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    def call(module, *argv):
+    def call(method, *argv):
         code = 0
         try:
-            module.main([*SMALL, "--max_steps", "2", *(str(word) for word in argv)])
+            grid.main(method, "", [*SMALL, "--max_steps", "2", *(str(word) for word in argv)])
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
@@ -54,7 +54,7 @@ def fake_run(monkeypatch):
 
 
 def test_the_so_grid_records_its_runs_and_writes_their_means(call):
-    assert call(script, "--kappa", 0.1, 0.01, "--T_sparse", 2, "--seed", 1, 2)[0] == 0
+    assert call("SO", "--kappa", 0.1, 0.01, "--T_sparse", 2, "--seed", 1, 2)[0] == 0
     table = read_table("so_grid_results.csv")
     assert list(table[0]) == ["kappa", "T", "steps", "val_acc", "val_acc_sd", "seeds", "reached", "failed"]
     assert [(row["kappa"], row["T"], row["seeds"], row["steps"]) for row in table] == [
@@ -71,7 +71,7 @@ def test_the_so_grid_records_its_runs_and_writes_their_means(call):
 
 
 def test_without_lists_the_published_grids_are_run(call, fake_run):
-    assert call(script)[0] == call(script_LoRA)[0] == 0
+    assert call("SO")[0] == call("LoRA")[0] == 0
     cells = [(s.kappa, s.T_sparse, s.rank, s.seed) for s in fake_run.seen]
     so = [(kappa, T, None, 42) for kappa in (1e-5, 1e-4, 1e-3) for T in (5, 10, 20)]
     assert cells == [*so, *((None, None, rank, 42) for rank in (2, 4, 8, 16))]
@@ -79,70 +79,70 @@ def test_without_lists_the_published_grids_are_run(call, fake_run):
 
 
 def test_numbers_of_the_table_by_hand(call, fake_run):
-    call(script_LoRA, "--rank", 2, "--seed", 1, 2, 4)
+    call("LoRA", "--rank", 2, "--seed", 1, 2, 4)
     # 51, 54 and 66 % after 101, 102 and 104 steps; seeds 2 and 4 reached the loss.
     row = {"rank": "2", "steps": "102.333", "val_acc": "57.00", "val_acc_sd": "7.94"}
     assert read_table("lora_grid_results.csv") == [row | {"seeds": "1 2 4", "reached": "2", "failed": ""}]
 
 
 def test_recorded_runs_are_not_done_again(call, fake_run):
-    call(script_LoRA, "--rank", 2, 4, "--seed", 1)
+    call("LoRA", "--rank", 2, 4, "--seed", 1)
     before = Path("lora_grid_results.csv").read_text()
     os.remove("lora_grid_results.csv")
     shutil.move("RTE", "elsewhere")  # the content counts, not the place
-    code, out, _ = call(script_LoRA, "--rank", 2, 4, "--seed", 1, "--data_dir", "elsewhere")
+    code, out, _ = call("LoRA", "--rank", 2, 4, "--seed", 1, "--data_dir", "elsewhere")
     assert code == 0 and len(fake_run.seen) == 2 and out.count("done already, 51.0 %") == 2
     assert Path("lora_grid_results.csv").read_text() == before
-    call(script_LoRA, "--rank", 4, 8, 4, "--seed", 1, 3, "--data_dir", "elsewhere")
+    call("LoRA", "--rank", 4, 8, 4, "--seed", 1, 3, "--data_dir", "elsewhere")
     assert fake_run.cells[2:] == [(4, 3), (8, 1), (8, 3)]
     assert [row["seeds"] for row in read_table("lora_grid_results.csv")] == ["1", "1 3", "1 3"]
 
 
 def test_failed_runs_are_recorded_and_listed_and_tried_again(call, fake_run):
     fake_run.fail = {2: RuntimeError("out of\nmemory"), 3: TrainingDiverged("the loss is nan")}
-    code, _, err = call(script_LoRA, "--rank", 2, 4, "--seed", 1, 2, 3)
+    code, _, err = call("LoRA", "--rank", 2, 4, "--seed", 1, 2, 3)
     assert code == 1 and len(fake_run.seen) == 6
     assert "[2/6] rank 2, seed 2: RuntimeError: out of memory" in err.splitlines()
     assert err.count("Traceback") == 2  # of errors that nobody foresaw
     for row in read_table("lora_grid_results.csv"):
         assert (row["val_acc"], row["seeds"], row["failed"]) == ("51.00", "1", "2 3")
     del fake_run.fail[2]
-    assert call(script_LoRA, "--rank", 2, 8, "--seed", 1, 2, 3)[0] == 1
+    assert call("LoRA", "--rank", 2, 8, "--seed", 1, 2, 3)[0] == 1
     assert fake_run.cells[6:] == [(2, 2), (2, 3), (8, 1), (8, 2), (8, 3)]
     first, second, _ = read_table("lora_grid_results.csv")
     assert (first["val_acc"], first["failed"], second["failed"]) == ("52.50", "3", "2 3")
     fake_run.fail[1] = fake_run.fail[3]
-    assert call(script_LoRA, "--rank", 16, "--seed", 1)[0] == 1  # a row without numbers
+    assert call("LoRA", "--rank", 16, "--seed", 1)[0] == 1  # a row without numbers
     row = read_table("lora_grid_results.csv")[-1]
     assert (row["rank"], row["steps"], row["val_acc"], row["failed"]) == ("16", "", "", "1")
 
 
 def test_a_mistake_that_all_runs_share_ends_the_grid(call, fake_run):
     fake_run.fail = {42: rte.UserError("no such thing; get one")}
-    code, _, err = call(script_LoRA, "--rank", 2, 4)
+    code, _, err = call("LoRA", "--rank", 2, 4)
     assert (code, err) == (2, "error: no such thing; get one\n") and len(fake_run.seen) == 1
 
 
 def test_an_interrupted_grid_keeps_what_is_finished(call, fake_run):
     fake_run.fail = {3: KeyboardInterrupt()}
-    assert call(script_LoRA, "--rank", 2, "--seed", 1, 2, 3, 4)[0] == 130
+    assert call("LoRA", "--rank", 2, "--seed", 1, 2, 3, 4)[0] == 130
     (row,) = read_table("lora_grid_results.csv")
     assert (row["seeds"], row["failed"]) == ("1 2", "")
 
 
 def test_a_damaged_record_is_left_out_and_its_run_done_again(call, fake_run):
-    call(script_LoRA, "--rank", 2, "--seed", 1, 2)
+    call("LoRA", "--rank", 2, "--seed", 1, 2)
     before = Path("lora_grid_results.csv").read_text()
     (path,) = Path("lora_grid_runs").glob("*seed2*/result.json")
     path.write_text(path.read_text()[:50])
-    code, _, err = call(script_LoRA, "--rank", 2, "--seed", 1, 2)
+    code, _, err = call("LoRA", "--rank", 2, "--seed", 1, 2)
     assert code == 0 and str(path) in err and fake_run.cells[2:] == [(2, 2)]
     assert Path("lora_grid_results.csv").read_text() == before
 
 
 @pytest.mark.parametrize("change", ["lr", "model", "weights", "heads", "pooler", "data", "tokenizer"])
 def test_runs_with_other_settings_weights_or_data_are_not_mixed(call, fake_run, change):
-    call(script_LoRA, "--rank", 2)
+    call("LoRA", "--rank", 2)
     before = Path("lora_grid_results.csv").read_text()
     shutil.copytree("tiny", "other")
     shutil.copytree("RTE", "pairs")
@@ -159,11 +159,11 @@ def test_runs_with_other_settings_weights_or_data_are_not_mixed(call, fake_run, 
     elif change == "data":
         with open("pairs/dev.tsv", "a") as file:
             file.write("24\ta cat\ta dog\tentailment\n")
-    code, _, err = call(script_LoRA, "--rank", 2, 4, *flags)
+    code, _, err = call("LoRA", "--rank", 2, 4, *flags)
     assert code == 0 and err.startswith("note: 1 runs") and fake_run.cells == [(2, 42), (2, 42), (4, 42)]
     assert len(read_table("lora_grid_results.csv")) == 2
     if flags:
-        call(script_LoRA, "--rank", 2)
+        call("LoRA", "--rank", 2)
         assert len(fake_run.seen) == 3 and Path("lora_grid_results.csv").read_text() == before
 
 
@@ -182,7 +182,7 @@ def test_runs_with_other_settings_weights_or_data_are_not_mixed(call, fake_run, 
 )
 def test_mistakes_end_in_one_line_before_anything_is_run(call, fake_run, argv, named):
     Path("precious.csv").write_text("rank,steps,val_acc\n")
-    code, _, err = call(script_LoRA, *argv)
+    code, _, err = call("LoRA", *argv)
     assert code == 2 and not fake_run.seen and err.startswith("error: ") and err.count("\n") == 1 and named in err
     assert Path("precious.csv").read_text() == "rank,steps,val_acc\n"
 
@@ -197,7 +197,7 @@ def understood(monkeypatch):
         if script_name == "main.py":
             return Settings(**vars(parser("").parse_args(argv)))
         with pytest.raises(SystemExit, match="not to be run"):
-            {"script.py": script, "script_LoRA.py": script_LoRA}[script_name].main(argv)
+            grid.main("LoRA" if "LoRA" in script_name else "SO", "", argv)
         return seen[-1]
 
     return parse

@@ -120,9 +120,8 @@ class Local(Cluster):
         self.places: dict[submitit.Job, int] = {}
 
     def start(self, waiting: list[Cell]) -> None:
-        taken = {self.places[job] for job in self.jobs}
-        for place in [place for place in range(len(self.gpus)) if place not in taken][: len(waiting)]:
-            cell = waiting[0]
+        free = set(range(len(self.gpus))) - {self.places[job] for job in self.jobs}
+        for place, cell in zip(sorted(free), [*waiting]):
             executor = submitit.LocalExecutor(self.folder)
             executor.update_parameters(timeout_min=10**7, stderr_to_stdout=True)  # never
             if cell.settings.device == "cuda":
@@ -132,7 +131,7 @@ class Local(Cluster):
             try:
                 job = executor.submit(RunJob(cell.key, cell.words))
                 self.jobs[job], self.places[job] = cell, place
-                del waiting[0]
+                waiting.remove(cell)
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
