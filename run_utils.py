@@ -250,7 +250,7 @@ class Run:
             "optimizer_bytes": adaptation.optimizer_bytes if adaptation else 0,
             "checkpoint_bytes": self.weights.stat().st_size if adaptation and self.weights else None,
             "tuned_on": settings.tuned_on,
-            "search": "; ".join(f"{name}={','.join(map(str, v))}" for name, v in self.config.search.items()) or None,
+            "searched": "; ".join(f"{name}={','.join(map(str, v))}" for name, v in self.config.search.items()) or None,
             **result,
             "draw": self._draw(),
             "epochs": getattr(self.config.hparams, "epochs", None),

@@ -234,7 +234,6 @@ def search(
     if not task.val:
         raise UserError(f"{task.name} has no val images to choose settings by; leave --search out")
     on_val = dataclasses.replace(experiment, task=dataclasses.replace(task, test=task.val))
-    on_val.test_features()  # before a method touches the model
     done = checkpoints("search")
     state = done.take() or {"rows": [], "seconds": 0.0}
     rows, watch = state["rows"], Stopwatch(state["seconds"])
@@ -247,6 +246,8 @@ def search(
         own = checkpoints(f"candidate{number}")
         try:
             adaptation, batches = prepare(candidate, own.number)
+            if not adaptation.trains_images:
+                on_val.test_features()  # by the model that no method has touched
             row["iterations"] = fit(candidate, adaptation, batches, own).iterations
             row["val_accuracy"] = evaluate(candidate, adaptation)
             print(f"val accuracy {row['val_accuracy']:.2f} % on {len(task.val)} images")

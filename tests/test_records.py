@@ -16,11 +16,13 @@ import torch
 from support.runs import Killed, refused
 
 import common
+import datasets
 import main as entry
 import records
 import run_utils
 import train
 from clip.delta import checkpoint_metadata, save_delta
+from methods import METHODS
 from records import FIRST, LAST, RecordFolder, rebuild_table
 
 FORK = multiprocessing.get_context("fork")
@@ -141,7 +143,7 @@ def made_up(monkeypatch):
             accuracy = float(len(trained))
             changes = {"x": (torch.tensor([0], dtype=torch.int32), torch.tensor([accuracy]))}
             save_delta(changes, run.weights, "0" * 64, run.metadata(run.hparams))
-        data = {"split_sha256": run.task.split_sha256, "test_accuracy": accuracy}
+        data = {"split_sha256": run.task.split_sha256, "template": run.template, "test_accuracy": accuracy}
         return run.folder.write(MADE_UP | data, {})
 
     monkeypatch.setattr(entry, "do_now", do_now)
@@ -299,3 +301,24 @@ def test_git_commit_is_forty_digits_and_says_when_files_differ(tmp_path, monkeyp
     assert commit == git("rev-parse", "HEAD") and re.fullmatch("[0-9a-f]{40}", commit)
     (tmp_path / "file").write_text("2")
     assert records.git_commit() == commit + "+"
+
+
+def test_a_run_with_other_prompts_is_done_again_and_says_so(run_main, monkeypatch):
+    _, first, _, _ = run_main(*QUICK, "--prompts", "specific")
+    monkeypatch.setitem(datasets._TEMPLATES, "digits", ("the number {}.",))  # as after an edit of the dataset's prompts
+    _, second, out, err = run_main(*QUICK, "--prompts", "specific")
+    assert "already done" not in out and f"{first['run_id']} has a record of other" in err
+    assert (first["run_id"], second["template"]) == (second["run_id"], "the number {}.")
+
+
+def test_zero_shot_accuracy_is_that_of_a_model_which_no_method_has_touched(run_main, monkeypatch):
+    _, plain, _, _ = run_main(*QUICK)
+    prepare = METHODS["so"].prepare
+
+    def rough(experiment):
+        experiment.model.visual.ln_pre.bias.data += 3.0  # as a method that changes what the model computes at once
+        return prepare(experiment)
+
+    monkeypatch.setattr(METHODS["so"], "prepare", rough)
+    _, touched, _, _ = run_main(*QUICK, "--seed", 9, "--cache_dir", "other")
+    assert touched["zero_shot_accuracy"] == plain["zero_shot_accuracy"] != touched["test_accuracy"]

@@ -103,6 +103,8 @@ def test_the_best_on_val_is_trained_and_recorded(run_main, monkeypatch):
     _, plain, _, _ = run_main(*flags, *chosen, *in_folder("plain"))
     found, expected = outcome("searched", record), outcome("plain", plain)
     assert found["files"].pop("search.csv") and found["record"].pop("run_id") != expected["record"].pop("run_id")
+    assert found["record"].pop("searched") == "lr=1e-05,0.003; density_ratio=0.01,0.05"
+    assert expected["record"].pop("searched") is None
     assert found == expected and "test_accuracy" in found["files"]["curve.csv"]
 
     # Val accuracies are those of runs that are tested on the val images.
