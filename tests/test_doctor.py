@@ -166,12 +166,6 @@ def split_text(names: list[str]) -> str:
     return json.dumps(parts)
 
 
-EUROSAT_NAMES = [
-    *("Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road", "Industrial Buildings"),
-    *("Pasture Land", "Permanent Crop Land", "Residential Buildings", "River", "Sea or Lake"),
-]
-
-
 def nest(folder: Path) -> None:
     inner = folder.with_name("moving")
     folder.rename(inner)
@@ -237,7 +231,7 @@ BREAKAGES = {
     ),
     "web page": breakage(with_split("\n<!DOCTYPE html><p>Quota"), "web page", MOVE_SPLIT),
     "half a split": breakage(lambda r: write_split(r, (r / DTD_SPLIT).read_text()[:300]), MOVE_SPLIT, ALL_EXIST),
-    "another split": breakage(with_split(split_text(EUROSAT_NAMES)), "class names of eurosat", ALL_EXIST),
+    "another split": breakage(with_split(split_text(imagenet_classes()[1])), "class names of imagenet", ALL_EXIST),
     "emptied": breakage(
         lambda r: [shutil.rmtree(r / "dtd" / "images"), (r / "dtd" / "images").mkdir()],
         "images missing: 12 of 12; {root}/dtd/images is empty; " + MOVE_IMAGES,
@@ -290,15 +284,6 @@ def test_each_breakage_gets_its_diagnosis_and_remedy(change, said, problems, rej
         assert part.format(root=root) in out
     assert is_rejected("dtd", root) == rejected
     assert out.endswith("\n0 of 1 ready; not ready: dtd\n")
-
-
-def test_text_files_of_fgvc(tmp_path, examine):
-    fabricate("fgvc", tmp_path, per_class=4)
-    folder = tmp_path / "fgvc_aircraft"
-    (folder / "variants.txt").unlink()
-    code, verdict, out = examine("fgvc", tmp_path)
-    assert code == 2 and verdict == "fgvc: 1 problem" and f"{folder} lacks variants.txt" in out
-    assert "run python -m datasets.download fgvc" in out and ALL_EXIST in out and is_rejected("fgvc", tmp_path)
 
 
 def test_images_in_a_folder_without_permissions_are_named(tmp_path, monkeypatch, examine):

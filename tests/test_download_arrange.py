@@ -1,12 +1,12 @@
 """Unpacking hostile archives, and arranging what users put into a dataset's folder."""
 
-import dataclasses
 import io
 import os
 import shutil
 import stat
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,19 +264,9 @@ def test_sun397_from_the_users_archive(world, data_root, run_download, tmp_path,
 # --- ImageNet. A class's number in the development kit is not its label, and the images have another order again.
 
 
-@dataclasses.dataclass(frozen=True)
-class Ilsvrc:
-    """ImageNet's archives with few classes; image 1, 2, ... of val has the classes `order`."""
-
-    train: bytes
-    val: bytes
-    devkit: bytes
-    wnids: tuple[str, ...]
-    order: list[int]
-
-
 @pytest.fixture
 def ilsvrc(few_imagenet_classes, tmp_path):
+    """ImageNet's archives with few classes; image 1, 2, ... of val has the classes `order`."""
     wnids, _ = imagenet_classes()
     ids = np.random.default_rng(0).permutation(len(wnids)) + 1  # of each wnid
     order = np.random.default_rng(1).permutation(len(wnids)).tolist()
@@ -297,7 +287,7 @@ def ilsvrc(few_imagenet_classes, tmp_path):
     truth = "".join(f"{ids[label]}\n" for label in order)
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
     train, val = (tar_of(folder / part, mode="w") for part in ("train", "val"))
-    return Ilsvrc(train, val, tar_of(folder / "devkit"), wnids, order)
+    return SimpleNamespace(train=train, val=val, devkit=tar_of(folder / "devkit"), wnids=wnids, order=order)
 
 
 def jpeg(label: int) -> bytes:
