@@ -50,13 +50,13 @@ def data(tmp_path):
 
 def run_all(calls, run_main):
     for call in calls:
-        code, _, _, err = run_main("--backbone", "tiny", "--total_iters", 2, *call)
+        code, _, _, err = run_main(*call, "--backbone", "tiny", "--total_iters", 2)
         assert code == 0, (call, err)
 
 
 def test_every_command_and_every_piece_of_code_runs(run_main, data):
     calls = commands(README + DOCS, "python main.py")
-    assert len(calls) == 12
+    assert len(calls) == 13
     run_all(calls, run_main)
     assert len(pd.read_csv("results/results.csv")) == len(calls) - 2  # one prints help, one its settings
     for program, module in (("python -m datasets.download", download), ("python -m datasets.doctor", doctor)):
