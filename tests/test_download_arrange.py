@@ -119,19 +119,20 @@ def test_a_bad_member_leaves_no_dataset_behind(world, data_root, run_download, t
     assert not (data_root / "evil").exists()
 
 
-def test_manual_steps(world, data_root, run_download):
-    """What cannot be downloaded is printed with its known mirrors, the folder and the command."""
-    for name, words in {
-        "imagenet": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz", "image-net"),
-        "stanford_cars": ("jessicali9530/stanford-cars-dataset", "cars_train.tgz", "065e5b463ae28d29e77c1b4b166cfe61"),
-        "sun397": ("OpenDataLab/SUN397", "SUN397.tar.gz", "404"),
-        "ucf101": ("https://drive.google.com/uc?id=10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O",),
-    }.items():
-        code, _, err = run_download(name)
-        assert code == 2 and f"{name} must be downloaded by hand" in err
-        assert all(word in err for word in words)
-        assert f"\n       {data_root / FOLDERS[name]['coop'][0]}\n" in err
-        assert f"python -m datasets.download {name} --root_path {data_root}\n" in err
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("imagenet", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"]),
+        ("stanford_cars", ["jessicali9530/stanford-cars-dataset", "cars_train.tgz"]),
+        ("sun397", ["OpenDataLab/SUN397", "SUN397.tar.gz", "404"]),
+        ("ucf101", ["https://drive.google.com/"]),
+    ],
+)
+def test_manual_steps_name_mirrors_folder_and_command(data_root, world, run_download, name, words):
+    code, _, err = run_download(name)
+    assert code == 2 and all(word in err for word in words)
+    assert f"\n       {data_root / FOLDERS[name]['coop'][0]}\n" in err
+    assert f"python -m datasets.download {name} --root_path {data_root}\n" in err
 
 
 @pytest.fixture

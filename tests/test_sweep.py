@@ -193,10 +193,10 @@ def test_a_signal_stops_the_shell_loop_and_its_run(shell_sweep, tmp_path, sent, 
     assert (tmp_path / "terminated").exists() and len(shell_sweep.calls()) == 1
 
 
-def test_the_shell_loop_names_a_missing_python():
-    command = ["bash", PROJECT / "scripts" / "sweep.sh"]
-    done = subprocess.run(command, env=os.environ | {"PYTHON": "./none"}, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "./none" in done.stderr
+def test_the_shell_loop_names_a_missing_python(shell_sweep):
+    process = shell_sweep("", PYTHON="./none")
+    _, err = process.communicate()
+    assert process.returncode == 2 and len(err.splitlines()) == 1 and "./none" in err
 
 
 # --- the grid
