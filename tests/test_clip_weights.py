@@ -161,15 +161,12 @@ def test_altered_bytes_of_an_archive_are_noticed_or_do_not_matter(tmp_path):
 
 def test_files_of_other_things(tmp_path):
     error_of(archive_with(pickle.dumps([1, 2]), tmp_path / "list.pt"))
-    empty = tmp_path / "no-data.pt"
-    with zipfile.ZipFile(empty, "w") as archive:
+    with zipfile.ZipFile(tmp_path / "no-data.pt", "w") as archive:
         archive.writestr("archive/constants.pkl", b"")
-    error_of(empty)
-    rng = random.Random(0)
+    error_of(tmp_path / "no-data.pt")
     for name in ("noise.pt", "noise.safetensors"):
-        for length in (10, 100_000):
-            (tmp_path / name).write_bytes(rng.randbytes(length))
-            error_of(tmp_path / name)
+        (tmp_path / name).write_bytes(random.Random(0).randbytes(100_000))
+        error_of(tmp_path / name)
 
 
 def changed(name, tensor):

@@ -65,7 +65,11 @@ def test_every_dataset_is_ready(name, tmp_path, examine):
 
 def test_published_data_are_ready_without_a_warning(tmp_path, monkeypatch, examine):
     fabricate("dtd", tmp_path, classes=2, per_class=32)
-    as_if_published(monkeypatch, tmp_path)
+    published = read_json_split(tmp_path / DTD_SPLIT)
+    facts = {"classes": 2, "sizes": published.sizes, "names_sha256": names_sha256(published.class_names)}
+    monkeypatch.setitem(SPECS, "dtd", dataclasses.replace(SPECS["dtd"], **facts))
+    sha256 = hashlib.sha256((tmp_path / DTD_SPLIT).read_bytes()).hexdigest()
+    monkeypatch.setitem(SOURCES, "dtd", dataclasses.replace(SOURCES["dtd"], split_sha256=sha256))
     code, verdict, out = examine("dtd", tmp_path)
     assert code == 0 and verdict == "dtd: ready"
     assert f"split: {tmp_path / DTD_SPLIT} (the published file)\n" in out
@@ -81,17 +85,6 @@ def test_published_data_are_ready_without_a_warning(tmp_path, monkeypatch, exami
     write_split(tmp_path, json.dumps(split))  # labels in another order: the draws are others too
     code, verdict, out = examine("dtd", tmp_path)
     assert code == 0 and verdict == "dtd: ready, 1 warning" and "(not the published file)" in out and "'kind_1'" in out
-
-
-def as_if_published(monkeypatch, root: Path) -> None:
-    """Make the fabricated dtd the published one."""
-    split = read_json_split(root / DTD_SPLIT)
-    names = names_sha256(split.class_names)
-    spec = dataclasses.replace(SPECS["dtd"], classes=len(split.class_names), sizes=split.sizes, names_sha256=names)
-    monkeypatch.setitem(SPECS, "dtd", spec)
-    sha256 = hashlib.sha256((root / DTD_SPLIT).read_bytes()).hexdigest()
-    source = dataclasses.replace(SOURCES["dtd"], split_sha256=sha256)
-    monkeypatch.setitem(SOURCES, "dtd", source)
 
 
 def test_copies_are_named_and_links_are_not_copies(tmp_path, capsys, examine):

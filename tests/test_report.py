@@ -336,20 +336,18 @@ def test_pairs_are_chosen_by_method_or_label(results, make, no_figures):
 # --- published numbers
 
 
-def published_row(name):
-    (row,) = [row for row in PUBLISHED["rows"] if row["name"] == name]
-    return row
+PUBLISHED_ROWS = {row["name"]: row for row in PUBLISHED["rows"]}
 
 
 def test_published_means_are_those_of_the_datasets():
     for name in ("SO", "LoRA by SO's authors"):
-        row = published_row(name)
+        row = PUBLISHED_ROWS[name]
         assert row["data_sets"][4].keys() == ELEVEN.keys()
         assert np.mean(list(row["data_sets"][4].values())) == pytest.approx(row["means"][4], abs=0.051)
 
 
 def test_deviations_where_the_settings_match(results):
-    published = published_row("SO")["data_sets"][4]
+    published = PUBLISHED_ROWS["SO"]["data_sets"][4]
     for name, accuracy in published.items():
         for seed in (1, 2):
             results.add("so", name, seed=seed, accuracy=accuracy + seed)
