@@ -296,7 +296,7 @@ def test_what_is_recorded_is_known_as_main_knows_it(run_sweep):
     for method in ("so", "tip_adapter_f"):  # iterations and epochs
         (run,) = entry.planned(parse(["--method", method, "--shots", "1", "--seed", "1"]))
         made_up = {"test_accuracy": 50.0, "trainable_weights": 1, "split_sha256": run.task.split_sha256}
-        run.folder.write(made_up | {"data_sha256": run.task.data_sha256}, {})
+        run.folder.write(made_up | {"data_sha256": run.task.data_sha256, "template": run.template}, {})
     argv = ["--methods", "so", "tip_adapter_f", "lora", "--shots", 1, "--seeds", 1, "--dry_run"]
     assert "3 runs: 2 finished, 1 to do" in run_sweep(*argv)[1]
     assert "3 runs: 0 finished, 3 to do" in run_sweep(*argv, "--force")[1]
