@@ -240,18 +240,18 @@ def test_features_of_images_that_are_read_in_another_way_are_not_taken_from_the_
 def test_hidden_and_other_files_are_left_out_and_the_latter_counted_once(tmp_path, capsys):
     fabricate_own(tmp_path)
     images = whole(tmp_path)
-    assert "left out" not in capsys.readouterr().err
+    assert "ignored" not in capsys.readouterr().err
     for folder in ("__MACOSX/cat", ".git", "cat/.thumbnails", "cat/@eaDir/0.png"):
         (tmp_path / folder).mkdir(parents=True)
         picture(1, 1).save(tmp_path / folder / "x.png")
     for name in (".DS_Store", "cat/._0.png", "dog/.hidden.png"):
         (tmp_path / name).write_bytes(b"x")
-    assert whole(tmp_path) == images and "left out" not in capsys.readouterr().err
+    assert whole(tmp_path) == images and "ignored" not in capsys.readouterr().err
     for name in ("cat/Thumbs.db", "dog/Thumbs.db", "dog/notes.txt", "stray.png"):
         (tmp_path / name).write_bytes(b"x")
     assert whole(tmp_path) == images
     err = capsys.readouterr().err
-    assert err.count("left out") == 1 and "4 files" in err and "cat/Thumbs.db" in err
+    assert err.count("ignored") == 1 and "4 file(s) in" in err and "cat/Thumbs.db" in err
 
 
 def test_images_in_subfolders_and_in_a_folder_with_the_name_of_an_image(tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_images_in_subfolders_and_in_a_folder_with_the_name_of_an_image(tmp_path
         picture(0, 7).save(tmp_path / name, "JPEG")
     paths = {path for items in whole(tmp_path).values() for path, label in items if label == 0}
     assert paths == {"cat/0.png", "cat/1.png", "cat/old/deep/a.JPG", "cat/x.jpg/b.jpeg"}
-    assert "1 files" in capsys.readouterr().err
+    assert "1 file(s) in" in capsys.readouterr().err
 
 
 def test_a_large_folder_is_listed_without_asking_for_each_image(tmp_path, monkeypatch):
