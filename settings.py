@@ -242,7 +242,7 @@ class Hparams(Options):
 
     @classmethod
     def alternatives(cls, name: str) -> tuple[str, ...]:
-        """Return the hyperparameters that say the same thing in different ways, `name` being one of them."""
+        """Return the hyperparameters that set the same thing in different ways, `name` being one of them."""
         return (name,)
 
     def settled(self, shots: int, images: int) -> "Hparams":

@@ -167,11 +167,12 @@ def watch(cluster: "Cluster", to_do: Sequence[Cell], total: int) -> list[str]:
     queued = {cell.key for cell in cluster.jobs.values()}
     waiting = [cell for cell in to_do if cell.key not in queued]
     skipped, failures, shown = total - len(to_do), [], None
-    print(f"logs: {cluster.folder}", flush=True)
     with progress(None, "sweep", "run", total=total, initial=skipped, leave=True) as bar:
         try:
             while waiting or cluster.jobs:
                 cluster.start(waiting)
+                if shown is None:
+                    bar.write(f"logs: {cluster.folder}")
                 ended = cluster.ended()
                 for cell, code, log in ended:
                     if code != 0 and not (code is None and cell.finished()):
