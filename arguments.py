@@ -123,7 +123,7 @@ class Layers:
                 continue  # null leaves it to the others
             twice = [other for other in same if layer.get(other) is not None]
             if len(twice) > 1:
-                raise UserError(f"{source}: {twice[0]} and {twice[1]} say the same thing twice; give only one")
+                raise UserError(f"{source}: {twice[0]} and {twice[1]} set the same thing; give only one")
             self.values |= dict.fromkeys(same) | {name: value}
             self.sources |= dict.fromkeys(same, source)
 
@@ -134,7 +134,7 @@ class Layers:
             other = f.metadata["complement"]
             if other in layer:
                 if f.name in layer:
-                    raise UserError(f"{source}: {other} and {f.name} say the same thing twice; give only one")
+                    raise UserError(f"{source}: {other} and {f.name} set the same thing; give only one")
                 layer[f.name] = round(1 - layer.pop(other), 12)
         return layer
 
@@ -183,7 +183,9 @@ def _check_saved(settings: Settings) -> None:
     if settings.save_path is None:
         raise UserError("--eval_only needs --save_path, the folder given when the weights were saved")
     if not settings.weights_file.is_file():
-        raise UserError(f"--eval_only: there is no {settings.weights_file}; check --save_path and the run's settings")
+        saved = sorted(map(str, Path(settings.save_path).rglob("*.safetensors")))[:3]
+        there = f" (found: {', '.join(saved)})" if saved else ""
+        raise UserError(f"--eval_only: there is no {settings.weights_file}{there}; check --save_path and the settings")
 
 
 def _evaluated(config: Config, given: dict[str, Any]) -> Config:
@@ -271,10 +273,7 @@ def _reject_foreign_flags(given: dict[str, Any], method: str) -> None:
     known = _flags(Settings).keys() | _flags(METHODS[method].Hparams).keys() | {"search", "config"}
     for name in given.keys() - known:
         owners = [other for other, module in METHODS.items() if name in _flags(module.Hparams)]
-        raise UserError(
-            f"--{name} is a flag of {', '.join(owners)}, and --method {method} has none of that name; see main.py "
-            f"--method {method} --help"
-        )
+        raise UserError(f"--method {method} has no flag --{name}, only {', '.join(owners)} (--method NAME --help)")
 
 
 # --- config files
@@ -289,7 +288,12 @@ def read_config(path: Path) -> dict[str, Any]:
     known = _flags(Settings)
     for module in METHODS.values():
         known = _flags(module.Hparams) | known
-    return _section(read_yaml(path, where), where, known)
+    content = read_yaml(path, where)
+    if isinstance(content, dict) and (
+        content.keys() & {"rows", "seeds"} or list in (type(content.get("methods")), type(content.get("datasets")))
+    ):
+        raise UserError(f"{where}: this is a grid for scripts/sweep.py --grid")
+    return _section(content, where, known)
 
 
 def read_yaml(path: Path, where: str) -> Any:
@@ -396,7 +400,7 @@ def _search(content: Any, hparams: Hparams, method: str) -> dict[str, list]:
             raise UserError(f"--search {name}: the method {method} has no such setting to choose; {remedy}")
         same = [other for other in hparams.alternatives(name) if other in content]
         if len(same) > 1:
-            raise UserError(f"--search: {same[0]} and {same[1]} say the same thing twice; give only one")
+            raise UserError(f"--search: {same[0]} and {same[1]} set the same thing; give only one")
     return {
         name: [_typed(value, known[name], f"--search {name}") for value in values] for name, values in content.items()
     }

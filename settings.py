@@ -102,7 +102,7 @@ class Settings(Options):
     dataset: str = data("digits", "digits is embedded, folder is your images", choices=datasets.available_datasets())
     root_path: str = data("", "folder that holds the datasets ($DATA); for --dataset folder, your images")
     shots: int = data(1, "labelled training images per class", at_least=1, at_most=MAX_SHOTS)
-    seed: int = data(3, "of the draw, of image order and augmentation, and of the method", at_least=0, below=2**63)
+    seed: int = data(3, "random seed of few-shot draw, image order, augmentation and method", at_least=0, below=2**63)
     draw: str = data("released", "few-shot draw as in SO's released code, or as in CoOp's", choices=datasets.ORDERS)
     split: str | None = data(None, "train on the images in a run's split.json, or in CoOp's few-shot pickle", kind=str)
     classes: str = data("all", "base or new: one half, for the base-to-new protocol", choices=datasets.CLASSES)
@@ -113,23 +113,19 @@ class Settings(Options):
     backbone: str = model("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
     precision: str = model("fp32", "of the computation; weights are always float32", choices=("fp32", "bf16"))
 
-    tuned_on: str = training(
-        "none", "for the record: images that the settings were chosen on", choices=("none", "val", "test")
-    )
+    tuned_on: str = training("none", "only recorded: images you chose settings with", choices=("none", "val", "test"))
     save_every: int = training(1000, "iterations between checkpoints to resume from; 0: none", at_least=0)
 
     device: str = machine("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
     workers: int | None = machine(None, "processes that read images; default: from the cores", kind=int, at_least=0)
-    image_cache_mb: int = machine(2048, "memory for decoded training images; others are decoded on use", at_least=0)
+    image_cache_mb: int = machine(2048, "MB of decoded images; what does not fit is decoded each time", at_least=0)
     cache_dir: str = machine("~/.cache/clip-so", "folder for the features of test images under unchanged weights")
 
     results_dir: str = output("results", "folder of run folders and results.csv")
     save_path: str | None = output(None, "folder for the adapted weights; without it nothing is saved", kind=str)
     filename: str | None = output(None, "name of the weight file there; default: the method's name", kind=str)
     eval_only: bool = output(False, "do not train: evaluate the weights in --save_path")
-    eval_datasets: str | None = output(
-        None, "with --eval_only: datasets to evaluate on, comma-separated, instead of --dataset", kind=str
-    )
+    eval_datasets: str | None = output(None, "with --eval_only: datasets to test on, comma-separated", kind=str)
     tensorboard: bool = output(False, "write the curves for TensorBoard into the run's folder")
     force: bool = output(False, "run even if this run is already recorded")
     wait: bool = output(False, "if another process is doing this run, wait for it instead of stopping")
@@ -211,7 +207,7 @@ def _eval_datasets(settings: Settings) -> Sequence[str]:
     if settings.classes != "all" or settings.split:
         raise UserError("--eval_datasets takes whole test parts; leave --classes and --split out")
     if settings.dataset == "folder" and names != ["digits"]:
-        raise UserError("--eval_datasets: with --dataset folder, --root_path holds only your images; take digits")
+        raise UserError("--eval_datasets: with --dataset folder only digits is possible; else use methods.merge_file")
     return names
 
 
@@ -246,7 +242,7 @@ class Hparams(Options):
 
     @classmethod
     def alternatives(cls, name: str) -> tuple[str, ...]:
-        """Return the hyperparameters that say the same thing in different ways, `name` being one of them."""
+        """Return the hyperparameters that set the same thing in different ways, `name` being one of them."""
         return (name,)
 
     def settled(self, shots: int, images: int) -> "Hparams":
@@ -277,7 +273,7 @@ class Training(Hparams):
     early_stop_loss: float = training(0.01, "stop below this mean loss of an epoch; 0 never stops", at_least=0)
     min_area: float = training(0.08, "smallest part of an image in a random training crop", above=0, at_most=1)
     flip: bool = training(True, "flip training images at random")
-    eval_every: int = training(0, "diagnostic: test accuracy every N iterations in curve.csv", at_least=0)
+    eval_every: int = training(0, "test accuracy every N iterations in curve.csv; training does not use it", at_least=0)
 
     @classmethod
     def alternatives(cls, name: str) -> tuple[str, ...]:

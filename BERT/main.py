@@ -1,8 +1,8 @@
 """Fine-tune BERT with SO or LoRA on few-shot GLUE-RTE: one run. In this folder:
 
-python main.py --device cuda --kappa 5e-5 --T_sparse 10 --loss_stop 1e-3     # SO
-python main.py --device cuda --rank 8 --loss_stop 1e-3                       # LoRA
-python main.py --kappa 5e-5 --model $MODELS/bert --data_dir $DATA/RTE        # offline: weights and data in folders
+python main.py --kappa 5e-5 --T_sparse 10 --loss_stop 1e-3               # SO
+python main.py --rank 8 --loss_stop 1e-3                                 # LoRA
+python main.py --kappa 5e-5 --model $MODELS/bert --data_dir $DATA/RTE    # offline: weights and data in folders
 """
 
 import os
@@ -55,19 +55,13 @@ class Settings(Options):
     """All settings of a run; each is a flag. Raise UserError for values out of range or in conflict."""
 
     kappa: float | None = option(
-        None,
-        "SO: density of gradient and moments, for example 5e-5; 0 trains only the dense group",
-        kind=float,
-        at_least=0,
-        at_most=1,
+        None, "SO: density, for example 5e-5; 0 trains only the dense group", kind=float, at_least=0, at_most=1
     )
-    T_sparse: int | None = option(None, "SO: steps between two draws of the support; one run: 5", kind=int, at_least=1)
+    T_sparse: int | None = option(None, "SO: steps between random draws of entries; one run: 5", kind=int, at_least=1)
     rank: int | None = option(None, "LoRA: rank, for example 8", kind=int, at_least=1)
     dense: str = option("all", DENSE, choices=("all", "none"))
     model: str = option("bert-base-uncased", "a name on the Hub, or a folder")
-    data_dir: str | None = option(
-        None, "folder with GLUE's train.tsv and dev.tsv of RTE; without it they come from the Hub", kind=str
-    )
+    data_dir: str | None = option(None, "folder with RTE's train.tsv and dev.tsv; default: from the Hub", kind=str)
     protocol: str = option("balanced", PROTOCOL, choices=rte.PROTOCOLS)
     shots: int = option(16, "training pairs per label; with --protocol released half of all", at_least=1)
     seed: int = option(42, "of draw, order, new weights, dropout and supports", at_least=0, below=2**63)
@@ -144,6 +138,7 @@ def run(settings: Settings) -> Result:
     data = rte.load(settings.data_dir)
     rows = rte.draw(data.train, settings.shots, settings.seed, settings.protocol)
     make_reproducible(settings.seed)
+    print(f"loading {settings.model}", flush=True)
     model, tokenizer = load_model(settings.model)
     max_tokens = min(rte.MAX_TOKENS, model.config.max_position_embeddings)
     encoding = (tokenizer, settings.protocol == "balanced", device, max_tokens)
@@ -168,7 +163,7 @@ def run(settings: Settings) -> Result:
     if reached:
         print(f"stopped at step {steps}: mini-batch loss {loss:.2e}, --loss_stop {settings.loss_stop:g}")
     else:
-        print(f"ended by --max_steps {steps} above --loss_stop {settings.loss_stop:g}: mini-batch loss {loss:.2e}")
+        print(f"stopped after --max_steps {steps}; loss {loss:.3g} is still above --loss_stop {settings.loss_stop:g}")
     return Result(steps, reached, loss, accuracy(model, validation), seconds)
 
 

@@ -236,6 +236,6 @@ class _Listing:
         """Print how many files were left out."""
         if self.others:
             note(
-                f"{len(self.others)} files in {self.root} are left out (not images by their names, or not in a class "
-                f"folder), for example {min(self.others)}"
+                f"{len(self.others)} file(s) in {self.root} ignored: the name does not end like an image, or the file "
+                f"is in no class folder; for example {min(self.others)}"
             )

@@ -116,7 +116,7 @@ class _ImageCache:
         if left_out:
             note(
                 f"{left_out} of {len(paths)} training images do not fit into the image cache of {limit // 10**6} MB "
-                "and are decoded on every use; --image_cache_mb enlarges it"
+                "and are decoded each time; --image_cache_mb enlarges it"
             )
 
     def read(self, item: Item) -> Image.Image:

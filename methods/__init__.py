@@ -77,7 +77,7 @@ def merge_file(model: CLIP, path: str | Path) -> CLIP:
         raise WeightsError(f"{path} is from a method {method} that is not known here; take the version that saved it")
     kind = METHODS[method].Hparams
     if not issubclass(kind, LowRank):
-        raise UserError(f"{path} holds no weights of CLIP but what {method} adds; evaluate it with main.py --eval_only")
+        raise UserError(f"{path} holds only what {method} adds, which cannot be merged into CLIP; use --eval_only")
     hparams, _ = saved_settings(path, metadata)
     no_images = Task(method, (), (), (), (), (), None)
     frozen = [p for p in model.parameters() if not p.requires_grad]

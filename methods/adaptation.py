@@ -23,8 +23,8 @@ class Adaptation:
 
     # One update per epoch, from the mean loss of all its images: batch_size is then how many are read at a time.
     full_batch = False
-    # Whether all prompts may share the activations of their common beginning in training: not if a method draws
-    # something at random for every token.
+    # False if prompts must not share the computation of their common first words in training: a method that draws
+    # something at random for every token (dropout).
     shares_prefix = True
     # The random generators that the method draws from in training.
     generators: Sequence[torch.Generator] = ()

@@ -59,7 +59,7 @@ class Delta:
 
 
 class Tensors:
-    """Tensors beside CLIP: matrices of adapters, a head, prompt vectors.
+    """Tensors that are not CLIP's: matrices of adapters, a head, prompt vectors.
 
     `format` names the kind of file. With `class_names` the tensors belong to these classes in this order, and a file
     for others is rejected. The tensors in `varying` have a row for each training image, so that the saved file decides

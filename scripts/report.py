@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compare", nargs=2, action="append", metavar=("A", "B"), help=compare)
     with one_line_errors():
         options = parser.parse_args(argv)
+        if options.results.is_file():
+            raise UserError(f"{options.results}: name the folder of results, not a file")
         try:
             from scripts.reporting.writing import write
         except ModuleNotFoundError as error:

@@ -58,6 +58,7 @@ def sweep(argv: Sequence[str]) -> int:
     rebuild_table(results)  # a run may have been killed after its record and before the table
     done, skipped = len(to_do) - len(failures), len(planned) - len(to_do)
     print(f"{len(planned)} runs: {done} done, {skipped} were done before, {len(failures)} failed")
+    print(f"results: {results / 'results.csv'}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -65,9 +66,7 @@ def sweep(argv: Sequence[str]) -> int:
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the sweep's options, and the flags that are main.py's."""
-    epilog = (
-        "All other flags are main.py's, for all runs. What only some of the methods have belongs in a grid file's rows."
-    )
+    epilog = "All other flags are main.py's, for all runs. Flags of only some methods belong in a grid file's rows."
     parser = Parser(prog="sweep.py", description=__doc__.splitlines()[0], epilog=epilog)
     parser.add_argument("--grid", type=Path, metavar="FILE", help="YAML file of the grid; the lists below win over it")
     parser.add_argument("--methods", nargs="+", help="[so]")
@@ -88,6 +87,9 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     end = argv.index("--") if "--" in argv else len(argv)
     options, flags = parser.parse_known_args(argv[:end])
     flags += argv[end + 1 :]
+    for word in [word for name in LISTS for word in getattr(options, name) or []]:
+        if "," in word:
+            raise UserError(f"{word}: separate the values by spaces; write {word.replace(',', ' ')}")
     for word in flags:
         name = word.partition("=")[0]
         if name in ("--method", "--dataset", "--seed"):
@@ -169,6 +171,8 @@ def watch(cluster: "Cluster", to_do: Sequence[Cell], total: int) -> list[str]:
         try:
             while waiting or cluster.jobs:
                 cluster.start(waiting)
+                if shown is None:
+                    bar.write(f"logs: {cluster.folder}")
                 ended = cluster.ended()
                 for cell, code, log in ended:
                     if code != 0 and not (code is None and cell.finished()):
@@ -188,6 +192,7 @@ def watch(cluster: "Cluster", to_do: Sequence[Cell], total: int) -> list[str]:
             if cluster.jobs:
                 cluster.stop()
             raise
+    print(f"logs: {cluster.folder}")
     return failures
 
 

@@ -82,7 +82,7 @@ def test_a_run_ends_with_its_accuracy_and_repeats(call, monkeypatch, argv, proto
     make = rte.Encoded
     monkeypatch.setattr(rte, "Encoded", lambda *args: encoded.append(args) or make(*args))
     code, result, out, _ = call(*argv, "--protocol", protocol, "--seed", 3)
-    first, *_, end, last = out.splitlines()
+    _, first, *_, end, last = out.splitlines()
     assert (code, result.steps, result.reached) == (0, 3, False) and "--max_steps 3" in end
     assert last == f"{'LoRA' if '--rank' in argv else 'SO'} - tiny RTE-8shot: {result.val_acc:.1f}%"
     assert "8 training pairs, seed 3, cpu" in first

@@ -387,7 +387,7 @@ def test_own_images_are_ready_and_their_conversions_are_counted(tmp_path, examin
     assert code == 0 and verdict == "folder: ready"
     assert "numbers: 2 classes, 18/7/10 train/val/test images\n" in out
     assert "up to 8 without repeats; classes with fewer than 16 images: cat 8, dog 10\n" in out
-    assert f"note: {root} has no train, val and test parts" in out and "note: 1 files in" in out
+    assert f"note: {root} has no train, val and test parts" in out and "note: 1 file(s) in" in out
     assert "decoded: 35 of 35, none damaged\n" in out
     for kind in ("turned", "transparent", "16 bits", "several images"):
         (line,) = [line for line in out.splitlines() if kind in line]

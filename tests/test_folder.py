@@ -250,12 +250,12 @@ def test_which_files_are_images_and_how_others_are_noted(tmp_path, capsys):
         picture(1, 1).save(tmp_path / folder / "x.png")
     for name in (".DS_Store", "cat/._0.png", "dog/.hidden.png"):
         (tmp_path / name).write_bytes(b"x")
-    assert whole(tmp_path) == images and "left out" not in capsys.readouterr().err
+    assert whole(tmp_path) == images and "ignored" not in capsys.readouterr().err
     for name in ("cat/Thumbs.db", "cat/figure.eps", "dog/Thumbs.db", "dog/notes.txt", "stray.png"):
         (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")  # EPS is a program, not an image
     assert whole(tmp_path) == images
     err = capsys.readouterr().err
-    assert err.count("left out") == 1 and "5 files" in err and "cat/Thumbs.db" in err
+    assert err.count("ignored") == 1 and "5 file(s) in" in err and "cat/Thumbs.db" in err
 
 
 def test_a_large_folder_is_listed_without_asking_for_each_image(tmp_path, monkeypatch):

@@ -62,6 +62,8 @@ def test_bad_arguments(run_main, argv, words):
         ("method: sgd\n", ["method", "so, ", ", zero_shot"]),
         ("shots: [\n", ["c.yaml", "YAML"]),
         ("- shots\n", ["c.yaml", "name: value"]),
+        ("methods: [so]\n", ["c.yaml", "sweep.py --grid"]),
+        ("seeds: [1]\n", ["c.yaml", "sweep.py --grid"]),
         ("s: 0.9\ndensity_ratio: 0.1\n", ["s and density_ratio"]),
         ("n_iters: 5\nepochs: 1\n", ["n_iters and epochs"]),
     ],

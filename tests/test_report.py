@@ -544,6 +544,9 @@ def test_an_unwritable_folder_and_a_missing_package_are_named(results, make, no_
     (tmp_path / "file").write_text("")
     code, _, err, _ = make(out=tmp_path / "file" / "report")
     assert code == 2 and str(tmp_path / "file") in err
+    with pytest.raises(SystemExit) as caught:
+        report.main([str(tmp_path / "file")])
+    assert caught.value.code == 2
     monkeypatch.setitem(sys.modules, "scripts.reporting.writing", None)  # as without matplotlib
     code, _, err, _ = make()
     assert code == 2 and "requirements-all.txt" in err

@@ -252,6 +252,7 @@ MISTAKES = {
     "a flag of another method": (["--methods", "so", "zero_shot", "--total_iters", "2"], "--method zero_shot"),
     "a value": (["--shots", "1", "0"], "--shots 0"),
     "twice": (["--seeds", "1", "1"], "twice"),
+    "commas": (["--methods", "so,lora"], "so lora"),
     "one seed": (["--seed", "1"], "--seeds"),
     "workers": (["--workers", "0"], "--workers"),
     "main's workers": (["--", "--workers", "-1"], "--workers"),

@@ -162,7 +162,7 @@ SAVED = ("--save_path", "saved", "--eval_only")
         ((*SAVED, "--eval_datasets", "digits", "--method", "zero_shot"), ["--eval_only", "zero_shot"]),
         (("--dataset", "imagenet_r", *ROOT), ["imagenet_r", "--eval_datasets imagenet_r"]),
         ((*SAVED, "--dataset", "imagenet_r", *ROOT), ["imagenet_r"]),
-        ((*SAVED, *ROOT, "--dataset", "folder", "--eval_datasets", "dtd"), ["--dataset folder", "take digits"]),
+        ((*SAVED, *ROOT, "--dataset", "folder", "--eval_datasets", "dtd"), ["--dataset folder", "only digits"]),
         ((*SAVED, "--dataset", "folder", "--eval_datasets", "digits"), ["--dataset folder needs --root_path"]),
     ],
 )
@@ -248,8 +248,10 @@ def test_training_on_new_classes_is_rejected(run_main):
     fabricate("dtd", Path("data"), classes=4)
     line = refused(run_main(*DTD, "--classes", "new"), ["data"])
     assert "train with --classes base" in line
-    line = refused(run_main(*DTD, "--classes", "new", "--eval_only"), ["data"])
-    assert "there is no saved/tiny/dtd-base/" in line
+    Path("saved").mkdir()
+    Path("saved/other.safetensors").touch()
+    line = refused(run_main(*DTD, "--classes", "new", "--eval_only"), ["data", "saved"])
+    assert "there is no saved/tiny/dtd-base/" in line and "saved/other.safetensors" in line
 
 
 def test_a_half_without_test_images_is_rejected(run_main):

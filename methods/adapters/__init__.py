@@ -1,1 +1,1 @@
-"""Methods that train small matrices beside frozen weights of CLIP and merge them."""
+"""Methods that train small matrices, added to frozen weights of CLIP, and merge them."""

@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al., arXiv 2303.10512), from the library peft: B diag(E) A beside each weight, with A and B kept
+"""AdaLoRA (Zhang et al., arXiv 2303.10512), from the library peft: B diag(E) A added to each weight, with A and B kept
 nearly orthogonal by a penalty, and a budget of ranks that falls from 1.5 `rank` to `rank` a matrix on average while the
 least important entries of E are set to zero.
 

@@ -1,5 +1,5 @@
 """DoRA (Liu et al., arXiv 2402.09353), from the library peft: LoRA on the direction of each row of a weight, and the
-row's length as a trained weight beside it.
+row's length as a trained weight of its own.
 
 On the four matrices of each block that SO trains (peft_layers.py). No settings for CLIP are published. These are
 CLIP-LoRA's (lora.py), with its scaling alpha / sqrt(r), and without weight decay on the lengths.

@@ -7,7 +7,8 @@ own A and B, although CLIP stacks their matrices in one. A starts Kaiming-unifor
 
 Published: rank 2 on q, k and v of every block of both towers, alpha 1, dropout 0.25, AdamW with lr 2e-4 and weight
 decay 1e-2, cosine to 1e-6, 500 iterations a shot, batch 32, half precision autocast. Here float32 unless --precision
-bf16.
+bf16. Where each value is: rank, alpha, dropout, n_iters and early stop in LowRank (matrices.py), lr and batch size in
+Training (settings.py), weight decay in WEIGHT_DECAY (matrices.py); configs/clip_lora.yaml repeats them.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""What LoRA, DoRA and AdaLoRA share: small matrices beside frozen weights, which are saved without the weights and can
-be merged into them.
+"""What LoRA, DoRA and AdaLoRA share: small matrices added to frozen weights, saved without the weights, and merged into
+them.
 
 Two rules hold for all of them. A forward pass that records gradients computes the parts of the weights and of the
 matrices side by side, with dropout. A forward pass without gradients, as in evaluation, uses the merged weights, at the
@@ -33,7 +33,7 @@ class LowRank(BlockTraining):
     early_stop_loss: float = with_default(BlockTraining, "early_stop_loss", 0.0)
     rank: int = option(2, "rank of each update", at_least=1)
     alpha: float = option(1.0, "updates are scaled by alpha / sqrt(rank)", above=0)
-    dropout: float = option(0.25, "part of the branch's input that is dropped in training", at_least=0, below=1)
+    dropout: float = option(0.25, "dropout rate at the input of the added matrices", at_least=0, below=1)
 
 
 class SeededDropout(nn.Module):
@@ -64,7 +64,7 @@ class Matrices(Tensors):
 
 
 class Adapters(Adaptation):
-    """Matrices that are trained beside the model's weights.
+    """Matrices that are trained and added to the model's weights.
 
     A subclass sets FORMAT, the kind of its files, puts its matrices into the model before it calls `__init__`, and
     implements `merged_weights` and `remove`.
@@ -78,7 +78,7 @@ class Adapters(Adaptation):
         self.shares_prefix = experiment.hparams.dropout == 0  # with dropout each prompt draws for itself, as published
 
     def merged_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield each frozen weight that has matrices beside it, with the weight that replaces both."""
+        """Yield each frozen weight that has matrices added to it, with the weight that replaces both."""
         raise NotImplementedError
 
     def remove(self) -> None:

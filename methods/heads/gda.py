@@ -1,4 +1,4 @@
-"""GDA: Gaussian discriminant analysis of augmented views' features, beside CLIP's text classifier. Nothing is trained.
+"""GDA: Gaussian discriminant analysis of augmented views' features, added to CLIP's classifier. Nothing is trained.
 
 Source: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation" (ICLR 2024, arXiv 2402.04087),
 and the code of mrflogs/ICLR24. X are the unit features [N, E] of the training images' views, 10 of each (random crops
@@ -45,7 +45,7 @@ NEAREST, TEXT_COPIES = 64, 16  # for a new class: base views, and copies of its 
 class Hparams(Views):
     """The released settings, except alpha."""
 
-    gda_alpha: float = option(1.0, "weight of the Gaussian classifier beside CLIP's logits", at_least=0)
+    gda_alpha: float = option(1.0, "weight of the Gaussian classifier added to CLIP's logits", at_least=0)
     views: int = option(10, "augmented views of each training image", at_least=1)
 
 

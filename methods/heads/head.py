@@ -13,7 +13,7 @@ FORMAT = "clip-head-1"
 
 
 class Head(Adaptation):
-    """Tensors beside CLIP that make logits of frozen features. A subclass fills them in `build`, or by training.
+    """Tensors of its own that make logits of frozen features. A subclass fills them in `build`, or by training.
 
     Tensors that require a gradient are trained. All except integers count as weights that the method adds to CLIP.
     Those in `varying` have a row for each training image.

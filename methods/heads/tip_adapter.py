@@ -1,4 +1,4 @@
-"""Tip-Adapter: a cache of the training images' features beside CLIP's text classifier; nothing is trained.
+"""Tip-Adapter: a cache of the training images' features added to CLIP's classifier; nothing is trained.
 
 Source: Zhang et al., ECCV 2022 (arXiv 2111.03930, later 2207.09519), section 3, and the code of
 gaopengcuhk/Tip-Adapter. For unit image features f, text classifier T, keys F (a row per training image) and their
@@ -34,7 +34,7 @@ from .head import Head
 class Cache(Base):
     """The base of the paper's ablations, as far as known: alpha 1, beta 5.5."""
 
-    tip_alpha: float = option(1.0, "residual ratio, weight of the cache beside CLIP's logits", at_least=0)
+    tip_alpha: float = option(1.0, "residual ratio, weight of the cache added to CLIP's logits", at_least=0)
     tip_beta: float = option(5.5, "sharpness of the cache's affinities", at_least=0)
     cache_passes: int = option(10, "augmented views of an image whose mean is its key", at_least=1)
 

@@ -38,7 +38,7 @@ class Hparams(Training):
     batch_size: int = with_default(Training, "batch_size", 256)  # images that are read at a time
     early_stop_loss: float = with_default(Training, "early_stop_loss", 0.0)
     min_area: float = with_default(Training, "min_area", 0.5)
-    prolip_lambda: float = option(1.0, "the penalty's lambda times shots; 1 means lambda = 1 / shots", at_least=0)
+    prolip_lambda: float = option(1.0, "lambda = this value / shots", at_least=0)
 
 
 class ProLIP(Adaptation):

@@ -17,13 +17,9 @@ class Sparse(BlockTraining):
     other ones: configs/so_paper.yaml."""
 
     density_ratio: float = option(
-        5e-5,
-        "fraction of each matrix's entries that have a gradient and moments",
-        above=0,
-        at_most=1,
-        complement="s",
+        5e-5, "fraction of each matrix's entries that have a gradient and moments", above=0, at_most=1, complement="s"
     )
-    t: int = option(5, "iterations between two draws of the support", at_least=1)
+    t: int = option(5, "iterations between two random draws of the entries that get a gradient", at_least=1)
     prune_first: bool = option(False, "prune before the update, as in the paper's equation; released: after it")
 
 
