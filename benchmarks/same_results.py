@@ -1,8 +1,8 @@
 """Proof that a refactoring changed nothing but the shape: the same short runs with two versions of the code, compared.
 
-    python -m benchmarks.same_results run --code ../before --out /tmp/before     # about 5 minutes on a core of its own
-    python -m benchmarks.same_results run --code . --out /tmp/after
-    python -m benchmarks.same_results compare /tmp/before /tmp/after
+    python -m benchmarks.same_results run --code ../before --out ../same_before  # about 5 minutes on a core of its own
+    python -m benchmarks.same_results run --code . --out ../same_after
+    python -m benchmarks.same_results compare ../same_before ../same_after
 
 `run` calls `main.py` of the checkout CODE, of any commit, for each of RUNS. All paths are relative to the new folder
 OUT; only the images lie elsewhere, in IMAGES, because data_sha256 and run_id depend on their path. Compare on one

@@ -38,7 +38,7 @@ def commands(text, program):
 
 @pytest.fixture
 def data(tmp_path):
-    """What the commands ask for: DTD, and one's own pictures."""
+    """What the commands ask for: DTD, and your own images."""
     fabricate("dtd", tmp_path / "data", classes=4)
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     for label, name in enumerate(("fox", "hen")):
