@@ -59,7 +59,8 @@ class Config:
         in_force = next((name for name in ("total_iters", "epochs", "n_iters") if values.get(name) is not None), None)
         left_out = {"force", "wait", *LENGTHS} - {in_force}
         values = {name: value for name, value in values.items() if name not in left_out}
-        return yaml.safe_dump(values | {"template": list(self.settings.template)}, sort_keys=False)
+        values |= {"template": list(self.settings.template)}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))  # a setting a line
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     layers = [("command line", given)]
     if "config" in given:
         path = Path(given.pop("config"))
-        layers.insert(0, (f"--config {path}", read_config(path)))
+        layers.insert(0, (f"--config {path}", read_config(path, given.get("method"))))
     method, dataset = _last(layers, "method"), _last(layers, "dataset")
     if method not in METHODS:
         raise UserError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -79,24 +80,29 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         _parser(method).print_help()
         raise SystemExit(0)
     shows = given.pop("print_config", False)
-    _reject_foreign_flags(given, method)
+    given |= _own_flags(given, method)
     if dataset == "digits":
         if "root_path" in given and not any("dataset" in layer for _, layer in layers):
             note("--root_path is not used by the embedded digits; for your own images add --dataset folder")
-        layers.insert(0, ("configs/digits.yaml", read_config(QUICK_START)))
+        layers.insert(0, ("configs/digits.yaml", read_config(QUICK_START, method)))
     published = Path(METHODS[method].__file__).with_suffix(".yaml")
     if published.is_file():
-        layers.insert(0, (f"published, {published.name}", read_config(published)))
+        layers.insert(0, (f"published, {published.name}", read_config(published, method)))
     chosen = {"methods": method, "by_shots": _last(layers, "shots"), "datasets": dataset}
     values = Layers(method)
     for source, layer in layers:
-        for part in _sections(source, layer, chosen):
-            values.add(*part)
-    config = values.config()
+        for _, where, part in sorted(_sections(source, layer, chosen), key=lambda part: part[0]):
+            values.add(where, part)
+    asked = values.config()
+    config = _evaluated(_checked(asked), given) if asked.settings.eval_only else _checked(asked)
     if shows:
-        print(values.described(config), end="")
+        if asked.settings.eval_only:
+            values.sources |= dict.fromkeys((*values.own, "tuned_on", "draw"), str(config.settings.weights_file))
+        as_asked = {name: getattr(asked.settings, name) for name in ("device", "workers")}  # for other machines too
+        shown = dataclasses.replace(config, settings=dataclasses.replace(config.settings, **as_asked))
+        print(values.described(shown), end="")
         raise SystemExit(0)
-    return _evaluated(_checked(config), given) if config.settings.eval_only else _checked(config)
+    return config
 
 
 def _last(layers: Sequence[tuple[str, dict]], name: str) -> Any:
@@ -173,6 +179,8 @@ def _checked(config: Config) -> Config:
     settings = dataclasses.replace(settings, device=choose_device(settings.device), workers=workers)
     if config.search:
         config.candidates()  # raises for values out of range
+        if settings.test_part == "val":
+            raise UserError("--search chooses on val images, which --test_part val tests on; leave one of them out")
     return dataclasses.replace(config, settings=settings)
 
 
@@ -183,7 +191,7 @@ def _check_saved(settings: Settings) -> None:
     if settings.save_path is None:
         raise UserError("--eval_only needs --save_path, the folder given when the weights were saved")
     if not settings.weights_file.is_file():
-        saved = sorted(map(str, Path(settings.save_path).rglob("*.safetensors")))[:3]
+        saved = sorted(map(str, Path(settings.save_path).glob("*/*/*/*/*.safetensors")))[:3]
         there = f" (found: {', '.join(saved)})" if saved else ""
         raise UserError(f"--eval_only: there is no {settings.weights_file}{there}; check --save_path and the settings")
 
@@ -258,7 +266,9 @@ def _parser(method: str | None = None) -> Parser:
             group.add_argument(f"--{name}", action="append", metavar="TEXT", help=text)
         else:
             choices = about["choices"] and "{" + ",".join(about["choices"]) + "}"
-            group.add_argument(f"--{name}", type=about["kind"], metavar=choices, help=text)
+            # Two methods may have a flag of one name in different types: `_own_flags` gives it that of the chosen one.
+            kind = about["kind"] if name in Settings.__dataclass_fields__ else str
+            group.add_argument(f"--{name}", type=kind, metavar=choices, help=text)
     text = "values of a hyperparameter, to choose from by accuracy on few-shot val images; repeated: all combinations"
     groups["training"].add_argument("--search", action="append", metavar="NAME=VALUE,VALUE,...", help=text)
     output = groups["output"]
@@ -268,21 +278,23 @@ def _parser(method: str | None = None) -> Parser:
     return parser
 
 
-def _reject_foreign_flags(given: dict[str, Any], method: str) -> None:
-    """Raise UserError for flags on the command line that only other methods have."""
-    known = _flags(Settings).keys() | _flags(METHODS[method].Hparams).keys() | {"search", "config"}
+def _own_flags(given: dict[str, Any], method: str) -> dict[str, Any]:
+    """Return the method's own flags on the command line, in their types. Raise UserError for those of other methods."""
+    own = _flags(METHODS[method].Hparams)
+    known = _flags(Settings).keys() | own.keys() | {"search", "config"}
     for name in given.keys() - known:
         owners = [other for other, module in METHODS.items() if name in _flags(module.Hparams)]
         raise UserError(f"--method {method} has no flag --{name}, only {', '.join(owners)} (--method NAME --help)")
+    return {name: _typed(given[name], own[name], f"--{name}") for name in given.keys() & own.keys()}
 
 
 # --- config files
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, method: str | None = None) -> dict[str, Any]:
     """Return the settings in a YAML file, each in its type, with the sections `methods` and `datasets` as dicts.
 
-    Raise UserError that names the file, the key and the remedy.
+    Types are those of the settings of `method`, by default the file's own. Raise UserError with file, key and remedy.
     """
     where = f"--config {path}"
     known = _flags(Settings)
@@ -293,6 +305,9 @@ def read_config(path: Path) -> dict[str, Any]:
         content.keys() & {"rows", "seeds"} or list in (type(content.get("methods")), type(content.get("datasets")))
     ):
         raise UserError(f"{where}: this is a grid for scripts/sweep.py --grid")
+    chosen = method or (content.get("method") if isinstance(content, dict) else None) or Settings.method
+    if chosen in METHODS:
+        known |= _flags(METHODS[chosen].Hparams)
     return _section(content, where, known)
 
 
@@ -334,18 +349,18 @@ def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) ->
     for name, part in content.items():
         if isinstance(part, dict) and part.keys() & {"method", "shots", "dataset"}:
             raise UserError(f"{where}: {name}: method, shots and dataset choose between sections; write them outside")
-        inside = _flags(Settings) | _flags(METHODS[name].Hparams) if kind == "methods" else known
+        inside = known | _flags(METHODS[name].Hparams) if kind == "methods" else known
         parts[name] = _section(part, f"{where}: {name}", inside)
     return parts
 
 
-def _sections(source: str, layer: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, dict]]:
-    """Return a layer as several: its general settings, then those for the method, the shots and the dataset that are
-    `chosen`."""
-    parts = [(source, {name: value for name, value in layer.items() if name not in SECTIONS})]
+def _sections(source: str, layer: dict[str, Any], chosen: dict[str, Any], depth: int = 0) -> list[tuple]:
+    """Return a layer as several (depth, source, settings): its general settings, then those for the method, the shots
+    and the dataset that are `chosen`. The deeper a section, the more special it is."""
+    parts = [(depth, source, {name: value for name, value in layer.items() if name not in SECTIONS})]
     for section in SECTIONS:
         own = layer.get(section, {}).get(chosen[section])
-        parts += _sections(f"{source}, {section}: {chosen[section]}", own, chosen) if own else []
+        parts += _sections(f"{source}, {section}: {chosen[section]}", own, chosen, depth + 1) if own else []
     return parts
 
 

@@ -14,6 +14,7 @@ import os
 # are shared with other programs, long spinning makes a small model's run ten times slower (GNU OpenMP, so on Linux).
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+import copy
 import dataclasses
 import signal
 import sys
@@ -129,10 +130,11 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
             experiment, run.config.candidates(), run.config.search, checkpoints
         )
         experiment = dataclasses.replace(experiment, hparams=hparams)
-    zero_shot = train.zero_shot(experiment)  # before a method touches the model
+    untouched = dataclasses.replace(experiment, model=copy.deepcopy(experiment.model))
     own = checkpoints("training")
     adaptation, batches = train.prepare(experiment, own.number)
-    introduce(run, adaptation, zero_shot, f"on {run.task.name}", "trains")
+    zero_shot = introduce(run, untouched, adaptation, f"on {run.task.name}", "trains")
+    del untouched
     if own.number:
         print(f"resumes after iteration {own.number}, where this run was stopped")
     with run.log() as log:
@@ -147,44 +149,53 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
     if run.weights:
         adaptation.saved.save(run.weights, experiment.base_sha256, run.metadata(experiment.hparams))
     result = {"test_accuracy": accuracy, "zero_shot_accuracy": zero_shot, "eval_seconds": eval_seconds}
-    result |= {"search_seconds": search_seconds, "tuned_on": "val" if trials else run.settings.tuned_on}
+    result |= {"search_seconds": search_seconds}
     return run.record(experiment, result, adaptation, fit, trials)
 
 
 def evaluate_saved(run: Run, experiment: Experiment) -> dict:
     """Test weights that were saved before, and return the run's record."""
-    zero_shot = train.zero_shot(experiment)
+    untouched = dataclasses.replace(experiment, model=copy.deepcopy(experiment.model))
     adaptation = train.adapt(experiment)
-    introduce(run, adaptation, zero_shot, f"trained on {run.settings.dataset}, tested on {run.task.name}", "evaluates")
+    on = f"trained on {run.settings.dataset}, tested on {run.task.name}"
+    zero_shot = introduce(run, untouched, adaptation, on, "evaluates")
     adaptation.saved.load(run.weights, experiment.base_sha256)
     note_other_split(run)
     start = time.perf_counter()
     accuracy = train.evaluate(experiment, adaptation)
     result = {"test_accuracy": accuracy, "zero_shot_accuracy": zero_shot, "eval_seconds": time.perf_counter() - start}
+    with run.log() as log:
+        log({"iteration": 0, "test_accuracy": accuracy})
     return run.record(experiment, result, adaptation)
 
 
 def test_zero_shot(run: Run, experiment: Experiment) -> dict:
     """Test the model as it is, and return the run's record."""
-    accuracy = train.zero_shot(experiment)
-    introduce(run, None, accuracy, f"on {run.task.name}", "trains")
+    accuracy = introduce(run, experiment, None, f"on {run.task.name}", "trains")
+    with run.log() as log:
+        log({"iteration": 0, "test_accuracy": accuracy})
     return run.record(experiment, {"test_accuracy": accuracy, "zero_shot_accuracy": accuracy, "eval_seconds": 0.0})
 
 
-def introduce(run: Run, adaptation: Adaptation | None, zero_shot: float, on: str, does: str) -> None:
-    """Print what the run is about, and the zero-shot accuracy in per cent."""
+def introduce(run: Run, untouched: Experiment, adaptation: Adaptation | None, on: str, does: str) -> float:
+    """Print what the run is about and the zero-shot accuracy, and return it in per cent.
+
+    `untouched` has the model as it was before the method prepared it.
+    """
     settings, classes = run.settings, len(run.task.class_names)
     tensors, weights = (len(adaptation.parameters), adaptation.trainable_weights) if adaptation else (0, 0)
     print(
         f"{settings.method} {on} ({classes} classes), shots {settings.shots}, seed {settings.seed}, "
         f"{settings.backbone} on {settings.device}: {does} {tensors} tensors, {weights:,} weights"
     )
+    zero_shot = train.zero_shot(untouched)
     print(f"zero-shot accuracy {zero_shot:.2f} % on {len(run.task.test)} {settings.test_part} images")
+    return zero_shot
 
 
 def note_other_split(run: Run) -> None:
     """Say on stderr that the user's images have another test part than when the weights were trained."""
-    if "test" not in run.task.parts_to_record or run.settings.classes == "new":
+    if "test" not in run.task.parts_to_record or run.settings.classes == "new" or run.settings.test_part != "test":
         return
     if checkpoint_metadata(run.weights).get("test_sha256") != run.task.test_sha256:
         note(

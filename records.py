@@ -46,6 +46,7 @@ class RecordFolder:
         self.results, self.run_id = Path(results), run_id
         self.path = self.results / run_id
         self.table = self.results / "results.csv"
+        self.lock_file = self.results / f".{run_id}.lock"  # not in the folder, which somebody may delete
 
     @contextlib.contextmanager
     def locked(self, wait: bool) -> Iterator[None]:
@@ -68,12 +69,12 @@ class RecordFolder:
 
     def _lock(self, wait: bool) -> FileLock:
         try:
-            return acquire_lock(self.path / ".lock", seconds=0)
+            return acquire_lock(self.lock_file, seconds=0)
         except Timeout:
             if not wait:
                 raise UserError(f"another process is doing the run {self.path}; --wait waits for it") from None
         print(f"another process is doing the run {self.path}; waiting for it", flush=True)
-        return acquire_lock(self.path / ".lock", seconds=-1)
+        return acquire_lock(self.lock_file, seconds=-1)
 
     def read(self) -> dict | None:
         """Return the record, or None if this run is not done."""

@@ -116,6 +116,11 @@ class Run:
         return self.folder.run_id
 
     @property
+    def tuned_on(self) -> str:
+        """The images that the hyperparameters in force were chosen on."""
+        return "val" if self.config.search else self.settings.tuned_on
+
+    @property
     def template(self) -> str:
         """The prompts as they are recorded."""
         return " | ".join(self.task.templates)
@@ -127,7 +132,7 @@ class Run:
         used = {"split_sha256": self.task.split_sha256, "data_sha256": self.task.data_sha256, "template": self.template}
         if record is None or any(record.get(name) != value for name, value in used.items()):
             return None
-        nothing_changed = record["trainable_weights"] == 0 == record["changed_weights"]
+        nothing_changed = record.get("trainable_weights") == 0 == record.get("changed_weights")
         if self.weights is None or not self.config.trains or nothing_changed:
             return record
         return record if checkpoint_metadata(self.weights).get("run_id") == self.id else None
@@ -175,6 +180,8 @@ class Run:
             yield
 
     def _say_how_to_resume(self, error: BaseException) -> None:
+        if isinstance(error, UserError):
+            return  # the same command would end in the same way
         if self.settings.force and self.finished() is not None:
             self.folder.forget_checkpoints()  # without --force this run is done already
         elif any(self.folder.path.glob(CHECKPOINTS)):
@@ -209,7 +216,7 @@ class Run:
 
     def metadata(self, hparams: Hparams) -> dict[str, str]:
         """Return what a weight file says of its run, so that its use elsewhere needs no other file."""
-        settings = dataclasses.asdict(self.settings) | dataclasses.asdict(hparams)
+        settings = dataclasses.asdict(self.settings) | dataclasses.asdict(hparams) | {"tuned_on": self.tuned_on}
         return {
             "run_id": self.id,
             "method": self.settings.method,
@@ -249,11 +256,11 @@ class Run:
             "changed_weights": adaptation.saved.changed_weights() if adaptation else 0,
             "optimizer_bytes": adaptation.optimizer_bytes if adaptation else 0,
             "checkpoint_bytes": self.weights.stat().st_size if adaptation and self.weights else None,
-            "tuned_on": settings.tuned_on,
-            "searched": "; ".join(f"{name}={','.join(map(str, v))}" for name, v in self.config.search.items()) or None,
+            "tuned_on": self.tuned_on,
+            "searched": "; ".join(f"{n} of {', '.join(map(str, v))}" for n, v in self.config.search.items()) or None,
             **result,
             "draw": self._draw(),
-            "epochs": getattr(self.config.hparams, "epochs", None),
+            "epochs": getattr(experiment.hparams, "epochs", None) if self.config.trains else None,
             "prompts": "own" if settings.template else settings.prompts,
             "root_path": _as_text(Path(settings.root_path).expanduser().resolve()) if own_data else None,
             "template": self.template,

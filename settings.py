@@ -87,7 +87,7 @@ class Options:
                 raise UserError(f"--{f.name} must be one of {', '.join(choices)}, not {value!r}")
             if bounds and not (math.isfinite(value) and all(_HOLDS[word](value, b) for word, b in bounds.items())):
                 wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
-                raise UserError(f"--{f.name} must be {wanted}, not {value}")
+                raise UserError(f"--{f.name} must be a finite number, {wanted}, not {value}")
 
 
 MAX_SHOTS = 10_000  # no class of the datasets has more images; lists of repeats beyond it would fill the memory

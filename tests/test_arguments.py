@@ -12,7 +12,7 @@ from arguments import parse
 from common import UserError
 from methods import METHODS
 from run_utils import run_identity
-from settings import Settings
+from settings import Settings, option
 
 DTD = ("--dataset", "dtd", "--root_path", "data")
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -89,7 +89,6 @@ def test_sections_are_for_a_method_a_number_of_shots_and_a_dataset(config):
     [
         ("methods: 7\n", "methods"),
         ("methods:\n  sso: {lr: 1}\n", "methods"),
-        ("methods:\n  so: {rank: 1}\n", "methods: so"),
         ("methods:\n  so: 7\n", "methods: so"),
         ("datasets:\n  cifar: {lr: 1}\n", "datasets"),
         ("by_shots:\n  few: {lr: 1}\n", "by_shots"),
@@ -281,3 +280,36 @@ def test_null_in_a_config_file_is_rejected_where_it_has_no_meaning(config):
     nulls = config("".join(f"{name}: null\n" for name in optional))
     assert nulls == parse([])  # it leaves the number of iterations to the other layers
     assert config("total_iters: 5\nepochs: null\n").hparams.settled(1, 10).total_iters == 5
+
+
+def test_what_is_printed_is_the_same_run_whatever_its_texts_hold(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "a folder: with blanks, and a name - that is # much longer than eighty characters" / "images"
+    root.mkdir(parents=True)
+    flags = ("--method", "coop", "--dataset", "dtd", "--root_path", str(root), "--ctx_init", "a photo of a " * 9)
+    with pytest.raises(SystemExit):
+        parse([*flags, "--print_config"])
+    Path("printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert parse(["--config", "printed.yaml"]) == parse(flags)
+
+
+def test_the_deeper_section_wins(config):
+    text = "methods: {so: {datasets: {digits: {t: 7}}}}\ndatasets: {digits: {t: 9, lr: 0.5}}\n"
+    assert (config(text).hparams.t, config(text).hparams.lr) == (7, 0.5)
+
+
+def test_methods_may_have_a_flag_of_one_name_in_different_types(monkeypatch, config):
+    @dataclasses.dataclass(frozen=True)
+    class Odd(METHODS["adam"].Hparams):
+        support: int = option(1, "so_ablation has a word of that name")
+        views: float = option(0.5, "gda has a whole number of that name")
+
+    monkeypatch.setattr(METHODS["adam"], "Hparams", Odd)
+    for odd in (
+        parse(["--method", "adam", "--support", "3", "--views", "0.25"]),
+        config("method: adam\nsupport: 3\nviews: 0.25\n"),
+    ):
+        assert (odd.hparams.support, odd.hparams.views) == (3, 0.25)
+    assert parse(["--method", "gda", "--views", "2"]).hparams.views == 2
+    with pytest.raises(UserError, match="--views"):
+        parse(["--method", "gda", "--views", "0.25"])

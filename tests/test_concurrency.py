@@ -116,7 +116,7 @@ def test_a_killed_process_leaves_its_run_to_others(tmp_path, started):
     try:
         os.kill(worker.value, 0)  # is there
         with folder.locked(wait=False):
-            assert [path.name for path in folder.path.iterdir()] == [".lock"]
+            assert [path.name for path in folder.path.iterdir()] == []
     finally:
         os.kill(worker.value, signal.SIGKILL)
 

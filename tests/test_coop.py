@@ -101,8 +101,23 @@ def test_shared_vectors_serve_other_classes_and_class_specific_ones_do_not(tmp_p
             assert torch.equal(other.vectors, adaptation.vectors)
 
 
+def test_a_full_stop_may_be_one_token_with_the_name():
+    task = Task("noise", ("kite (bird of prey)", "cat"), ("{}",), (), (), (), None)
+    adaptation = METHODS["coop"].prepare(experiment_of("coop", task=task, total_iters=6, ctx_init="a photo of a"))
+    expected = utils.text_classifier(adaptation.model, task.class_names, ["a photo of a {}."])
+    torch.testing.assert_close(adaptation.text_classifier(), expected, rtol=0, atol=1e-6)
+
+
+def test_an_odd_number_of_vectors_has_the_smaller_half_in_front():
+    adaptation = coop(n_ctx=5, class_position="middle")
+    places = adaptation._prompt("cat", 0)[1]
+    assert places[:8] == [-1, 0, 1, -1, 2, 3, 4, -1]
+
+
 def test_impossible_prompts_are_rejected():
     with pytest.raises(UserError, match="--ctx_init"):
         coop(ctx_init="a photo of a", csc=True)
     with pytest.raises(UserError, match=f"{TASK.class_names[0]!r}.*--n_ctx"):
-        coop(n_ctx=76).text_features()
+        coop(n_ctx=76)
+    with pytest.raises(UserError, match="--ctx_init"):
+        coop(ctx_init=" ")

@@ -19,7 +19,7 @@ def test_a_run_leaves_its_records(run_main):
     code, record, out, _ = run_main(*QUICK, "--early_stop_loss", 0)
     assert code == 0
     folder = Path("results") / record["run_id"]
-    files = {"config.yaml", "result.json", "split.json", "curve.csv", "timing.csv", ".lock"}
+    files = {"config.yaml", "result.json", "split.json", "curve.csv", "timing.csv"}
     assert {path.name for path in folder.iterdir()} == files
     assert json.loads((folder / "result.json").read_text()) == record
     (row,) = pd.read_csv("results/results.csv").itertuples()

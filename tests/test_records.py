@@ -201,7 +201,7 @@ def test_a_record_is_written_before_checkpoints_are_removed_and_the_table_last(t
         patch.setattr(records, "rebuild_table", killed)
         with pytest.raises(Killed):
             write(tmp_path)
-    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "curve.csv", "result.json"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["curve.csv", "result.json"]
     assert folder.read()["seed"] == 3 and not folder.table.exists()
     write(tmp_path, seed=4)
     assert list(pd.read_csv(folder.table).seed) == [3, 4]

@@ -236,7 +236,7 @@ def test_a_stop_before_the_first_checkpoint_says_so(run_main, monkeypatch):
     assert code == 130 and "--save_every" in err and err.endswith("interrupted\n")
     code, _, _, err = run_main("--method", "tip_adapter", "--shots", 1)
     assert (code, err) == (130, "interrupted\n")  # without iterations there are no checkpoints to speak of
-    assert not [path for path in Path("results").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert not [path for path in Path("results").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 # --- TensorBoard

@@ -103,7 +103,7 @@ def test_the_best_on_val_is_trained_and_recorded(run_main, monkeypatch):
     _, plain, _, _ = run_main(*flags, *chosen, *in_folder("plain"))
     found, expected = outcome("searched", record), outcome("plain", plain)
     assert found["files"].pop("search.csv") and found["record"].pop("run_id") != expected["record"].pop("run_id")
-    assert found["record"].pop("searched") == "lr=1e-05,0.003; density_ratio=0.01,0.05"
+    assert found["record"].pop("searched") == "lr of 1e-05, 0.003; density_ratio of 0.01, 0.05"
     assert expected["record"].pop("searched") is None
     assert found == expected and "test_accuracy" in found["files"]["curve.csv"]
 
@@ -207,6 +207,7 @@ def test_a_record_says_on_what_its_settings_were_chosen(run_main, tmp_path):
     dtd = (*flags, "--dataset", "dtd", "--backbone", "tiny", "--root_path", tmp_path / "data")
     assert run_main(*dtd)[1]["tuned_on"] == "none"
     assert run_main(*dtd, "--tuned_on", "test", "--seed", 2)[1]["tuned_on"] == "test"
-    assert run_main(*dtd, "--search", "lr=1e-3,1e-4")[1]["tuned_on"] == "val"
+    assert run_main(*dtd, "--search", "lr=1e-3,1e-4", "--save_path", "w")[1]["tuned_on"] == "val"
+    assert run_main(*dtd, "--save_path", "w", "--eval_only")[1]["tuned_on"] == "val"  # the weights say so
     assert run_main(*flags)[1]["tuned_on"] == "val"  # configs/digits.yaml says so
     assert run_main("--shots", 1, "--method", "zero_shot")[1]["tuned_on"] == "none"

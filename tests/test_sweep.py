@@ -214,7 +214,7 @@ def test_a_grid_is_all_combinations_with_the_first_seed_first():
             "static": {"config": str(PROJECT / "configs" / "ablations" / "static_support.yaml")},
             "searched": {"method": "so", "search": {"lr": ["1e-4", 0.1]}, "flip": True, "template": ["a {}", "b {}"]},
         },
-        settings={"total_iters": 7, "lr": 5, "test_part": "val"},
+        settings={"total_iters": 7, "lr": 5, "draw": "coop"},
         shots=[1, 4],
         seeds=[2, 1],
     )
@@ -222,8 +222,8 @@ def test_a_grid_is_all_combinations_with_the_first_seed_first():
     assert [(cell.settings.seed, cell.settings.shots, cell.settings.method) for cell in found] == [
         (seed, shots, method) for seed in (2, 1) for shots in (1, 4) for method in ("so_ablation", "so", "lora")
     ]
-    shared = {(c.settings.dataset, c.settings.test_part, c.settings.wait, c.config.hparams.lr) for c in found}
-    assert shared == {("digits", "val", True, 3e-4)}
+    shared = {(c.settings.dataset, c.settings.draw, c.settings.wait, c.config.hparams.lr) for c in found}
+    assert shared == {("digits", "coop", True, 3e-4)}
     static, searched, lora = [cell.config for cell in found[:3]]
     assert static.hparams.support == "static" and not static.search and lora.hparams.total_iters == 7
     assert searched.search == {"lr": [1e-4, 0.1]} and searched.settings.template == ("a {}", "b {}")

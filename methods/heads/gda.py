@@ -20,7 +20,6 @@ ImageNet on the test images. Here alpha is 1 unless it is given; configs/gda_sea
 few-shot validation images. The prompts are those of all methods (--prompts), where that code uses each dataset's own.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +73,8 @@ class GDA(Head):
         means = torch.stack([views[labels == label].mean(dim=0) for label in range(len(task.class_names))])
         if isinstance(self.saved, WithViews):
             self.saved.tensors["views"] = features
-            covariances = [views[labels == label].T.cov() for label in range(len(means))]
-            precision = torch.linalg.pinv(torch.stack(covariances).mean(dim=0))
+            covariances = (views[labels == label].T.cov() for label in range(len(means)))  # one at a time: memory
+            precision = torch.linalg.pinv(sum(covariances) / len(means))
         else:
             precision = shrunk_precision(views - means[labels])
         self.take(means, precision)
@@ -116,11 +115,11 @@ class WithViews(Tensors):
         return sum(self.tensors[name].numel() for name in ("weight", "bias"))
 
     def load(self, path: Path, base_sha256: str) -> None:
-        saved, metadata = read_adapted(path, self.format, base_sha256)
-        if json.loads(metadata["class_names"]) == self.class_names or "views" not in saved:
-            super().load(path, base_sha256)
-        else:
+        saved, _ = read_adapted(path, self.format, base_sha256)
+        if self.head.experiment.settings.classes == "new" and "views" in saved:
             self.head.build_new(saved["views"])
+        else:
+            super().load(path, base_sha256)
 
 
 def prepare(experiment: Experiment[Hparams]) -> GDA:

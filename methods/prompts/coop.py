@@ -58,8 +58,11 @@ class Hparams(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ctx_init and self.csc:
-            raise UserError("--ctx_init starts shared vectors; leave it out with --csc")
+        if self.ctx_init:
+            words = len(tokenizer().encode(self.ctx_init))
+            if self.csc or not words:
+                raise UserError("--ctx_init takes words that shared vectors start at; leave it out with --csc")
+            object.__setattr__(self, "n_ctx", words)
 
 
 class CoOp(Adaptation):
@@ -86,6 +89,7 @@ class CoOp(Adaptation):
         epochs = -(-hparams.total_iters // per_epoch)
         factor = epoch_cosine(hparams.lr, epochs, per_epoch, WARMUP_LR)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        _ = self.prompts  # class names that are too long are found now
 
     @cached_property
     def prompts(self) -> PackedPrompts:
@@ -105,16 +109,18 @@ class CoOp(Adaptation):
         `first` is the row of the class's first vector. Raise UserError for a name that is too long.
         """
         bpe, longest = tokenizer(), self.model.arch.context_length
-        vectors, words = list(range(first, first + self.length)), bpe.encode(name)
+        vectors, words = list(range(first, first + self.length)), bpe.encode(f"{name}.")
+        end = words[len(bpe.encode(name)) :]  # the full stop, unless it is one token with the name's last character
+        words = words[: len(words) - len(end)]
         before = {"end": self.length, "middle": self.length // 2, "front": 0}[self.experiment.hparams.class_position]
-        places = [-1, *vectors[:before], *[-1] * len(words), *vectors[before:], -1, -1]  # start, ..., full stop, end
+        places = [-1, *vectors[:before], *[-1] * len(words), *vectors[before:], *[-1] * len(end), -1]
         if len(places) > longest:
             raise UserError(
                 f"the class name {name!r} and {self.length} vectors take {len(places)} tokens, and CLIP has {longest}; "
                 "lower --n_ctx or shorten the name"
             )
         filler = bpe.encode("x")[0]  # any token: the vectors replace it
-        ids = [bpe.ids[START], *[filler] * before, *words, *[filler] * (self.length - before), *bpe.encode(".")]
+        ids = [bpe.ids[START], *[filler] * before, *words, *[filler] * (self.length - before), *end]
         padding = longest - len(places)
         return [*ids, bpe.ids[END], *[0] * padding], [*places, *[-1] * padding]
 

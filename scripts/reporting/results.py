@@ -72,7 +72,7 @@ def read_results(folder: Path) -> Results:
     Raise UserError that names what is missing or damaged.
     """
     paths, notes = sorted(folder.glob("*/result.json")), []
-    records = [record | _searched(path.parent) for path in paths if (record := read_record(path)) is not None]
+    records = [_searched(path.parent) | record for path in paths if (record := read_record(path)) is not None]
     if len(records) < len(paths):
         notes.append(f"{len(paths) - len(records)} of {len(paths)} records are damaged and left out.")
     if paths and not records:
