@@ -20,11 +20,10 @@ import datasets
 from clip.delta import checkpoint_metadata
 from common import Parser, UserError, note
 from methods import METHODS, saved_settings
-from settings import LENGTHS, Hparams, Settings, check_data, check_output, choose_device
+from settings import GROUPS, LENGTHS, Hparams, Settings, check_data, check_output, choose_device
 
 QUICK_START = Path(__file__).resolve().parent / "configs" / "digits.yaml"
 SECTIONS = ("methods", "by_shots", "datasets")  # of config files: settings for one method, number of shots, dataset
-GROUPS = ("data", "model", "method", "training", "machine", "output")  # of --help
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import clip
 import datasets
 import utils
 from clip.preprocess import train_transform
+from common import progress
 from datasets import Item, Task
 from settings import Hparams, Settings
 
@@ -122,7 +123,7 @@ class Experiment(Generic[H]):
             with self.autocast():
                 parts = [
                     self.model.encode_image(images.to(self.device, non_blocking=True)).float()
-                    for images, _ in utils.progress(loader, "augmented views")
+                    for images, _ in progress(loader, "augmented views")
                 ]
             self.features[key] = torch.cat(parts).unflatten(0, (views, -1))
         return self.features[key]

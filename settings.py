@@ -56,9 +56,8 @@ def option(
 
 
 # The headings of --help.
-data, model, training, machine, output = (
-    partial(option, group=group) for group in ("data", "model", "training", "machine", "output")
-)
+GROUPS = ("data", "model", "method", "training", "machine", "output")
+data, model, _, training, machine, output = (partial(option, group=group) for group in GROUPS)
 
 
 def with_default(options: type, name: str, default: Any) -> Any:

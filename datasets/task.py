@@ -1,6 +1,5 @@
 """A dataset once it is read: items, a task, and how the file of an item becomes an image."""
 
-import contextlib
 import hashlib
 import os
 import struct
@@ -98,17 +97,23 @@ def check_images_exist(task: Task) -> None:
     if task.image_root is None:
         return
     listed: dict[str, set[str]] = {}
+    denied: dict[str, str] = {}
     missing = []
     for path in dict.fromkeys(item.path for item in (*task.train, *task.val, *task.test)):
         folder, _, name = path.rpartition("/")
         if folder not in listed:
             listed[folder] = set()
-            with contextlib.suppress(OSError):
+            try:
                 listed[folder] = set(os.listdir(task.image_root / folder))
+            except OSError as error:
+                denied[folder] = error.strerror if isinstance(error, PermissionError) else ""
         # A disk that ignores letter case lists a file under another name than it can be opened with.
         if name not in listed[folder] and not os.path.exists(task.image_root / path):
             missing.append(path)
     if missing:
+        folder = missing[0].rpartition("/")[0]
+        if denied.get(folder):
+            raise DatasetError(f"folder {task.image_root / folder}: {denied[folder]}; change its permissions")
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DatasetError(
             f"image {task.image_root / missing[0]}{more} of {task.name} cannot be found; {task.if_missing}"

@@ -74,12 +74,21 @@ def test_a_second_process_is_rejected_or_waits(run_main, started, monkeypatch):
     assert code == 0 and "waiting" in out
 
 
-def test_two_runs_at_once_do_not_write_the_same_weights(tmp_path, monkeypatch):
+def test_two_processes_do_not_write_the_same_weights(tmp_path, monkeypatch, started):
     monkeypatch.chdir(tmp_path)
     words = ["--shots", "1", "--save_path", "weights"]
     (first,), (second,) = (entry.planned(parse([*words, "--lr", lr])) for lr in ("0.1", "0.2"))
-    with first.claimed(), pytest.raises(UserError, match=r"so\.safetensors.*--filename"), second.claimed():
+
+    def hold(ready):
+        with first.claimed():
+            ready.set()
+            time.sleep(60)
+
+    process = started(hold)
+    with pytest.raises(UserError, match=r"so\.safetensors.*--filename"), second.claimed():
         pass
+    process.kill()
+    process.join()
     with second.claimed():  # free again
         pass
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import sys
 import types
 from collections import Counter
@@ -76,6 +77,15 @@ def test_a_replay_of_another_seed_uses_its_images_and_is_another_run(run_main, f
     assert len({first["run_id"], other["run_id"], replayed["run_id"]}) == 3
     _, reread, out, _ = run_main(*QUICK, *flags["dtd"], "--seed", 2, "--split", split_of(replayed))
     assert "already done" in out and reread == replayed, "the same images from a file elsewhere are the same run"
+
+
+def test_val_images_of_a_split_may_not_be_tested_on(tmp_path):
+    fabricate("dtd", tmp_path, classes=4)
+    task = datasets.build("dtd", tmp_path, 1, 3)
+    mixed = dataclasses.replace(task, val=task.test[:1])  # as from another version of the dataset's split
+    (tmp_path / "split.json").write_text(datasets.to_json(mixed))
+    with pytest.raises(datasets.DatasetError, match=re.escape(task.test[0].path)):
+        datasets.build("dtd", tmp_path, 1, 3, split=tmp_path / "split.json")
 
 
 def edited(change):
