@@ -155,7 +155,7 @@ class Layers:
         hparams = self.kind(**{name: value for name, value in self.values.items() if name in self.own})
         source = self.sources.get("search", "")
         where = "--search" if source == "command line" else f"{source}: search"
-        return Config(settings, hparams, _search(self.values.get("search", {}), hparams, where))
+        return Config(settings, hparams, _search(self.values.get("search", {}), hparams, self.method, where))
 
     def described(self, config: Config) -> str:
         """Return all settings as a config file, each with a comment that says where its value comes from."""
@@ -405,7 +405,7 @@ def _words_of_search(words: Sequence[str]) -> dict[str, list]:
     return grid
 
 
-def _search(content: Any, hparams: Hparams, where: str) -> dict[str, list]:
+def _search(content: Any, hparams: Hparams, method: str, where: str) -> dict[str, list]:
     """Return the values of each hyperparameter that is searched, in its type. Raise UserError for others."""
     if not isinstance(content, dict) or not all(isinstance(values, list) and values for values in content.values()):
         raise UserError(f"{where} must be `name: [value, value, ...]`, not {content!r}")
@@ -413,7 +413,7 @@ def _search(content: Any, hparams: Hparams, where: str) -> dict[str, list]:
     for name in content:
         if name not in known:
             remedy = f"choose from {', '.join(known)}" if known else "leave --search out"
-            raise UserError(f"{where} {name}: this method has no such setting to choose; {remedy}")
+            raise UserError(f"{where} {name}: the method {method} has no such setting to choose; {remedy}")
         same = [other for other in hparams.alternatives(name) if other in content]
         if len(same) > 1:
             raise UserError(f"{where}: {same[0]} and {same[1]} set the same thing; give only one")
