@@ -74,13 +74,13 @@ def outcome(folder: Path | str, record: dict) -> dict:
 def refused(call, before=()) -> str:
     """Return the error line of a call that must fail cleanly: without a record, and with no file left behind.
 
-    Empty folders and locks may be left. `before` names what was in the working folder.
+    Empty folders, locks and bytecode may be left. `before` names what was in the working folder.
     """
     code, record, _, err = call
     assert code == 2 and record is None
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err
-    files = {path.parts[0] for path in Path(".").rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    files = {path.parts[0] for path in Path(".").rglob("*") if path.is_file() and path.suffix not in (".lock", ".pyc")}
     assert files <= set(before) <= {path.name for path in Path(".").iterdir()}, "something was left behind, or lost"
     return lines[0]
 
