@@ -87,7 +87,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     published = Path(METHODS[method].__file__).with_suffix(".yaml")
     if published.is_file():
         layers.insert(0, (f"published, {published.name}", read_config(published, method)))
-    chosen = {"methods": method, "by_shots": _last(layers, "shots"), "datasets": dataset}
+    for_method = [(source, layer | layer.get("methods", {}).get(method, {})) for source, layer in layers]
+    chosen = {"methods": method, "by_shots": _last(for_method, "shots"), "datasets": dataset}
     values = Layers(method)
     for source, layer in layers:
         for _, where, part in sorted(_sections(source, layer, chosen), key=lambda part: part[0]):
@@ -348,8 +349,9 @@ def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) ->
         raise UserError(f"{where} must hold settings under the names {', '.join(names)}")
     parts = {}
     for name, part in content.items():
-        if isinstance(part, dict) and part.keys() & {"method", "shots", "dataset"}:
-            raise UserError(f"{where}: {name}: method, shots and dataset choose between sections; write them outside")
+        choosing = {"method", "dataset"} if kind == "methods" else {"method", "shots", "dataset"}
+        if isinstance(part, dict) and part.keys() & choosing:
+            raise UserError(f"{where}: {name}: what chooses between sections stands outside them")
         inside = known | _flags(METHODS[name].Hparams) if kind == "methods" else known
         parts[name] = _section(part, f"{where}: {name}", inside)
     return parts

@@ -93,7 +93,7 @@ def test_sections_are_for_a_method_a_number_of_shots_and_a_dataset(config):
         ("datasets:\n  cifar: {lr: 1}\n", "datasets"),
         ("by_shots:\n  few: {lr: 1}\n", "by_shots"),
         ("datasets:\n  digits: {method: lora}\n", "datasets: digits"),  # the section was chosen for another method
-        ("methods:\n  so: {shots: 4}\n", "methods: so"),
+        ("datasets:\n  digits: {shots: 4}\n", "datasets: digits"),
         ("methods:\n  so:\n    datasets:\n      digits: {dataset: dtd}\n", "methods: so: datasets: digits"),
     ],
 )
@@ -313,3 +313,10 @@ def test_methods_may_have_a_flag_of_one_name_in_different_types(monkeypatch, con
     assert parse(["--method", "gda", "--views", "2"]).hparams.views == 2
     with pytest.raises(UserError, match="--views"):
         parse(["--method", "gda", "--views", "0.25"])
+
+
+def test_shots_for_one_method_choose_its_values_for_shots(config):
+    text = "methods: {so: {shots: 4}}\nby_shots: {4: {lr: 0.5}, 16: {lr: 0.25}}\n"
+    assert (config(text).settings.shots, config(text).hparams.lr) == (4, 0.5)
+    assert config(text, "--shots", 16).hparams.lr == 0.25
+    assert config(text, "--method", "adam").settings.shots == 16  # of configs/digits.yaml
