@@ -19,11 +19,11 @@ import yaml
 import datasets
 from clip.delta import checkpoint_metadata
 from common import Parser, UserError, note
+from config_files import flags_of, read_config, sections, typed
 from methods import METHODS, saved_settings
 from settings import GROUPS, LENGTHS, Hparams, Settings, check_data, check_output, choose_device
 
 QUICK_START = Path(__file__).resolve().parent / "configs" / "digits.yaml"
-SECTIONS = ("methods", "by_shots", "datasets")  # of config files: settings for one method, number of shots, dataset
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,17 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     for_method = [(source, layer | layer.get("methods", {}).get(method, {})) for source, layer in layers]
     chosen = {"methods": method, "by_shots": _last(for_method, "shots"), "datasets": dataset}
     values = Layers(method)
+    root_path, others = _last(layers, "root_path"), {}  # others: source -> the data that its values were chosen on
     for source, layer in layers:
-        for _, where, part in sorted(_sections(source, layer, chosen), key=lambda part: part[0]):
+        elsewhere = _is_of_other_data(layer, dataset, root_path)
+        for _, where, part in sorted(sections(source, layer, chosen), key=lambda part: part[0]):
+            if elsewhere and part.get("tuned_on", "none") != "none" and f", datasets: {dataset}" not in where:
+                part["tuned_on"] = "none"
+                others[where] = elsewhere
             values.add(where, part)
+    source = values.sources.get("tuned_on")
+    if source in others:
+        note(f"{source}: its values were chosen on other images, those of {others[source]}; tuned_on is none")
     asked = values.config()
     config = _evaluated(_checked(asked), given) if asked.settings.eval_only else _checked(asked)
     if shows:
@@ -108,6 +116,15 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 def _last(layers: Sequence[tuple[str, dict]], name: str) -> Any:
     """Return the value that a common setting has in the last layer that names it."""
     return [getattr(Settings, name), *(layer[name] for _, layer in layers if name in layer)][-1]
+
+
+def _is_of_other_data(layer: dict[str, Any], dataset: str, root_path: str | None) -> str | None:
+    """Return the data that a layer names if they are not those of the run: then its values were not chosen on these."""
+    if layer.get("dataset", dataset) != dataset:
+        return layer["dataset"]
+    own = layer.get("root_path") if "dataset" in layer and dataset == "folder" else None
+    places = {Path(path).expanduser().resolve() for path in (own, root_path) if path}
+    return own if own and len(places) > 1 else None
 
 
 class Layers:
@@ -230,17 +247,6 @@ def _command_line(argv: Sequence[str] | None) -> dict[str, Any]:
     return given
 
 
-def _flags(kind: type) -> dict[str, dict]:
-    """Return the flags of a class of options: name and, for argparse and for config files, type and help."""
-    flags = {}
-    for f in dataclasses.fields(kind):
-        flags[f.name] = {**f.metadata, "default": f.default}
-        if f.metadata["complement"]:
-            text = f"1 - {f.name}"
-            flags[f.metadata["complement"]] = {**f.metadata, "help": text, "default": round(1 - f.default, 12)}
-    return flags
-
-
 def _parser(method: str | None = None) -> Parser:
     """Return a parser for the common flags and those of one method, or without one those of all methods."""
     parser = Parser(
@@ -254,9 +260,9 @@ def _parser(method: str | None = None) -> Parser:
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     kinds = [METHODS[method].Hparams] if method else [module.Hparams for module in METHODS.values()]
-    flags = _flags(Settings)
+    flags = flags_of(Settings)
     for kind in kinds:
-        flags = _flags(kind) | flags
+        flags = flags_of(kind) | flags
     order = {name: number for number, name in enumerate(flags)}
     for name in sorted(flags, key=lambda name: (name != "method", order[name])):
         about, group = flags[name], groups[flags[name]["group"]]
@@ -282,113 +288,12 @@ def _parser(method: str | None = None) -> Parser:
 
 def _own_flags(given: dict[str, Any], method: str) -> dict[str, Any]:
     """Return the method's own flags on the command line, in their types. Raise UserError for those of other methods."""
-    own = _flags(METHODS[method].Hparams)
-    known = _flags(Settings).keys() | own.keys() | {"search", "config"}
+    own = flags_of(METHODS[method].Hparams)
+    known = flags_of(Settings).keys() | own.keys() | {"search", "config"}
     for name in given.keys() - known:
-        owners = [other for other, module in METHODS.items() if name in _flags(module.Hparams)]
+        owners = [other for other, module in METHODS.items() if name in flags_of(module.Hparams)]
         raise UserError(f"--method {method} has no flag --{name}, only {', '.join(owners)} (--method NAME --help)")
-    return {name: _typed(given[name], own[name], f"--{name}") for name in given.keys() & own.keys()}
-
-
-# --- config files
-
-
-def read_config(path: Path, method: str | None = None) -> dict[str, Any]:
-    """Return the settings in a YAML file, each in its type, with the sections `methods` and `datasets` as dicts.
-
-    Types are those of the settings of `method`, by default the file's own. Raise UserError with file, key and remedy.
-    """
-    where = f"--config {path}"
-    known = _flags(Settings)
-    for module in METHODS.values():
-        known = _flags(module.Hparams) | known
-    content = read_yaml(path, where)
-    if isinstance(content, dict) and (
-        content.keys() & {"rows", "seeds"} or list in (type(content.get("methods")), type(content.get("datasets")))
-    ):
-        raise UserError(f"{where}: this is a grid for scripts/sweep.py --grid")
-    chosen = method or (content.get("method") if isinstance(content, dict) else None) or Settings.method
-    if chosen in METHODS:
-        known |= _flags(METHODS[chosen].Hparams)
-    return _section(content, where, known)
-
-
-def read_yaml(path: Path, where: str) -> Any:
-    """Return what a YAML file holds. Raise UserError, which begins with `where`, if it cannot be read."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _section(content: Any, where: str, known: dict[str, dict]) -> dict[str, Any]:
-    """Return the settings in a part of a config file. `known` are those that it may hold."""
-    if not isinstance(content or {}, dict):
-        raise UserError(f"{where} must hold lines of the form `name: value`")
-    settings = {}
-    for name, value in (content or {}).items():
-        if name in SECTIONS:
-            settings[name] = _subsections(value, f"{where}: {name}", name, known)
-        elif name == "search":
-            settings[name] = value
-        elif name in known:
-            settings[name] = _typed(value, known[name], f"{where}: {name}")
-        else:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            raise UserError(f"{where}: unknown setting {name!r}" + (f"; meant {close[0]}?" if close else ""))
-    return settings
-
-
-def _subsections(content: Any, where: str, kind: str, known: dict[str, dict]) -> dict[str | int, dict]:
-    names = METHODS if kind == "methods" else datasets.available_datasets()
-    if kind == "by_shots" and not (isinstance(content, dict) and all(isinstance(shots, int) for shots in content)):
-        raise UserError(f"{where} must hold settings under numbers of shots")
-    if kind != "by_shots" and not (isinstance(content, dict) and content.keys() <= set(names)):
-        raise UserError(f"{where} must hold settings under the names {', '.join(names)}")
-    parts = {}
-    for name, part in content.items():
-        choosing = {"method", "dataset"} if kind == "methods" else {"method", "shots", "dataset"}
-        if isinstance(part, dict) and part.keys() & choosing:
-            raise UserError(f"{where}: {name}: what chooses between sections stands outside them")
-        inside = known | _flags(METHODS[name].Hparams) if kind == "methods" else known
-        parts[name] = _section(part, f"{where}: {name}", inside)
-    return parts
-
-
-def _sections(source: str, layer: dict[str, Any], chosen: dict[str, Any], depth: int = 0) -> list[tuple]:
-    """Return a layer as several (depth, source, settings): its general settings, then those for the method, the shots
-    and the dataset that are `chosen`. The deeper a section, the more special it is."""
-    parts = [(depth, source, {name: value for name, value in layer.items() if name not in SECTIONS})]
-    for section in SECTIONS:
-        own = layer.get(section, {}).get(chosen[section])
-        parts += _sections(f"{source}, {section}: {chosen[section]}", own, chosen, depth + 1) if own else []
-    return parts
-
-
-def _typed(value: Any, about: dict[str, Any], where: str) -> Any:
-    """Return a value of a config file in the type of its setting."""
-    kind = about["kind"]
-    if value is None and about["optional"]:
-        return None
-    if kind is tuple:
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where} must be a list of texts, not {value!r}")
-        return tuple(texts)
-    choices = about["choices"]
-    wanted = f"{where} must be {', '.join(choices) if choices else kind.__name__}, not {value!r}"
-    if value is None or isinstance(value, bool) != (kind is bool):
-        raise UserError(wanted)
-    try:
-        # Through text, because YAML reads 2e-4 as text and 1 as an integer.
-        typed = value if kind is bool else kind(str(value))
-    except ValueError:
-        raise UserError(wanted) from None
-    if choices and typed not in choices:
-        raise UserError(wanted)
-    return typed
+    return {name: typed(given[name], own[name], f"--{name}") for name in given.keys() & own.keys()}
 
 
 # --- what is searched
@@ -420,5 +325,5 @@ def _search(content: Any, hparams: Hparams, method: str, where: str) -> dict[str
         if len(same) > 1:
             raise UserError(f"{where}: {same[0]} and {same[1]} set the same thing; give only one")
     return {
-        name: [_typed(value, known[name], f"{where} {name}") for value in values] for name, values in content.items()
+        name: [typed(value, known[name], f"{where} {name}") for value in values] for name, values in content.items()
     }

@@ -92,10 +92,21 @@ def do(run: Run) -> dict:
                 record = do_now(run)
     print(f"zero-shot {record['zero_shot_accuracy']:.2f} %", end="")
     print(f"  ->  {record['method']} {record['test_accuracy']:.2f} %" if record["method"] != "zero_shot" else "")
+    note_if_below_majority(record)
     if run.weights and run.weights.is_file():
         print(f"weights: {run.weights}")
     print(f"record:  {run.folder.path / 'result.json'}\nresults: {run.folder.table}")
     return record
+
+
+def note_if_below_majority(record: dict) -> None:
+    """Say on stderr that always naming the largest test class would be right more often."""
+    share = record.get("largest_class_share", 0)  # older records have none
+    if record["test_accuracy"] < share:
+        note(
+            f"{record['test_accuracy']:.2f} % lies below {share:.2f} %, the share of the largest test class: always "
+            "naming that class would be right more often"
+        )
 
 
 def recorded(run: Run) -> dict | None:

@@ -28,9 +28,9 @@ TABLE_SECONDS = 60.0  # to wait for the table's lock; a rebuild takes one or two
 # Columns of results.csv in order. Those that are not named here, such as hyperparameters, stand between the two.
 FIRST = (
     *("run_id", "method", "dataset", "backbone", "shots", "seed", "test_accuracy", "zero_shot_accuracy"),
-    *("train_accuracy", "final_loss", "iterations", "stopped_early", "train_seconds", "eval_seconds", "search_seconds"),
-    *("peak_memory_mb", "trainable_weights", "changed_weights", "optimizer_bytes", "checkpoint_bytes"),
-    *("lr", "density_ratio", "t"),
+    *("largest_class_share", "train_accuracy", "final_loss", "iterations", "stopped_early", "train_seconds"),
+    *("eval_seconds", "search_seconds", "peak_memory_mb", "trainable_weights", "changed_weights", "optimizer_bytes"),
+    *("checkpoint_bytes", "lr", "density_ratio", "t"),
 )
 LAST = (
     *("encoder", "position", "precision", "draw", "classes", "prompts", "template", "test_dataset", "root_path"),

@@ -245,6 +245,7 @@ class Run:
         record = {
             **{name: getattr(settings, name) for name in IDENTITY},
             **experiment.hparams.identity,
+            "largest_class_share": task.largest_class_share,
             "train_accuracy": fit.last["train_accuracy"],
             "final_loss": fit.last["loss"],
             "iterations": fit.iterations,

@@ -4,6 +4,7 @@ import hashlib
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +74,11 @@ class Task:
     def test_sha256(self) -> str:
         """Return the same hash as `split_sha256`, of `test` only."""
         return replace(self, train=(), val=()).split_sha256
+
+    @property
+    def largest_class_share(self) -> float:
+        """Return how many per cent of the test images are of the largest class: the accuracy of always naming it."""
+        return 100 * max(Counter(item.label for item in self.test).values()) / len(self.test)
 
     def fingerprint(self, items: Sequence[Item]) -> str:
         """Return the SHA-256 of how images are read and of the items' paths, labels, sizes and modification times."""

@@ -211,3 +211,38 @@ def test_a_record_says_on_what_its_settings_were_chosen(run_main, tmp_path):
     assert run_main(*dtd, "--save_path", "w", "--eval_only")[1]["tuned_on"] == "val"  # the weights say so
     assert run_main(*flags)[1]["tuned_on"] == "val"  # configs/digits.yaml says so
     assert run_main("--shots", 1, "--method", "zero_shot")[1]["tuned_on"] == "none"
+
+
+@pytest.mark.parametrize(
+    "config, truth",
+    [
+        ("dataset: digits\ntuned_on: val", "none"),
+        ("dataset: digits\nmethods: {so: {lr: 0.1, tuned_on: test}}", "none"),
+        ("dataset: folder\nroot_path: elsewhere\ntuned_on: val", "none"),
+        ("dataset: folder\nroot_path: ./images\ntuned_on: val", "val"),
+        ("dataset: digits\ntuned_on: val\ndatasets: {folder: {tuned_on: test}}", "test"),
+        ("tuned_on: val", "val"),
+    ],
+)
+def test_what_was_chosen_on_other_images_is_not_claimed_for_these(tmp_path, capsys, config, truth):
+    (tmp_path / "c.yaml").write_text(config)
+    flags = ["--config", str(tmp_path / "c.yaml"), "--dataset", "folder", "--root_path", "images"]
+    assert parse(flags).settings.tuned_on == truth
+    assert ("tuned_on is none" in capsys.readouterr().err) == (truth == "none")
+    assert parse([*flags, "--tuned_on", "test"]).settings.tuned_on == "test"
+
+
+@pytest.mark.parametrize("names", [[3] * 9 + [8], [3] * 9 + [3], [3, 8] * 5])
+def test_a_result_below_the_largest_class_is_mentioned(run_main, monkeypatch, names):
+    read = entry.read_data
+
+    def lopsided(config):
+        task = read(config)
+        labels = iter(names)
+        return dataclasses.replace(task, test=tuple(dataclasses.replace(i, label=next(labels)) for i in task.test[:10]))
+
+    monkeypatch.setattr(entry, "read_data", lopsided)
+    _, record, _, err = run_main("--shots", 1, "--method", "zero_shot")
+    share = 10.0 * max(names.count(3), names.count(8))
+    assert record["largest_class_share"] == share
+    assert ("the largest test class" in err) == (record["test_accuracy"] < share)

@@ -28,7 +28,7 @@ MEASURED = {
     *("run_id", "test_accuracy", "zero_shot_accuracy", "train_accuracy", "val_accuracy", "final_loss", "iterations"),
     *("stopped_early", "train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "trainable_weights"),
     *("changed_weights", "optimizer_bytes", "checkpoint_bytes", "split_sha256", "data_sha256", "weights_sha256"),
-    *("git_commit", "torch_version", "finished_at"),
+    *("git_commit", "torch_version", "finished_at", "largest_class_share"),
 }
 PLACE = {"dataset", "test_dataset", "root_path", "shots", "seed"}  # the data of a run, and its repetition
 ALWAYS = ("classes", "draw", "prompts", "precision", "eval_only", "test_part")  # settings that old records may lack
@@ -149,6 +149,11 @@ def arrange(runs: pd.DataFrame, notes: list[str]) -> Results:
         named = ", ".join(older[:5]) + (", ..." if len(older) > 5 else "")
         reason = "because a newer one has the same settings, dataset, shots and seed"
         notes = [*notes, f"{len(older)} run(s) left out {reason}: {named}"]
+    shares = runs.get("largest_class_share", pd.Series(float("nan"), runs.index))  # older records have none
+    below = runs.run_id[~repeats & (runs.test_accuracy < shares.astype(float))].astype(str).tolist()
+    if below:
+        reason = "are less accurate than always naming the largest test class"
+        notes = [*notes, f"{len(below)} of {(~repeats).sum()} runs {reason}, for example {below[0]}"]
     names = dict.fromkeys((*order, *SHORT, *sorted(set(runs.tested_on))))
     place = {name: i for i, name in enumerate(names)}
     runs = runs[~repeats].sort_values(

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 import main as entry
-from arguments import Config, parse, read_yaml
+from arguments import Config, parse
 from common import UserError
+from config_files import read_yaml
 from run_utils import run_identity
 from settings import Settings
 
