@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock
 from tqdm import tqdm
 
 
@@ -131,8 +131,8 @@ def file_digest(path: str | Path, algorithm: str) -> str:
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
-def acquire_lock(path: Path, seconds: float) -> FileLock:
-    """Return a lock on `path` that one process holds at a time, until `release` or the end of the process.
+def acquire_lock(path: Path, seconds: float) -> AcquireReturnProxy:
+    """Take the lock on `path`, which one process holds at a time, until the end of a `with` block on what is returned.
 
     Raises filelock.Timeout if another process still holds it after `seconds` (negative: wait for ever), and UserError
     on a file system without locks.
@@ -140,7 +140,7 @@ def acquire_lock(path: Path, seconds: float) -> FileLock:
     # No soft lock, which is a plain file: it would outlive a process that is killed.
     lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
     try:
-        lock.acquire()
+        return lock.acquire()
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -149,4 +149,3 @@ def acquire_lock(path: Path, seconds: float) -> FileLock:
             f"{path.parent} is on a file system without file locks ({error.strerror}); choose another folder, or have "
             "it mounted with locks (Lustre's option is flock)"
         ) from None
-    return lock

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, Timeout
 
 from common import UserError, acquire_lock, note, write_atomically
 
@@ -56,18 +56,15 @@ class RecordFolder:
         unless this one is to `wait` for it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = self._lock(wait)
-        try:
+        with self._lock(wait):
             check_writable(self.path)
             if self.table.is_dir():
                 raise UserError(f"{self.table} is a folder, but the table of results must be there; remove it")
             for part in self.path.glob("*.part"):  # of a process that was killed
                 part.unlink()
             yield
-        finally:
-            lock.release()
 
-    def _lock(self, wait: bool) -> FileLock:
+    def _lock(self, wait: bool) -> AcquireReturnProxy:
         try:
             return acquire_lock(self.lock_file, seconds=0)
         except Timeout:
@@ -159,7 +156,7 @@ def rebuild_table(results: Path) -> None:
             "are safe. The next run that ends here writes the table again, and so does the same command"
         )
         return
-    try:
+    with lock:
         for part in results.glob("results.csv.*.part"):  # of a process that was killed
             part.unlink()
         records = [read_record(folder / "result.json") for folder in results.iterdir() if _has_record(folder)]
@@ -169,8 +166,6 @@ def rebuild_table(results: Path) -> None:
         # As objects: in a column with empty cells whole numbers would become fractions.
         frame = pd.DataFrame(records, columns=in_order(names), dtype=object)
         write_atomically(table, frame.to_csv(index=False))
-    finally:
-        lock.release()
 
 
 def _has_record(folder: Path) -> bool:

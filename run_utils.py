@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 import datasets
 from arguments import Config
@@ -170,7 +170,7 @@ class Run:
             lock = acquire_lock(self.weights.with_name(f".{self.weights.name}.lock"), seconds=0)
         except Timeout:
             raise UserError(f"another run is about to write {self.weights}; choose another --filename") from None
-        with _released(lock):
+        with lock:
             owner = checkpoint_metadata(self.weights).get("run_id", "not of this program")
             if self.weights.exists() and owner != self.id and not self.settings.force:
                 raise UserError(
@@ -300,11 +300,3 @@ def _csv(rows: Sequence[dict], order: Sequence[str] = ()) -> str | None:
 def _as_text(path: Path) -> str:
     """Return a path as valid text: names on disk need not be."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-@contextlib.contextmanager
-def _released(lock: FileLock) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        lock.release()

@@ -145,8 +145,7 @@ class Table:
         """Write the table from all records of this grid. Return how many records belong to other ones."""
         import pandas as pd
 
-        lock = acquire_lock(self.runs / ".table.lock", seconds=-1)  # no row of another process is lost
-        try:
+        with acquire_lock(self.runs / ".table.lock", seconds=-1):  # no row of another process is lost
             records = [read_record(path) for path in self.runs.glob("*/result.json")]
             records = [record for record in records if record is not None]
             own = [record for record in records if self.selected.items() <= record.items()]
@@ -157,8 +156,6 @@ class Table:
             columns = [*(name.removesuffix("_sparse") for name in self.names), *SUMMARY]
             frame = pd.DataFrame(rows, columns=columns, dtype=object)
             write_atomically(self.path, frame.to_csv(index=False))
-        finally:
-            lock.release()
         return len(records) - len(own)
 
 

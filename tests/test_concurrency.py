@@ -154,10 +154,9 @@ def test_nobody_waits_for_ever_for_a_hung_process(run_main, started, monkeypatch
     Path("results").mkdir()
 
     def holds_the_table(ready):
-        lock = acquire_lock(Path("results/.results.lock"), seconds=0)
-        ready.set()
-        time.sleep(60)
-        lock.release()
+        with acquire_lock(Path("results/.results.lock"), seconds=0):
+            ready.set()
+            time.sleep(60)
 
     monkeypatch.setattr(records, "TABLE_SECONDS", 0.2)
     process = started(holds_the_table)

@@ -3,7 +3,7 @@
 python -m datasets.download dtd eurosat --root_path $DATA
 python -m datasets.download all --root_path $DATA        # prints the steps that you must do by hand
 
-The addresses in datasets/acquire/sources.py were collected from public code and issue reports, and never tried.
+The addresses in datasets/acquire/sources.yaml were collected from public code and issue reports, and never tried.
 Exit code 0: all datasets are ready; 2: something is missing, and the output says what; 130: interrupted.
 """
 

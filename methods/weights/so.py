@@ -30,17 +30,24 @@ class Hparams(Sparse):
     sampled_gradients: bool = option(True, "compute weight gradients only at the support; the same to rounding")
 
 
-def prepare(experiment: Experiment[Hparams]) -> Adaptation:
+def sparse_adaptation(experiment: Experiment[Sparse], kind: type, **choices: str) -> Adaptation:
+    """Return an adaptation by an optimizer of this kind, SO or its ablation with the `choices` that replace SO's."""
     hparams = experiment.hparams
     parameters = select_matrices(experiment.model, hparams)
-    optimizer = SO(
+    optimizer = kind(
         parameters.values(),
         lr=hparams.lr,
         density_ratio=hparams.density_ratio,
         T=hparams.t,
         prune_first=hparams.prune_first,
         seed=experiment.settings.seed,
+        **choices,
     )
-    if hparams.sampled_gradients:
-        attach(experiment.model, optimizer)
     return Adaptation(experiment, parameters, optimizer, cosine_schedule(optimizer, hparams.total_iters))
+
+
+def prepare(experiment: Experiment[Hparams]) -> Adaptation:
+    adaptation = sparse_adaptation(experiment, SO)
+    if experiment.hparams.sampled_gradients:
+        attach(experiment.model, adaptation.optimizer)
+    return adaptation

@@ -11,8 +11,7 @@ from optimizers.ablations import GRADIENTS, MOMENTS, SUPPORTS
 from settings import option
 
 from ..adaptation import Adaptation
-from ..choice import cosine_schedule, select_matrices
-from .so import Sparse
+from .so import Sparse, sparse_adaptation
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,5 @@ class Hparams(Sparse):
 
 
 def prepare(experiment: Experiment[Hparams]) -> Adaptation:
-    hparams = experiment.hparams
-    parameters = select_matrices(experiment.model, hparams)
-    optimizer = SOAblation(
-        parameters.values(),
-        lr=hparams.lr,
-        density_ratio=hparams.density_ratio,
-        T=hparams.t,
-        gradient=hparams.gradient,
-        moments=hparams.moments,
-        support=hparams.support,
-        prune_first=hparams.prune_first,
-        seed=experiment.settings.seed,
-    )
-    return Adaptation(experiment, parameters, optimizer, cosine_schedule(optimizer, hparams.total_iters))
+    choices = {name: getattr(experiment.hparams, name) for name in ("gradient", "moments", "support")}
+    return sparse_adaptation(experiment, SOAblation, **choices)

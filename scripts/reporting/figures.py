@@ -3,6 +3,7 @@
 import html
 import io
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -79,12 +80,11 @@ def _against_shots(runs: pd.DataFrame, styles: dict[str, Style]) -> Grid:
     shots = sorted(runs.shots.unique())
     panels = {}
     for title, part, columns in places(runs):
-        points = {}
-        for label in _only(styles, part.configuration):
-            by_shots = part[part.configuration == label].groupby("shots")
-            found = [(n, accuracies(at, columns)) for n, at in by_shots]
-            points[label] = [(n, values) for n, values in found if values is not None]
-        points = {label: at for label, at in points.items() if at}
+        points = defaultdict(list)
+        for (label, n), own in part.groupby(["configuration", "shots"], sort=False):
+            values = accuracies(own, columns)
+            if values is not None:
+                points[label].append((n, values))
         if points:
             panels[title] = partial(_draw_against_shots, points=points, shots=shots, styles=styles)
     caption = "Mean and standard deviation over seeds. An average is shown if no dataset is missing."
