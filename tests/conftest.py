@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.fabricate import few_imagenet_classes  # noqa: F401, a fixture
 from support.runs import call_main
-from support.server import data_root, run_download, world  # noqa: F401, fixtures of test_download*.py
+from support.server import data_root, run_download, server, world  # noqa: F401, fixtures
 
 import main as entry
 

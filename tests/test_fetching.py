@@ -3,13 +3,11 @@
 import hashlib
 import os
 import random
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import open_clip
 import pytest
+from support.server import Handler
 
 import clip
 from clip import download
@@ -21,52 +19,16 @@ CONTENT = random.Random(0).randbytes(2 * CHUNK + 12_345)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
-    """A handler that sends `server.content` as the server's flags say."""
-
-    def do_GET(self):
-        server = self.server
-        asked = self.headers.get("Range")
-        server.requests.append(asked)
-        time.sleep(server.delay)
-        if self.path != "/model.pt":
-            self.send_error(404)
-            return
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
-        if start >= len(server.content):
-            self.send_error(416)
-            return
-        body = server.content[start:]
-        self.send_response(206 if asked and server.ranges else 200)
-        if server.chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        elif server.tells_length:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if server.chunked:
-            self.wfile.write(b"%x\r\n" % len(body))
-        self.wfile.write(body[: server.cut])
-        if server.chunked and server.cut is None:
-            self.wfile.write(b"\r\n0\r\n\r\n")
-        self.close_connection = True
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")  # whatever proxy the machine has
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.ranges, server.cut, server.delay = CONTENT, True, None, 0
-    server.chunked, server.tells_length, server.requests = False, True, []
-    server.url = f"http://127.0.0.1:{server.server_port}/model.pt"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def server(server):
+    server.files["/model.pt"] = CONTENT
+    server.url += "/model.pt"
+    return server
+
+
+def ranges(server):
+    """The Range of each request."""
+    return [asked for _, asked in server.requests]
 
 
 @pytest.fixture
@@ -98,22 +60,22 @@ def error_of(url, target, sha256=SHA256) -> str:
 def test_a_fresh_download_and_none_the_second_time(server, target):
     fetch_whole(server, target)
     fetch_whole(server, target)
-    assert server.requests == [None]
+    assert ranges(server) == [None]
 
 
 def test_a_verified_file_needs_neither_lock_nor_folder_to_write_in(server, target, part):
     target.write_bytes(CONTENT)
     fetch(server.url, target, SHA256)
-    assert os.listdir(target.parent) == ["model.pt"] and server.requests == []
+    assert os.listdir(target.parent) == ["model.pt"] and not server.requests
 
 
 @pytest.mark.parametrize("have", [1, CHUNK, len(CONTENT)])
 def test_a_part_is_resumed(server, target, part, have):
     """The beginning is right only in the part, so a download that starts from zero would fail."""
     part.write_bytes(CONTENT[:have])
-    server.content = b"x" * have + CONTENT[have:]
+    server.files["/model.pt"] = b"x" * have + CONTENT[have:]
     fetch_whole(server, target)
-    assert server.requests == [f"bytes={have}-"]
+    assert ranges(server) == [f"bytes={have}-"]
 
 
 def test_a_server_that_ignores_ranges(server, target, part):
@@ -143,7 +105,7 @@ def test_a_cut_connection_is_resumed(server, target, cut):
     assert f"after {2 * cut} of {len(CONTENT)} bytes" in error_of(server.url, target)  # cut a second time
     server.cut = None
     fetch_whole(server, target)
-    assert server.requests == [None, *([f"bytes={cut}-", f"bytes={2 * cut}-"] if cut else [None, None])]
+    assert ranges(server) == [None, *([f"bytes={cut}-", f"bytes={2 * cut}-"] if cut else [None, None])]
 
 
 def test_without_a_length(server, target):
@@ -169,12 +131,12 @@ def test_no_file_and_no_server(server, target):
 def test_a_damaged_target_is_not_replaced(server, target, part):
     target.write_bytes(CONTENT[:-1])
     error_of(server.url, target)
-    assert target.read_bytes() == CONTENT[:-1] and server.requests == []
+    assert target.read_bytes() == CONTENT[:-1] and not server.requests
 
 
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html>\n<html>", b"\xef\xbb\xbf <HTML lang=en>"])
 def test_a_web_page_instead_of_the_file(server, target, part, page):
-    server.content = page
+    server.files["/model.pt"] = page
     assert "sent a web page" in error_of(server.url, target)
     assert set(os.listdir(target.parent)) <= {"model.pt.lock"}
     part.write_bytes(CONTENT[:1000])
@@ -187,7 +149,7 @@ def test_a_web_page_instead_of_the_file(server, target, part, page):
 def test_other_checksums_and_errors(server, target, checksum):
     for _ in range(2):
         assert fetch(server.url, target, checksum, clip.WeightsError).read_bytes() == CONTENT
-    assert server.requests == [None]
+    assert ranges(server) == [None]
     if checksum:
         target.write_bytes(b"damaged")
         with pytest.raises(clip.WeightsError, match="MD5 differs"):
@@ -198,7 +160,7 @@ def test_many_at_once_make_one_download(server, target):
     server.delay = 0.2
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: fetch_whole(server, target), range(4)))
-    assert server.requests == [None]
+    assert ranges(server) == [None]
 
 
 # --- OpenAI's models

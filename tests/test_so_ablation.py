@@ -1,11 +1,10 @@
 """SOAblation beside a slow reference that works entry by entry, beside SO and torch's Adam; its state and draws."""
 
-import copy
 import itertools
 
 import pytest
 import torch
-from support.slow_so import SlowSO
+from support.slow_so import beside_slow, in_lockstep
 from torch import nn
 
 from optimizers import SO, SOAblation
@@ -16,49 +15,20 @@ ALL = list(itertools.product(GRADIENTS, MOMENTS, SUPPORTS, (False, True)))
 
 @pytest.mark.parametrize("gradient, moments, support, prune_first", ALL)
 def test_equals_the_slow_reference(gradient, moments, support, prune_first):
-    generator = torch.Generator().manual_seed(0)
-    options = dict(gradient=gradient, moments=moments, support=support, prune_first=prune_first, T=3)
-    options |= dict(lr=0.05, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    weights = [
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 5), (2, 3, 5), (7,), (1,))
-    ]
-    slow = [SlowSO(w, max(1, int(0.2 * w.numel())), **options) for w in weights]
-    params = [nn.Parameter(w.clone()) for w in weights]
-    fast = SOAblation(params, density_ratio=0.2, seed=1, **options)
-    for _ in range(11):
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        fast.step()
-        for p, reference in zip(params, slow):
-            reference.step(p.grad, fast.state[p])
-            torch.testing.assert_close(p.detach().reshape(-1).tolist(), reference.w, rtol=1e-10, atol=1e-12)
-    for p, reference in zip(params, slow):
-        n, k = p.numel(), max(1, int(0.2 * p.numel()))
+    options = dict(gradient=gradient, moments=moments, support=support, prune_first=prune_first, T=3, weight_decay=0.1)
+    shapes = ((6, 5), (2, 3, 5), (7,), (1,))
+    for state, reference in beside_slow(SOAblation, shapes, steps=11, density_ratio=0.2, **options):
+        n, k = len(reference.w), reference.k
         size = n if moments == "dense" or (gradient, moments) == ("dense", "none") else k
         sizes = {"m": size, "v": size}
         sizes |= {} if gradient == "dense" else {"support": k}
         sizes |= {} if moments == "dense" else {"kept": size}
-        assert {name: x.numel() for name, x in fast.state[p].items() if isinstance(x, torch.Tensor)} == sizes
-        places = fast.state[p]["kept"].tolist() if "kept" in fast.state[p] else range(n)
+        assert {name: x.numel() for name, x in state.items() if isinstance(x, torch.Tensor)} == sizes
+        places = state["kept"].tolist() if "kept" in state else range(n)
         assert list(places) == sorted(reference.moments)
         expected = torch.tensor([reference.moments[i] for i in places], dtype=torch.float64)
-        torch.testing.assert_close(fast.state[p]["m"].reshape(-1), expected[:, 0], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(fast.state[p]["v"].reshape(-1), expected[:, 1], rtol=1e-10, atol=1e-12)
-
-
-def in_lockstep(make, other, steps=40):
-    """Step two optimizers of two equal models on the same random gradients; yield pairs of their parameters."""
-    torch.manual_seed(0)
-    ours = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 7))
-    theirs = copy.deepcopy(ours)
-    a, b = make(ours.parameters()), other(theirs.parameters())
-    for _ in range(steps):
-        for p, q in zip(ours.parameters(), theirs.parameters()):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
-        yield from zip(ours.parameters(), theirs.parameters())
+        found = torch.stack([state["m"].reshape(-1), state["v"].reshape(-1)], dim=1)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 OPTIONS = dict(lr=0.01, betas=(0.7, 0.9), eps=1e-7, weight_decay=0.1)

@@ -6,6 +6,7 @@ import io
 import shutil
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,25 +23,56 @@ PAGE = b"<!DOCTYPE html><html><title>Quota exceeded</title></html>"
 
 
 class Handler(BaseHTTPRequestHandler):
+    """A handler that sends what is in `server.files`, in the way that the other attributes of the server say."""
+
     def do_GET(self):
         server, asked = self.server, self.headers.get("Range")
         server.requests.append((self.path, asked))
+        time.sleep(server.delay)
         content = server.files.get(self.path)
         if content is None:
             self.send_error(404)
             return
+        asked = asked if server.ranges else None
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
         if start >= len(content):
             self.send_error(416)
             return
+        body, cut = content[start:], server.cuts.pop(self.path, server.cut)
         self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+        if server.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif server.tells_length:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        cut = server.cuts.pop(self.path, None)
-        self.wfile.write(content[start:][:cut])
+        if server.chunked:
+            self.wfile.write(b"%x\r\n" % len(body))
+        self.wfile.write(body[:cut])
+        if server.chunked and cut is None:
+            self.wfile.write(b"\r\n0\r\n\r\n")
+        self.close_connection = True
 
     def log_message(self, *arguments):
         pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server at `url` that has `files` (path: bytes) and notes the `requests` (path, Range).
+
+    A download breaks after `cut` bytes, or once after `cuts` (path: bytes).
+    """
+    monkeypatch.setenv("no_proxy", "*")  # whatever proxy the machine has
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.requests, server.cuts, server.cut, server.delay = {}, [], {}, None, 0
+    server.ranges, server.chunked, server.tells_length = True, False, True
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 class World:
@@ -51,7 +83,7 @@ class World:
 
     def __init__(self, server, monkeypatch):
         self.files, self.cuts, self.requests = server.files, server.cuts, server.requests
-        self.url, self.monkeypatch = f"http://127.0.0.1:{server.server_port}", monkeypatch
+        self.url, self.monkeypatch = server.url, monkeypatch
         self.drive, self.drive_requests = {}, []
 
     def has_archive(self, name: str, content: bytes, which: int = 0, checksum: str | None = "right") -> str:
@@ -79,10 +111,7 @@ class World:
 
 
 @pytest.fixture
-def world(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")  # whatever proxy the machine has
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.cuts, server.requests = {}, {}, []
+def world(server, monkeypatch):
     world = World(server, monkeypatch)
     for name, source in SOURCES.items():
         archives = tuple(
@@ -104,12 +133,7 @@ def world(monkeypatch):
         Path(output).write_bytes(world.drive[id])
 
     monkeypatch.setattr(gdown, "download", drive_download)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield world
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return world
 
 
 def tar_of(folder: Path, inside: str = "", mode: str = "w:gz") -> bytes:
