@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from support.fabricate import few_imagenet_classes  # noqa: F401, a fixture
-from support.runs import call_main
+from support.runs import call
 from support.server import data_root, run_download, server, world  # noqa: F401, fixtures
 
 import main as entry
@@ -46,6 +46,6 @@ def all_digits(monkeypatch):
 
 @pytest.fixture
 def run_main(tmp_path, feature_cache, monkeypatch):
-    """Call `main` in an empty folder, without worker processes. See `call_main` for what it returns."""
+    """Call `main` in an empty folder, without worker processes. See `call` for what it returns."""
     monkeypatch.chdir(tmp_path)
-    return lambda *argv: call_main("--cache_dir", feature_cache, "--workers", 0, *argv)
+    return lambda *argv: call(entry.main, "--cache_dir", feature_cache, "--workers", 0, *argv)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from support import runs
 from support.bert import LAYERS, SMALL, small_bert, tiny_bert
 from transformers import BertConfig, BertForSequenceClassification, BertModel, RobertaConfig, RobertaModel
 
@@ -32,19 +33,9 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def call(place, capsys):
+def call(place):
     """Call main on the tiny BERT with 4 pairs per label and return (exit code, result, stdout, stderr)."""
-
-    def call(*argv):
-        result, code = None, 0
-        try:
-            result = bert.main([*SMALL, "--max_steps", "3", *(str(word) for word in argv)])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, result, out, err
-
-    return call
+    return lambda *argv: runs.call(bert.main, *SMALL, "--max_steps", 3, *argv)
 
 
 def settings_of(**changes):

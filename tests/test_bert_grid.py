@@ -7,11 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support import runs
 from support.bert import SMALL, read_table, small_bert
 
 from benchmarks import bert_step
@@ -20,18 +22,13 @@ from BERT.main import Result, Settings, TrainingDiverged, parser, run
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch):
     """Call a grid in a folder with the tiny BERT and RTE's files, and return (exit code, stdout, stderr)."""
     small_bert(tmp_path)
     monkeypatch.chdir(tmp_path)
 
     def call(method, *argv):
-        code = 0
-        try:
-            grid.main(method, "", [*SMALL, "--max_steps", "2", *(str(word) for word in argv)])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
+        code, _, out, err = runs.call(partial(grid.main, method, ""), *SMALL, "--max_steps", 2, *argv)
         return code, out, err
 
     return call

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import safetensors
 import yaml
-from support.runs import call_main, in_folder, killed_after, outcome, refused
+from support.runs import call, in_folder, killed_after, outcome, refused
 
 import clip
+import main as entry
 from arguments import parse
 from methods import METHODS
 from records import FIRST, LAST
@@ -47,7 +48,7 @@ def finished(tmp_path_factory, feature_cache):
         if method not in done:
             folder = tmp_path_factory.mktemp(method)
             flags = (*quick(method), *in_folder(folder), "--save_every", 0, "--cache_dir", feature_cache)
-            code, record, _, err = call_main(*flags)
+            code, record, _, err = call(entry.main, *flags)
             assert code == 0, err
             done[method] = folder, record
         return done[method]

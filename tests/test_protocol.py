@@ -208,17 +208,11 @@ def test_at_the_end_features_are_new_where_the_tower_was_trained(files, task, mo
 # --- the cache of features
 
 
-def change_time(task):
-    last = task.image_root / task.test[-1].path
-    os.utime(last, ns=(last.stat().st_atime_ns, last.stat().st_mtime_ns + 1_000_000_000))
-    return {}
-
-
-def change_size(task):
+def write_again(task, more=b"", seconds=0):
     last = task.image_root / task.test[-1].path
     before = last.stat()
-    last.write_bytes(last.read_bytes() + b"\0")
-    os.utime(last, ns=(before.st_atime_ns, before.st_mtime_ns))
+    last.write_bytes(last.read_bytes() + more)
+    os.utime(last, ns=(before.st_atime_ns, before.st_mtime_ns + seconds * 10**9))
     return {}
 
 
@@ -233,7 +227,9 @@ CHANGES = {
     "preprocessing": lambda task: {"preprocess": v2.Compose([v2.Resize((32, 32)), *transform_of(32).transforms[2:]])},
     "precision": lambda task: {"precision": "bf16"},
     "order": lambda task: {"task": dataclasses.replace(task, test=task.test[::-1])},
-    **{"time": change_time, "size": change_size, "path": change_path},
+    "time": lambda task: write_again(task, seconds=1),
+    "size": lambda task: write_again(task, more=b"\0"),
+    "path": change_path,
 }
 
 

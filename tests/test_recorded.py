@@ -194,15 +194,7 @@ def test_own_images_that_a_record_lists_and_that_are_gone(run_main, flags):
 DASSL = "dassl.data.datasets.base_dataset"
 
 
-def coop_pickle(
-    path: Path,
-    task: datasets.Task,
-    prefix: str,
-    separator: str = "/",
-    protocol: int = 5,
-    parts: tuple[str, ...] = ("train", "val"),
-    **extra,
-) -> Path:
+def coop_pickle(path, task, prefix, separator="/", protocol=5, parts=("train", "val"), **extra) -> Path:
     """Write a file like CoOp's: {"train": [Datum, ...], "val": [...]}, with the paths of another machine.
 
     The class is like Dassl's, in a module of its name, which no longer exists when the pickle is read.

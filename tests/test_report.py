@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from scipy import stats
+from support.runs import call
 
 from scripts import report
 from scripts.reporting import comparison, figures
@@ -70,18 +71,14 @@ def no_figures(monkeypatch):
 
 
 @pytest.fixture
-def make(results, tmp_path, capsys):
+def make(results, tmp_path):
     """Makes the report; returns (exit code, stdout, stderr, folder)."""
 
-    def call(*argv, out=tmp_path / "report"):
-        code = 0
-        try:
-            report.main([str(word) for word in (results.path, "--out", out, *argv)])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr(), out
+    def run(*argv, out=tmp_path / "report"):
+        code, _, stdout, err = call(report.main, results.path, "--out", out, *argv)
+        return code, stdout, err, out
 
-    return call
+    return run
 
 
 def texts(sheet):
@@ -544,9 +541,7 @@ def test_an_unwritable_folder_and_a_missing_package_are_named(results, make, no_
     (tmp_path / "file").write_text("")
     code, _, err, _ = make(out=tmp_path / "file" / "report")
     assert code == 2 and str(tmp_path / "file") in err
-    with pytest.raises(SystemExit) as caught:
-        report.main([str(tmp_path / "file")])
-    assert caught.value.code == 2
+    assert call(report.main, tmp_path / "file")[0] == 2
     monkeypatch.setitem(sys.modules, "scripts.reporting.writing", None)  # as without matplotlib
     code, _, err, _ = make()
     assert code == 2 and "requirements-all.txt" in err

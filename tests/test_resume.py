@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from support.runs import call_main, in_folder, killed_after, outcome, refused
+from support.runs import call, in_folder, killed_after, outcome, refused
 
 import main as entry
 import train
@@ -206,7 +206,7 @@ def test_signals_stop_runs_that_then_resume(tmp_path, all_digits):
         sys.stderr = os.fdopen(2, "w")
         entry.main(command(name))
 
-    _, whole, _, _ = call_main(*command("whole", save_every=0))
+    _, whole, _, _ = call(entry.main, *command("whole", save_every=0))
     running = {sent: FORK.Process(target=start, args=(sent.name,)) for sent in codes}
     for process in running.values():
         process.start()
@@ -221,7 +221,7 @@ def test_signals_stop_runs_that_then_resume(tmp_path, all_digits):
     for sent in codes:
         said = (tmp_path / f"{sent.name}.err").read_text()
         assert ("the same command resumes" in said) == (sent != signal.SIGKILL)
-        _, resumed, out, _ = call_main(*command(sent.name))
+        _, resumed, out, _ = call(entry.main, *command(sent.name))
         assert "resumes after iteration" in out
         assert outcome(tmp_path / sent.name, resumed) == outcome(tmp_path / "whole", whole)
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from support.runs import call
 
 import main as entry
 from arguments import parse
@@ -36,15 +37,14 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_sweep(capsys):
+def run_sweep():
     """Calls sweep.py and returns (exit code, stdout, stderr)."""
 
-    def call(*argv):
-        with pytest.raises(SystemExit) as stop:
-            sweep.main([str(word) for word in argv])
-        return stop.value.code, *capsys.readouterr()
+    def run(*argv):
+        code, _, out, err = call(sweep.main, *argv)
+        return code, out, err
 
-    return call
+    return run
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
-"""Calls of the program."""
+"""Calls of the programs."""
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import clip
-import main as entry
 import train
 from clip.preprocess import test_transform
 from datasets import Item, Task
@@ -21,17 +21,17 @@ class Killed(BaseException):
     """Stops a run where the operating system might."""
 
 
-def call_main(*argv) -> tuple:
-    """Call `main` and return (exit code, record, stdout, stderr). The exit code of a run that is `Killed` is -9."""
-    code, record, out, err = 0, None, io.StringIO(), io.StringIO()
+def call(main: Callable, *argv) -> tuple:
+    """Call a `main` and return (exit code, result, stdout, stderr). The exit code of a run that is `Killed` is -9."""
+    code, result, out, err = 0, None, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            record = entry.main([str(word) for word in argv])
+            result = main([str(word) for word in argv])
         except SystemExit as stop:
             code = stop.code
         except Killed:
             code = -9
-    return code, record, out.getvalue(), err.getvalue()
+    return code, result, out.getvalue(), err.getvalue()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from datasets.acquire import download
 from datasets.acquire.sources import SOURCES
 from datasets.specs import SPECS
 from support.fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant
+from support.runs import call
 
 PAGE = b"<!DOCTYPE html><html><title>Quota exceeded</title></html>"
 
@@ -163,17 +164,14 @@ def data_root(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_download(data_root, capsys):
+def run_download(data_root):
     """Call the program and return (exit code, stdout, stderr)."""
 
-    def call(*names):
-        try:
-            code = download.main([*names, "--root_path", str(data_root)])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+    def run(*names):
+        code, result, out, err = call(download.main, *names, "--root_path", data_root)
+        return code or result, out, err
 
-    return call
+    return run
 
 
 def original(name: str, folder: Path) -> tuple[bytes, bytes | None]:
