@@ -4,6 +4,7 @@ import json
 
 import pytest
 from support.fabricate import FOLDERS, SPLIT_FILES, error_of_build, fabricate
+from support.runs import error_of
 
 from datasets.splits import read_json_split
 from datasets.task import DatasetError, Item
@@ -74,19 +75,15 @@ def test_a_good_split_passes(tmp_path):
 def test_a_malformed_split_is_rejected_with_file_and_row(change, complaint, tmp_path):
     path = tmp_path / "split.json"
     path.write_text(json.dumps(GOOD | change))
-    with pytest.raises(DatasetError) as caught:
-        read_json_split(path)
-    message = str(caught.value)
-    assert str(path) in message and complaint in message and "\n" not in message
+    message = error_of(DatasetError, read_json_split, path)
+    assert str(path) in message and complaint in message
 
 
 def test_a_file_that_is_not_a_split_is_rejected_by_name(tmp_path):
     path = tmp_path / SPLIT_FILES["dtd"]
     for content in (b"<html>\nQuota exceeded</html>", b"", b"[1, 2]", b'{"train": ', b"\xff\xfe{}"):
         path.write_bytes(content)
-        with pytest.raises(DatasetError) as caught:
-            read_json_split(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert str(path) in error_of(DatasetError, read_json_split, path)
 
 
 @pytest.mark.parametrize(

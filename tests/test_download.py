@@ -15,6 +15,7 @@ from pathlib import Path
 import gdown
 import pytest
 from support.fabricate import FOLDERS, SPLIT_FILES, VARIANTS, fabricate, fabricate_variant
+from support.runs import call
 from support.server import PAGE, files_in, offer, original, snapshot, tar_of, zip_of
 
 import datasets
@@ -317,11 +318,9 @@ def test_processes_that_want_the_same_dataset_make_one_download(world, data_root
 
 @pytest.mark.parametrize("program", [download, doctor])
 @pytest.mark.parametrize("words", ["dtd", "--root_path x", "food --root_path x", "folder dtd --root_path ."])
-def test_mistakes_are_one_line(program, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        program.main(words.split())
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+def test_mistakes_are_one_line(program, words):
+    code, _, _, err = call(program.main, *words.split())
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(world, data_root, run_download):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 from support.fabricate import FOLDERS, SPLIT_FILES, fabricate
+from support.runs import error_of
 from support.server import PAGE, files_in, original, tar_of, zip_of
 
 import datasets
@@ -55,13 +56,11 @@ def rejected(tmp_path, content: bytes) -> str:
     path, folder = tmp_path / "bad.archive", tmp_path / "below" / "folder"
     path.write_bytes(content)
     folder.mkdir(parents=True)
-    with pytest.raises(datasets.DatasetError) as caught:
-        unpack(path, folder)
+    message = error_of(datasets.DatasetError, unpack, path, folder)
     assert {entry.name for entry in tmp_path.iterdir()} == {"bad.archive", "below"}
     assert os.listdir(tmp_path / "below") == ["folder"]
     assert not [path for path in folder.rglob("*") if path.name == "evil"]
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
+    assert str(path) in message
     return message
 
 

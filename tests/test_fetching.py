@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import pytest
+from support.runs import error_of
 from support.server import Handler
 
 import clip
@@ -48,12 +49,10 @@ def fetch_whole(server, target):
     assert set(os.listdir(target.parent)) <= {"model.pt", "model.pt.lock"}
 
 
-def error_of(url, target, sha256=SHA256) -> str:
-    """Return the message of the UserError that fetch raises; it must be one line that names the file."""
-    with pytest.raises(UserError) as caught:
-        fetch(url, target, sha256)
-    message = str(caught.value)
-    assert "\n" not in message and (url in message or str(target) in message)
+def rejection(url, target, sha256=SHA256) -> str:
+    """Return the message of the UserError that fetch raises; it must name the file."""
+    message = error_of(UserError, fetch, url, target, sha256)
+    assert url in message or str(target) in message
     return message
 
 
@@ -87,22 +86,22 @@ def test_a_server_that_ignores_ranges(server, target, part):
 @pytest.mark.parametrize("content", [CONTENT + b"more", b"x" * len(CONTENT), b"rubbish"])
 def test_a_wrong_part_is_deleted(server, target, part, content):
     part.write_bytes(content)
-    assert "SHA-256 differs" in error_of(server.url, target)
+    assert "SHA-256 differs" in rejection(server.url, target)
     assert not part.exists() and not target.exists()
     fetch_whole(server, target)  # the remedy in the message
 
 
 def test_a_wrong_checksum(server, target):
-    error_of(server.url, target, "0" * 64)
+    rejection(server.url, target, "0" * 64)
     assert os.listdir(target.parent) in (["model.pt.lock"], [])
 
 
 @pytest.mark.parametrize("cut", [0, CHUNK + 7])
 def test_a_cut_connection_is_resumed(server, target, cut):
     server.cut, part = cut, target.with_name("model.pt.part")
-    assert str(part) in error_of(server.url, target)
+    assert str(part) in rejection(server.url, target)
     assert part.read_bytes() == CONTENT[:cut] and not target.exists()
-    assert f"after {2 * cut} of {len(CONTENT)} bytes" in error_of(server.url, target)  # cut a second time
+    assert f"after {2 * cut} of {len(CONTENT)} bytes" in rejection(server.url, target)  # cut a second time
     server.cut = None
     fetch_whole(server, target)
     assert ranges(server) == [None, *([f"bytes={cut}-", f"bytes={2 * cut}-"] if cut else [None, None])]
@@ -116,32 +115,32 @@ def test_without_a_length(server, target):
 def test_a_cut_chunked_transfer(server, target, monkeypatch):
     monkeypatch.setattr(Handler, "protocol_version", "HTTP/1.1")
     server.chunked, server.cut = True, CHUNK + 7
-    error_of(server.url, target)
+    rejection(server.url, target)
     assert not target.exists()
     server.cut = None
     fetch_whole(server, target)
 
 
 def test_no_file_and_no_server(server, target):
-    assert "404" in error_of(server.url.replace("model", "other"), target)
-    error_of("http://127.0.0.1:1/model.pt", target)
+    assert "404" in rejection(server.url.replace("model", "other"), target)
+    rejection("http://127.0.0.1:1/model.pt", target)
     assert not target.exists()
 
 
 def test_a_damaged_target_is_not_replaced(server, target, part):
     target.write_bytes(CONTENT[:-1])
-    error_of(server.url, target)
+    rejection(server.url, target)
     assert target.read_bytes() == CONTENT[:-1] and not server.requests
 
 
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html>\n<html>", b"\xef\xbb\xbf <HTML lang=en>"])
 def test_a_web_page_instead_of_the_file(server, target, part, page):
     server.files["/model.pt"] = page
-    assert "sent a web page" in error_of(server.url, target)
+    assert "sent a web page" in rejection(server.url, target)
     assert set(os.listdir(target.parent)) <= {"model.pt.lock"}
     part.write_bytes(CONTENT[:1000])
     server.ranges = False
-    error_of(server.url, target)
+    rejection(server.url, target)
     assert part.read_bytes() == CONTENT[:1000]
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from support.runs import call
+from support.runs import MEASURED, call
 
 import main as entry
 from arguments import parse
@@ -25,7 +25,6 @@ from scripts.sweeping import clusters, estimates
 from scripts.sweeping.grid import cells, read_grid
 
 PROJECT = Path(__file__).parent.parent
-TIMES = ["train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "finished_at"]
 QUICK = ("--shots", "1", "--total_iters", "2")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc for parents")
 
@@ -95,7 +94,7 @@ def one_line_error(outcome, *words):
 
 
 def table(results):
-    return pd.read_csv(Path(results) / "results.csv").drop(columns=TIMES).sort_values("run_id", ignore_index=True)
+    return pd.read_csv(Path(results) / "results.csv").drop(columns=[*MEASURED]).sort_values("run_id", ignore_index=True)
 
 
 # --- real runs
@@ -269,22 +268,21 @@ GRIDS = {
     "a row's": ({"rows": {"x": {"rankk": 3}}}, "--rankk"),
     "folders": ({"rows": {"x": {"results_dir": "a"}, "y": {"method": "adam"}}}, "--results_dir"),
     "weights": ({"rows": {"x": {"lr": [1, 2]}}, "settings": {"save_path": "w"}}, "so.safetensors"),
-    "no YAML": (None, "grid.yaml"),
 }
 
 
-@pytest.mark.parametrize("argv, word", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line_before_anything_starts(run_sweep, monkeypatch, tmp_path, argv, word):
+@pytest.mark.parametrize("given, word", [*MISTAKES.values(), *GRIDS.values()], ids=[*MISTAKES, *GRIDS])
+def test_a_mistake_is_one_line_before_anything_starts(run_sweep, monkeypatch, tmp_path, given, word):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # without srun
+    argv = given if isinstance(given, list) else write_grid(**given)
+    before = list(tmp_path.iterdir())
     one_line_error(run_sweep(*argv), word)
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("content, word", GRIDS.values(), ids=GRIDS)
-def test_a_mistake_in_the_file_is_one_line(run_sweep, tmp_path, content, word):
-    Path("grid.yaml").write_text("shots: [" if content is None else yaml.safe_dump(content))
-    one_line_error(run_sweep("--grid", "grid.yaml"), word)
-    assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
+def test_a_file_that_is_no_yaml_is_named(run_sweep):
+    Path("grid.yaml").write_text("shots: [")
+    one_line_error(run_sweep("--grid", "grid.yaml"), "grid.yaml")
 
 
 def test_without_submitit_the_remedy_is_named(run_sweep, monkeypatch):

@@ -125,18 +125,6 @@ def test_so_at_density_one_and_the_dense_ablation_train_as_adam(untrained):
         assert_close(other, adam.parameters, 1e-6, untrained)
 
 
-@pytest.mark.parametrize("prune_first", [False, True])
-def test_the_ablation_without_options_trains_the_weights_of_so(prune_first):
-    options = {"density_ratio": 0.005, "t": 3, "total_iters": 7, "position": "top1", "prune_first": prune_first}
-    so, ablation = prepared("so", sampled_gradients=False, **options), prepared("so_ablation", **options)
-    for adaptation in (so, ablation):
-        adaptation.model.float()
-        fitted(adaptation)
-    assert so.parameters.keys() == ablation.parameters.keys()
-    assert all(torch.equal(p, ablation.parameters[name]) for name, p in so.parameters.items())
-    assert so.optimizer_bytes == ablation.optimizer_bytes
-
-
 PUBLISHED = {  # gradient, moments, support, prune_first; accuracy at 1 shot and 4 shots
     "dense": ("dense", "dense", "dynamic", False, "4.4 %", "13.6 %"),
     "dense_moments": ("random", "dense", "dynamic", False, "73.6 %", "77.2 %"),

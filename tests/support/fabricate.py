@@ -6,8 +6,9 @@ The tables here are written a second time on purpose, so that a mistake in datas
 import colorsys
 import dataclasses
 import io
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 import datasets
 from datasets import splits
 from datasets.specs import SPECS, names_sha256
+from support.runs import error_of
 
 
 def _layouts(coop: tuple, released: tuple, torchvision: tuple) -> dict[str, tuple[str, str]]:
@@ -144,20 +146,24 @@ def fabricate(name: str, root: Path, layout: str = "coop", classes: int = 3, per
     return image_root
 
 
+def _numbered(labels: Iterable[int], per_class: int) -> Iterator[tuple[int, str, int]]:
+    """Yield the running number, part and label of each image."""
+    parts = [part for part, count in zip(("train", "val", "test"), part_sizes(per_class)) for _ in range(count)]
+    for number, (label, part) in enumerate(itertools.product(labels, parts), start=1):
+        yield number, part, label
+
+
 def _write_json(name: str, split_folder: Path, image_root: Path, classes: int, per_class: int) -> None:
     parts: dict[str, list] = {"train": [], "val": [], "test": []}
-    number = 0
-    for label in reversed(range(classes)) if name in _UNORDERED else range(classes):
-        for part, count in zip(parts, part_sizes(per_class)):
-            for _ in range(count):
-                number += 1
-                if name == "stanford_cars":
-                    path = f"cars_{'test' if part == 'test' else 'train'}/{number:05d}.jpg"
-                else:
-                    odd, _, odd_path = _ODD_CLASS.get(name, (None, "", ""))
-                    path = (odd_path if label == odd else _PATHS[name]).format(c=label, i=number)
-                _save(picture(label, number), image_root / path)
-                parts[part].append([path, label, class_name(name, label)])
+    labels = reversed(range(classes)) if name in _UNORDERED else range(classes)
+    for number, part, label in _numbered(labels, per_class):
+        if name == "stanford_cars":
+            path = f"cars_{'test' if part == 'test' else 'train'}/{number:05d}.jpg"
+        else:
+            odd, _, odd_path = _ODD_CLASS.get(name, (None, "", ""))
+            path = (odd_path if label == odd else _PATHS[name]).format(c=label, i=number)
+        _save(picture(label, number), image_root / path)
+        parts[part].append([path, label, class_name(name, label)])
     split_folder.mkdir(parents=True, exist_ok=True)
     (split_folder / SPLIT_FILES[name]).write_text(json.dumps(parts))
 
@@ -185,13 +191,9 @@ def fabricate_own(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class
 def _write_fgvc(folder: Path, image_root: Path, classes: int, per_class: int) -> None:
     names = [class_name("fgvc", label) for label in range(classes)]
     lines: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    number = 0
-    for label, variant in enumerate(names):
-        for part, count in zip(lines, part_sizes(per_class)):
-            for _ in range(count):
-                number += 1
-                _save(picture(label, number), image_root / f"{number:07d}.jpg")
-                lines[part].append(f"{number:07d} {variant}\n")
+    for number, part, label in _numbered(range(classes), per_class):
+        _save(picture(label, number), image_root / f"{number:07d}.jpg")
+        lines[part].append(f"{number:07d} {names[label]}\n")
     (folder / "variants.txt").write_text("".join(f"{variant}\n" for variant in names))
     for part, text in lines.items():
         (folder / f"images_variant_{part}.txt").write_text("".join(text))
@@ -215,8 +217,4 @@ def _save(image: Image.Image, path: Path) -> None:
 
 def error_of_build(*arguments, **options) -> str:
     """Return the message of the DatasetError that build raises; it must be one line."""
-    with pytest.raises(datasets.DatasetError) as caught:
-        datasets.build(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return error_of(datasets.DatasetError, datasets.build, *arguments, **options)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import clip
 import train
 from clip.preprocess import test_transform
+from common import UserError
 from datasets import Item, Task
 from experiment import Experiment
 from methods import METHODS
@@ -83,6 +84,15 @@ def refused(call, before=()) -> str:
     files = {path.parts[0] for path in Path(".").rglob("*") if path.is_file() and path.suffix not in (".lock", ".pyc")}
     assert files <= set(before) <= {path.name for path in Path(".").iterdir()}, "something was left behind, or lost"
     return lines[0]
+
+
+def error_of(kind: type[UserError], function: Callable, *arguments, **options) -> str:
+    """Return the message of the error of this kind that a function raises; it must be one line."""
+    with pytest.raises(kind) as caught:
+        function(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 NAMES = ("cat", "dog", "traffic_light")
