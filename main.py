@@ -71,6 +71,7 @@ def read_data(config: Config) -> Task:
         classes=settings.classes,
         split=settings.split,
         test_part=settings.test_part,
+        reading=datasets.Reading(settings.max_megapixels, settings.white_level),
     )
     datasets.check_images_exist(task)
     for template in task.templates:

@@ -86,6 +86,8 @@ def run_identity(config: Config, images: int) -> str:
         relevant["test_part"] = settings.test_part
     if settings.test_dataset == "folder":  # elsewhere the name says which images are meant
         relevant["root_path"] = str(Path(settings.root_path).expanduser().resolve())
+        if settings.white_level is not None:
+            relevant["white_level"] = settings.white_level
     if Path(settings.backbone).is_file():
         relevant["backbone"] = file_sha256(settings.backbone)
     if settings.split:

@@ -109,6 +109,11 @@ class Settings(Options):
     prompts: str = data("released", "'a photo of a {}.', or each dataset's own", choices=("released", "specific"))
     template: tuple[str, ...] = data((), "your own prompt with {} for the class name; may be repeated")
 
+    max_megapixels: int = data(datasets.MAX_MEGAPIXELS, "largest image that is read, in million pixels", at_least=1)
+    white_level: float | None = data(
+        None, "your images of more than 8 bits a channel: the level that is white", kind=float, above=0
+    )
+
     backbone: str = model("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
     precision: str = model("fp32", "of the computation; weights are always float32", choices=("fp32", "bf16"))
 

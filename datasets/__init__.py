@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common import note
 
+from .decoding import MAX_MEGAPIXELS, USUAL, Reading, read_image
 from .digits import TEMPLATES as DIGITS_TEMPLATES
 from .digits import DigitsTask, split_digits
 from .fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
@@ -18,13 +19,15 @@ from .images import augmented_loader, batches_per_epoch, default_workers, test_l
 from .recorded import import_coop, replay, to_json
 from .specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
 from .splits import ImageNetListing, Split, folder_items, list_imagenet, read_split
-from .task import DatasetError, Item, Task, check_images_exist, note_untested, read_image
+from .task import DatasetError, Item, Task, check_images_exist, note_untested
 
 __all__ = [
     "CLASSES",
+    "MAX_MEGAPIXELS",
     "ORDERS",
     "DatasetError",
     "Item",
+    "Reading",
     "Task",
     "augmented_loader",
     "available_datasets",
@@ -65,6 +68,7 @@ def build(
     classes: str = "all",
     split: str | Path | None = None,
     test_part: str = "test",
+    reading: Reading = USUAL,
 ) -> Task:
     """Read dataset `name` below `root_path` and draw `shots` training images per class.
 
@@ -76,7 +80,7 @@ def build(
     dataset's own templates); `templates`, if any, replace them. `order` "coop" draws as CoOp does. `classes` keeps only
     the "base" or the "new" half of the classes, after the draw. `split` is a file with the images of an earlier run,
     used instead of a draw. `test_part` "val" evaluates the whole validation part instead of the test part: settings can
-    be chosen on it without touching the test images.
+    be chosen on it without touching the test images. `reading` says how image files are read.
 
     Raises DatasetError for data that are missing, misplaced or malformed.
     """
@@ -100,7 +104,7 @@ def build(
         raise DatasetError(f"--test_part {test_part}: {name} has no validation part; use --test_part test")
     note_untested(image_root or name, parts.class_names, test)
     kind = _TASKS.get(name, Task)
-    task = kind(name, parts.class_names, templates, train, val, test, image_root, test_part)
+    task = kind(name, parts.class_names, templates, train, val, test, image_root, test_part, reading)
     return _choose(task, parts.labels, classes, split, shots)
 
 

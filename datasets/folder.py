@@ -11,16 +11,16 @@ import hashlib
 import json
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from common import note
 
+from .decoding import HEIC_ENDINGS, image_endings, read_upright_image
 from .manifest import PARTS, also, check_names, divide, read_manifest
 from .splits import Split, read_text, scan
-from .task import DatasetError, Item, Task, read_upright_image
+from .task import DatasetError, Item, Task
 
 _MANIFESTS = ("manifest.csv", "manifest.json")
 # Folders that macOS and Synology add: they contain thumbnails with the names of your images.
@@ -35,7 +35,7 @@ class FolderTask(Task):
 
     def read(self, item: Item) -> Image.Image:
         """Return the RGB image of `item`; raise DatasetError if its file is missing or damaged."""
-        return read_upright_image(self.image_root / item.path)
+        return read_upright_image(self.image_root / item.path, self.reading)
 
     @property
     def data_sha256(self) -> str:
@@ -169,14 +169,6 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 # --- listings
 
 
-@lru_cache(maxsize=1)
-def image_endings() -> tuple[str, ...]:
-    """Return the file name endings of all formats that Pillow reads, except PostScript, which is a program."""
-    endings = Image.registered_extensions()  # must be first: it loads the formats
-    formats = Image.OPEN.keys() - {"EPS"}
-    return tuple(ending for ending, format_ in endings.items() if format_ in formats)
-
-
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM_FOLDERS
 
@@ -238,4 +230,9 @@ class _Listing:
             note(
                 f"{len(self.others)} file(s) in {self.root} ignored: the name does not end like an image, or the file "
                 f"is in no class folder; for example {min(self.others)}"
+            )
+        heic = [path for path in self.others if path.lower().endswith(HEIC_ENDINGS)]
+        if heic and HEIC_ENDINGS[0] not in image_endings():
+            note(
+                f"{len(heic)} of them are HEIC photographs, for example {min(heic)}: pip install pillow-heif reads them"
             )

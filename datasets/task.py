@@ -1,22 +1,18 @@
-"""A dataset once it is read: items, a task, and how the file of an item becomes an image."""
+"""A dataset once it is read: items and a task."""
 
 import hashlib
 import os
-import struct
-import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
-from common import UserError, note
+from common import note
 
-
-class DatasetError(UserError):
-    """A mistake in the data that the user can correct. The message is one line that names the file and the remedy."""
+from .decoding import USUAL, Reading, read_image
+from .errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Task:
     `class_names` are in label order and keep their underscores; two classes may share a name. `templates` are format
     strings with one `{}`; the first is used for training. `train` and `val` are few-shot draws. `test` are the images
     that are evaluated: the whole test part of the dataset or, with `test_part` "val", its whole validation part.
-    `image_root` is None if the images are not files in a folder.
+    `image_root` is None if the images are not files in a folder. `reading` says how their files are read.
     """
 
     name: str
@@ -45,6 +41,7 @@ class Task:
     test: tuple[Item, ...]
     image_root: Path | None
     test_part: str = "test"
+    reading: Reading = USUAL
 
     # The parts that split.json lists. The test part of a published dataset needs no list: it is never drawn.
     parts_to_record = ("train", "val")
@@ -54,7 +51,7 @@ class Task:
 
     def read(self, item: Item) -> Image.Image:
         """Return the RGB image of `item`; raise DatasetError if its file is missing or damaged."""
-        return read_image(self.image_root / item.path)
+        return read_image(self.image_root / item.path, self.reading)
 
     @property
     def split_sha256(self) -> str:
@@ -83,6 +80,8 @@ class Task:
     def fingerprint(self, items: Sequence[Item]) -> str:
         """Return the SHA-256 of how images are read and of the items' paths, labels, sizes and modification times."""
         digest = hashlib.sha256(type(self).__name__.encode())
+        if self.reading.white_level is not None:
+            digest.update(f" white at {self.reading.white_level}".encode())
         image_root = self.image_root.resolve()  # one folder has one fingerprint, whether its path is relative or not
         for item in items:
             path = image_root / item.path
@@ -140,94 +139,3 @@ def enumerated(things: Sequence[str], most: int = 10) -> str:
     """Return the first things separated by commas, and the number of the others."""
     more = len(things) - most
     return ", ".join(things[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-# --- decoding
-
-# Pillow's decoders raise all of these on damaged files; they have no common base class.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Decode the image file `path` completely and return it in RGB mode, as the published loaders do.
-
-    A missing, empty, truncated or unreadable file raises DatasetError with its name; no other image replaces it.
-    """
-    return _decode(path, lambda image: image.convert("RGB"), "unpack or download it again")
-
-
-def read_upright_image(path: str | Path) -> Image.Image:
-    """Decode an image of any origin as `read_image` does: turned upright, without transparency, with 8 bits.
-
-    It is turned as its EXIF data say, transparent areas become white, and 16 bits are scaled to 8. Only the first
-    image of an animation or of a file with several pages is used. An image with 32 bits a channel, whose range of
-    values is unknown, raises DatasetError.
-    """
-    return _decode(path, _to_upright_rgb, "replace or remove it")
-
-
-# EXIF's orientation -> how to turn the image back.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # Pillow turns a TIFF itself while loading, and then removes its orientation
-    # Not ImageOps.exif_transpose: it also rewrites the other EXIF data, and fails on unusual ones.
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    upright = _eight_bits(image)
-    return upright if turn is None else upright.transpose(turn)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if has_16_bits(image):
-        levels = np.asarray(image).astype(np.int64)  # convert() would clip everything above 255
-        return Image.fromarray((levels // 256).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a channel, and which value is white is unknown; save it with 8 bits")
-    if is_transparent(image):
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, coloured).convert("RGB")
-    return image.convert("RGB")
-
-
-def has_16_bits(image: Image.Image) -> bool:
-    """Return whether an image has 16 bits a channel; Pillow's mode I has more, except from these formats."""
-    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-
-
-def is_transparent(image: Image.Image) -> bool:
-    """Return whether areas of an image may be transparent."""
-    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-
-
-def _decode(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image], remedy: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except FileNotFoundError as error:
-        raise DatasetError(f"image {path} does not exist; {remedy}") from error
-    except PermissionError as error:
-        raise DatasetError(f"image {path} may not be read; change its permissions") from error
-    except UnidentifiedImageError as error:
-        raise DatasetError(f"image {path} is empty or not an image; {remedy}") from error
-    except _DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DatasetError(f"image {path} cannot be decoded ({reason}); {remedy}") from error

@@ -18,16 +18,17 @@ from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from common import Parser, file_sha256, one_line_errors, printable, progress
 
+from ..decoding import MAX_MEGAPIXELS, USUAL, Reading, has_16_bits, image_endings, is_transparent, opened, orientation
 from ..fewshot import val_shots
-from ..folder import FolderTask, image_endings, read_folder
+from ..folder import FolderTask, read_folder
 from ..images import default_workers
 from ..specs import SPECS, Found, departure, names_sha256, search
 from ..splits import IMAGE_EXTENSIONS, Split, folder_items, imagenet_classes, list_imagenet_part, read_split
-from ..task import DatasetError, Item, Task, enumerated, has_16_bits, is_transparent, note_untested
+from ..task import DatasetError, Item, Task, enumerated, note_untested
 from .sources import SOURCES
 
 PER_CLASS = 3  # images of each class that are decoded without --all
@@ -44,13 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(
             "--root_path", required=True, type=Path, help="the folder with all datasets; for folder, your own images"
         )
+        text = f"largest image that is read, in million pixels [{MAX_MEGAPIXELS}]"
+        parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, metavar="N", help=text)
+        text = "your images of more than 8 bits a channel: the level that is white"
+        parser.add_argument("--white_level", type=float, metavar="LEVEL", help=text)
         parser.add_argument("--all", action="store_true", help="decode every image, and name every damaged one")
         arguments = parser.parse_args(argv)
         names = tuple(SPECS) if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
         if "folder" in arguments.names and len(arguments.names) > 1:
             parser.error("folder must be the only name: its --root_path is your own folder, not that of all datasets")
         root = arguments.root_path.expanduser()
-        reports = [examine(name, root, arguments.all) for name in names]
+        reading = Reading(arguments.max_megapixels, arguments.white_level)
+        reports = [examine(name, root, arguments.all, reading) for name in names]
         failed = [report.name for report in reports if report.problems]
         ready = f"{len(reports) - len(failed)} of {len(reports)} ready"
         print(ready + (f"; not ready: {', '.join(failed)}" if failed else ""))
@@ -63,8 +69,8 @@ class Report:
     With a problem, `main.py` cannot use the dataset; with a warning, results cannot be compared with published ones.
     """
 
-    def __init__(self, name: str, everything: bool):
-        self.name, self.everything = name, everything
+    def __init__(self, name: str, everything: bool, reading: Reading):
+        self.name, self.everything, self.reading = name, everything, reading
         self.problems = self.warnings = 0
         print(name)
 
@@ -93,9 +99,9 @@ class Report:
         print(f"{self.name}: {state}\n")
 
 
-def examine(name: str, root: Path, everything: bool = False) -> Report:
+def examine(name: str, root: Path, everything: bool = False, reading: Reading = USUAL) -> Report:
     """Print the findings about dataset `name` below `root`; with `everything`, every image is decoded."""
-    report = Report(name, everything)
+    report = Report(name, everything, reading)
     try:
         (_examine_folder if name == "folder" else _examine_published)(name, root, report)
     except OSError as error:
@@ -127,7 +133,7 @@ def _examine_published(name: str, root: Path, report: Report) -> None:
             items = _images_below(found.images, IMAGE_EXTENSIONS)
             report.fact("note", f"{len(items)} images found; without a split it is unknown which should be there")
         remedy = f"move {found.images} away and {command}"
-        _examine_images(Task(name, (), (), (), (), items, found.images), report, remedy)
+        _examine_images(Task(name, (), (), (), (), items, found.images, reading=report.reading), report, remedy)
 
 
 def _read_imagenet(found: Found, report: Report, command: str) -> Split | None:
@@ -248,7 +254,7 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
         _examine_shots(name, split, report)
     if split or root.is_dir():
         items = (*split.train, *split.val, *split.test) if split else _images_below(root, image_endings())
-        task = FolderTask(name, (), (), (), (), items, image_root)
+        task = FolderTask(name, (), (), (), (), items, image_root, reading=report.reading)
         _examine_images(task, report, "replace them, or remove them from the folder or the manifest")
 
 
@@ -332,7 +338,7 @@ def _decode(task: Task, items: Sequence[Item]) -> tuple[list[str], Counter[str]]
             task.read(item)
         except DatasetError as error:
             return str(error), []
-        return None, _conversions(task.image_root / item.path) if isinstance(task, FolderTask) else []
+        return None, _conversions(task.image_root / item.path, task.reading) if isinstance(task, FolderTask) else []
 
     complaints, counts = [], Counter()
     with ThreadPool(default_workers() + 1) as pool:
@@ -343,11 +349,11 @@ def _decode(task: Task, items: Sequence[Item]) -> tuple[list[str], Counter[str]]
     return complaints, counts
 
 
-def _conversions(path: Path) -> list[str]:
+def _conversions(path: Path, reading: Reading) -> list[str]:
     """Return which conversions a readable image of yours needs."""
-    with Image.open(path) as image:
+    with opened(path, reading) as image:
         kinds = {
-            "are turned as their EXIF data say": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+            "are turned as their EXIF data say": orientation(image) != 1,
             "are transparent and get a white background": is_transparent(image),
             "have 16 bits a channel, scaled to 8": has_16_bits(image),
             "are files with several images, of which only the first is used": _has_several_images(image),
