@@ -40,7 +40,7 @@ class Experiment(Generic[H]):
     @classmethod
     def load(cls, settings: Settings, hparams: H, task: Task) -> "Experiment[H]":
         """Load the model that the settings name. Raise WeightsError if that is not possible."""
-        model, preprocess = clip.load(settings.backbone, settings.device)
+        model, preprocess = clip.load(settings.backbone, settings.device, arch=settings.arch)
         return cls(settings, hparams, task, model, preprocess, clip.weights_sha256(model))
 
     @property

@@ -20,9 +20,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+import clip
 import datasets
 import run_utils
 import train
@@ -124,6 +126,8 @@ def do_now(run: Run) -> dict:
     run_utils.make_reproducible(run.settings.seed)
     run_utils.use_device(run.settings.device)
     experiment = Experiment.load(run.settings, run.hparams, run.task)
+    if Path(run.settings.backbone).is_file():
+        print(f"{run.settings.backbone}: {clip.describe(experiment.model)}")
     if run.config.trains:
         return train_and_test(run, experiment)
     return evaluate_saved(run, experiment) if run.settings.eval_only else test_zero_shot(run, experiment)

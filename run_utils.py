@@ -90,6 +90,11 @@ def run_identity(config: Config, images: int) -> str:
             relevant["white_level"] = settings.white_level
     if Path(settings.backbone).is_file():
         relevant["backbone"] = file_sha256(settings.backbone)
+        for path in (Path(settings.arch or ""), Path(settings.backbone).with_name("open_clip_config.json")):
+            if path.is_file():  # what the weights' conventions are known from
+                relevant[path.name] = file_sha256(path)
+    if settings.arch is not None:
+        relevant["arch"] = settings.arch
     if settings.split:
         relevant["split"] = file_sha256(Path(settings.split).expanduser())
     if settings.eval_only:  # the weights decide, not where they are

@@ -115,6 +115,9 @@ class Settings(Options):
     )
 
     backbone: str = model("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
+    arch: str | None = model(
+        None, "for a weight file whose shapes do not tell it: open_clip's name or config FILE.json, or openai", kind=str
+    )
     precision: str = model("fp32", "of the computation; weights are always float32", choices=("fp32", "bf16"))
 
     tuned_on: str = training("none", "only recorded: images you chose settings with", choices=("none", "val", "test"))

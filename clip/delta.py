@@ -12,8 +12,9 @@ import safetensors
 import torch
 from torch import Tensor
 
+from .files import WeightsError
 from .model import CLIP
-from .weights import WeightsError, save_tensors
+from .weights import save_tensors
 
 FORMAT = "clip-sparse-delta-1"
 

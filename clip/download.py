@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fetching import fetch
 
-from .weights import WeightsError
+from .files import WeightsError
 
 PREFIX = "https://openaipublic.azureedge.net/clip/models"
 MODELS = {  # name: (file, its SHA-256)

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from .layouts import IMAGES, Layout, PackedPrompts, split_heads
 
-HEAD_WIDTH = 64  # of every attention head in CLIP; so heads = width / 64
+
+@dataclass(frozen=True)
+class Conventions:
+    """What no shape tells about a CLIP; the defaults are OpenAI's. `clip/conventions.py` knows those of other models.
+
+    Activations are those of the MLPs: "quick_gelu", "gelu" or "gelu_tanh".
+    """
+
+    vision_activation: str = "quick_gelu"
+    text_activation: str = "quick_gelu"
+    vision_head_width: int = 64
+    text_head_width: int = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,14 @@ class Architecture:
     vocab_size: int
     text_width: int
     text_layers: int
+    vision_mlp: int | None = None  # width of the MLPs; None: four times that of the tower
+    text_mlp: int | None = None
+    conventions: Conventions = Conventions()
+
+    @property
+    def attention_width(self) -> int:
+        """The width of the image tower's attention; a ResNet's pooled map is 32 times as wide as its stem."""
+        return self.vision_width * (1 if self.is_vit else 32)
 
     @property
     def is_vit(self) -> bool:
@@ -59,6 +78,20 @@ class _QuickGELU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad, 1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The numbers of a transformer. `mlp` is the width of its MLPs."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    activation: str
 
 
 class Attention(nn.Module):
@@ -114,15 +147,16 @@ def _use_module_names(module: nn.Module, state_dict: dict, prefix: str, *_) -> N
 
 
 class Block(nn.Module):
-    """A pre-norm residual block: attention, then an MLP four times as wide."""
+    """A pre-norm residual block: attention, then an MLP."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, tower: Tower):
         super().__init__()
+        width, mlp = tower.width, tower.mlp
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, tower.heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
+            OrderedDict(c_fc=nn.Linear(width, mlp), gelu=ACTIVATIONS[tower.activation](), c_proj=nn.Linear(mlp, width))
         )
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
@@ -141,9 +175,10 @@ class Transformer(nn.Module):
     For the other tokens the last block computes only keys and values: nothing else of them is needed.
     """
 
-    def __init__(self, width: int, layers: int, heads: int):
+    def __init__(self, tower: Tower):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        width, layers = tower.width, tower.layers
+        self.resblocks = nn.ModuleList(Block(tower) for _ in range(layers))
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj.weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * layers) ** -0.5)
@@ -162,15 +197,16 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """An image tower from [B, 3, R, R] to embeddings [B, E], computed from the class token."""
 
-    def __init__(self, resolution: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int):
+    def __init__(self, resolution: int, patch_size: int, tower: Tower, embed_dim: int):
         super().__init__()
+        width = tower.width
         scale = width**-0.5
         tokens = (resolution // patch_size) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(tower)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
@@ -268,16 +304,16 @@ class CLIP(nn.Module):
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch
+        conventions, width = arch.conventions, arch.text_width
+        heads = arch.attention_width // conventions.vision_head_width
         if arch.is_vit:
-            heads = arch.vision_width // HEAD_WIDTH
-            self.visual = VisionTransformer(
-                arch.resolution, arch.patch_size, arch.vision_width, arch.vision_layers, heads, arch.embed_dim
-            )
+            mlp = arch.vision_mlp or 4 * arch.vision_width
+            tower = Tower(arch.vision_width, arch.vision_layers, heads, mlp, conventions.vision_activation)
+            self.visual = VisionTransformer(arch.resolution, arch.patch_size, tower, arch.embed_dim)
         else:
-            heads = arch.vision_width * 32 // HEAD_WIDTH  # the pooled map is 32 times as wide as the stem
             self.visual = ModifiedResNet(arch.resolution, arch.vision_width, arch.vision_layers, heads, arch.embed_dim)
-        width = arch.text_width
-        self.transformer = Transformer(width, arch.text_layers, width // HEAD_WIDTH)
+        heads, mlp = width // conventions.text_head_width, arch.text_mlp or 4 * width
+        self.transformer = Transformer(Tower(width, arch.text_layers, heads, mlp, conventions.text_activation))
         self.token_embedding = nn.Embedding(arch.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(arch.context_length, width))
         self.ln_final = nn.LayerNorm(width)

@@ -84,7 +84,7 @@ RESNET = {"layers": (2, 1, 2, 1), "width": 16, "image_size": 64}
 def test_features_equal_open_clips(vision, tmp_path):
     torch.manual_seed(1)
     reference = open_clip.CLIP(48, vision, TEXT, quick_gelu=True)
-    model, preprocess = clip.load(FORMATS["torchscript"](with_random_weights(reference), tmp_path))
+    model, preprocess = clip.load(FORMATS["torchscript"](with_random_weights(reference), tmp_path), arch="openai")
     assert preprocess.transforms[1].size == (64, 64)
     expected, actual = reference.state_dict(), model.state_dict()
     expected.pop("attn_mask", None)

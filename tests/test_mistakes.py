@@ -118,7 +118,7 @@ def test_a_resnet_has_no_blocks_in_its_image_tower(run_main):
         64, 32, 16, (1, 1, 1, 1), None, context_length=77, vocab_size=49408, text_width=64, text_layers=1
     )
     save_weights(CLIP(arch), "rn.safetensors")
-    assert "--encoder text" in refused(run_main("--backbone", "rn.safetensors"), ["rn.safetensors"])
+    assert "--encoder text" in refused(run_main("--backbone", "rn.safetensors", "--arch", "openai"), ["rn.safetensors"])
     code, record, _, _ = run_main(*QUICK, "--backbone", "rn.safetensors", "--encoder", "text")
     assert code == 0 and record["trainable_weights"] == 12 * 64**2
 
