@@ -119,7 +119,7 @@ def test_a_resnet_has_no_blocks_in_its_image_tower(run_main):
     )
     save_weights(CLIP(arch), "rn.safetensors")
     assert "--encoder text" in refused(run_main("--backbone", "rn.safetensors", "--arch", "openai"), ["rn.safetensors"])
-    code, record, _, _ = run_main(*QUICK, "--backbone", "rn.safetensors", "--encoder", "text")
+    code, record, _, _ = run_main(*QUICK, "--backbone", "rn.safetensors", "--arch", "openai", "--encoder", "text")
     assert code == 0 and record["trainable_weights"] == 12 * 64**2
 
 
