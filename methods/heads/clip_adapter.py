@@ -11,8 +11,8 @@ W1 and W2 start as torch's linear layers do, uniform between -1/sqrt(n) and 1/sq
 Read in that code: ratio 0.2, the adapter of images only, and "follow CoOp's command": SGD with momentum 0.9 and weight
 decay 5e-4, lr 0.002, batch 32, 50, 100 or 200 epochs by shots and always 50 on ImageNet (clip_adapter.yaml), rate 1e-5
 in the first epoch, then a cosine between epochs (`epoch_cosine`), random crops of 8 to 100 % of the area, flips. The
-paper says that it searched the ratio for each dataset, not on which images; none was chosen here.
-configs/clip_adapter_search.yaml chooses it on the few-shot validation images.
+paper is said to search the ratio for each dataset; that, and on which images, was not checked against its text. Nothing
+is searched here; configs/clip_adapter_search.yaml chooses the ratio on the few-shot validation images.
 
 Base-to-new: the authors do not define it. Nothing in the adapter belongs to a class, so it is applied to the images of
 other classes and datasets, with their text features.
