@@ -1,7 +1,9 @@
 """What one run works with: a model, a task, the settings, and the features that are computed only once."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader
 import clip
 import datasets
 import utils
-from clip.preprocess import train_transform
+from clip.preprocess import mirror, train_transform
 from common import progress
 from datasets import Item, Task
 from settings import Hparams, Settings
@@ -26,7 +28,8 @@ class Experiment(Generic[H]):
 
     `hparams` are the method's own settings, with everything decided (`Hparams.settled`). `preprocess` maps a PIL image
     to the model's input. `base_sha256` is the hash of the weights before training. `features` holds what was computed
-    under these unchanged weights; copies made by `dataclasses.replace` share it.
+    under these unchanged weights, `seconds` how long it took; copies made by `dataclasses.replace` share them.
+    `seconds_spared` counts the seconds of features that were asked for and were there already.
     """
 
     settings: Settings
@@ -36,6 +39,8 @@ class Experiment(Generic[H]):
     preprocess: Callable
     base_sha256: str
     features: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    seconds: dict[tuple, float] = field(default_factory=dict, repr=False)
+    seconds_spared: float = 0.0
 
     @classmethod
     def load(cls, settings: Settings, hparams: H, task: Task) -> "Experiment[H]":
@@ -70,11 +75,13 @@ class Experiment(Generic[H]):
             drop_last=hparams.drop_last,
         )
 
-    def image_features(self, items: Sequence[Item], label: str) -> Tensor:
-        """Return unit features [N, E] of the items, in main memory, by the model as it is now."""
+    def image_features(self, items: Sequence[Item], label: str, mirrored: bool = False) -> Tensor:
+        """Return unit features [N, E] of the items, or of their mirror images, in main memory, by the model as it is
+        now."""
         pin = self.device.type == "cuda"
+        transform = mirror(self.preprocess) if mirrored else self.preprocess
         loader = datasets.test_loader(
-            items, self.task, self.preprocess, IMAGES_AT_ONCE, self.settings.workers, pin_memory=pin
+            items, self.task, transform, IMAGES_AT_ONCE, self.settings.workers, pin_memory=pin
         )
         with self.autocast():
             return utils.image_features(self.model, loader, label)
@@ -85,47 +92,82 @@ class Experiment(Generic[H]):
         They come from the cache on disk if this very computation was done before. Call it first before training.
         Raise DatasetError if an image is damaged.
         """
-        key = ("test", self.task.test)
-        if key not in self.features:
-            about = (self.base_sha256, self.task.fingerprint(self.task.test), repr(self.preprocess))
-            path = utils.cache_file(self.settings.cache_dir, *about, self.settings.precision, self.device.type)
-            features = utils.load_features(path)
-            if features is None:
-                features = self.image_features(self.task.test, "zero-shot")
-                utils.save_features(path, features)
-            self.features[key] = features
-        return self.features[key]
+        about = repr(self.preprocess), self.settings.precision, self.device.type
+        compute = partial(self.image_features, self.task.test, "zero-shot")
+        return self._once(("test", self.task.test), compute, self.task.test, about)
 
-    def train_features(self) -> Tensor:
-        """Return unit features [N, E] of the training images, not augmented, under the unchanged weights."""
-        key = ("train", self.task.train)
-        if key not in self.features:
-            self.features[key] = self.image_features(self.task.train, "training features")
-        return self.features[key]
+    def train_features(self, mirrored: bool = False) -> Tensor:
+        """Return unit features [N, E] of the training images, or of their mirror images, not augmented, under the
+        unchanged weights."""
+        compute = partial(self.image_features, self.task.train, "training features", mirrored)
+        return self._once(("train", self.task.train, mirrored), compute)
 
-    @torch.no_grad()
+    def text_embeddings(self) -> Tensor:
+        """Return features [T, C, E], as the encoder gives them, of the class names in all T templates, under the
+        unchanged weights."""
+        names, templates = self.task.class_names, self.task.templates
+        return self._once(("text", names, templates), lambda: self._text_embeddings(names, templates))
+
+    def _text_embeddings(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        with self.autocast():
+            return torch.stack([utils.text_embeddings(self.model, names, template) for template in templates])
+
     def augmented_features(self, views: int) -> Tensor:
         """Return features [views, N, E], as the encoder gives them, of augmented training images under the unchanged
-        weights, on the model's device. No view is one of those that training sees."""
-        hparams, settings = self.hparams, self.settings
-        key = ("augmented", self.task.train, views, hparams.min_area, hparams.flip)
-        if key not in self.features:
-            loader = datasets.augmented_loader(
-                self.task,
-                train_transform(self.model.arch.resolution, hparams.min_area, hparams.flip),
-                IMAGES_AT_ONCE,
-                views,
-                settings.seed,
-                settings.workers,
-                settings.image_cache_mb,
-                pin_memory=self.device.type == "cuda",
-            )
-            with self.autocast():
-                parts = [
-                    self.model.encode_image(images.to(self.device, non_blocking=True)).float()
-                    for images, _ in progress(loader, "augmented views")
-                ]
-            self.features[key] = torch.cat(parts).unflatten(0, (views, -1))
+        weights, on the model's device. No view is one of those that training sees.
+
+        They come from the cache on disk if another run computed them on such a machine.
+        """
+        transform = train_transform(self.model.arch.resolution, self.hparams.min_area, self.hparams.flip)
+        processor = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else torch.get_num_threads()
+        about = repr(transform), self.settings.precision, self.device.type, f"{processor}", f"{self.settings.seed}"
+        key = ("augmented", self.task.train, views, self.hparams.min_area, self.hparams.flip)
+        compute = partial(self._augmented_features, transform, views)
+        return self._once(key, compute, self.task.train, (*about, f"{views} views")).to(self.device)
+
+    @torch.no_grad()
+    def _augmented_features(self, transform: Callable, views: int) -> Tensor:
+        loader = datasets.augmented_loader(
+            self.task,
+            transform,
+            IMAGES_AT_ONCE,
+            views,
+            self.settings.seed,
+            self.settings.workers,
+            self.settings.image_cache_mb,
+            pin_memory=self.device.type == "cuda",
+        )
+        with self.autocast():
+            parts = [
+                self.model.encode_image(images.to(self.device, non_blocking=True)).float()
+                for images, _ in progress(loader, "augmented views")
+            ]
+        return torch.cat(parts).unflatten(0, (views, -1))
+
+    def _once(
+        self,
+        key: tuple,
+        compute: Callable[[], Tensor],
+        items: Sequence[Item] = (),
+        about: Sequence[str] = (),
+    ) -> Tensor:
+        """Return the features that `compute` returns, computed once a process; features of `items` also once for all
+        runs with the same weights, images and `about`, which share the cache on disk."""
+        if key in self.features:
+            self.seconds_spared += self.seconds.get(key, 0.0)
+            return self.features[key]
+        path = kept = None
+        if about:
+            path = utils.cache_file(self.settings.cache_dir, self.base_sha256, self.task.fingerprint(items), *about)
+            kept = utils.load_features(path)
+        if kept is None:
+            start = time.perf_counter()
+            kept = compute(), time.perf_counter() - start
+            if path:
+                utils.save_features(path, *kept)
+        else:
+            self.seconds_spared += kept[1]
+        self.features[key], self.seconds[key] = kept
         return self.features[key]
 
     def text_classifier(self, templates: Sequence[str]) -> Tensor:

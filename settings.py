@@ -266,7 +266,7 @@ LENGTHS = ("n_iters", "total_iters", "epochs")
 
 
 @dataclass(frozen=True)
-class Training(Hparams):
+class Loop(Hparams):
     """Hyperparameters of every method that `train.fit` trains. The defaults are SO's."""
 
     # Whether an epoch leaves out its last batch if that is smaller than the others (and not the only one).
@@ -278,15 +278,13 @@ class Training(Hparams):
     epochs: int | None = training(None, "passes over the images, instead of n_iters x shots", kind=int, at_least=1)
     batch_size: int = training(32, "training images per iteration", at_least=1)
     early_stop_loss: float = training(0.01, "stop below this mean loss of an epoch; 0 never stops", at_least=0)
-    min_area: float = training(0.08, "smallest part of an image in a random training crop", above=0, at_most=1)
-    flip: bool = training(True, "flip training images at random")
     eval_every: int = training(0, "test accuracy every N iterations in curve.csv; training does not use it", at_least=0)
 
     @classmethod
     def alternatives(cls, name: str) -> tuple[str, ...]:
         return LENGTHS if name in LENGTHS else (name,)
 
-    def settled(self, shots: int, images: int) -> "Training":
+    def settled(self, shots: int, images: int) -> "Loop":
         """Return the same hyperparameters with `total_iters` decided, for this many shots and training images."""
         if self.total_iters is not None:
             return self
@@ -301,6 +299,14 @@ class Training(Hparams):
     @property
     def identity(self) -> dict[str, Any]:
         return {name: value for name, value in super().identity.items() if name not in ("n_iters", "epochs")}
+
+
+@dataclass(frozen=True)
+class Training(Loop):
+    """The loop's, and the augmentation of the training images."""
+
+    min_area: float = training(0.08, "smallest part of an image in a random training crop", above=0, at_most=1)
+    flip: bool = training(True, "flip training images at random")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from experiment import Experiment
 from methods import METHODS
 from methods.adaptation import Adaptation
 from records import Checkpoints
-from settings import Hparams, Training
+from settings import Hparams, Loop
 
 
 class TrainingDiverged(UserError):
@@ -94,11 +94,11 @@ def prepare(experiment: Experiment, start: int = 0) -> tuple[Adaptation, Iterabl
     There are no batches where the training loop is not used. Raise DatasetError if a training image is damaged.
     """
     adaptation = adapt(experiment)
-    return adaptation, None if adaptation.optimizer is None else experiment.training_batches(start)
+    return adaptation, None if adaptation.optimizer is None else adaptation.batches(start)
 
 
 def fit(
-    experiment: Experiment[Training],
+    experiment: Experiment[Loop],
     adaptation: Adaptation,
     batches: Iterable | None,
     checkpoints: Checkpoints | None = None,
@@ -113,11 +113,13 @@ def fit(
     TrainingDiverged on a loss that is not finite.
     """
     checkpoints, watch = checkpoints or Checkpoints(), Stopwatch()
+    experiment.seconds_spared = 0.0
     adaptation.build()
+    built = watch.seconds + experiment.seconds_spared
     if batches is None:
-        return Fit(seconds=watch.seconds)
+        return Fit(seconds=built)
     hparams, task, save_every = experiment.hparams, experiment.task, experiment.settings.save_every or math.inf
-    result = _resumed(adaptation, checkpoints) or Fit(seconds=watch.seconds, next_eval=hparams.eval_every or math.inf)
+    result = _resumed(adaptation, checkpoints) or Fit(seconds=built, next_eval=hparams.eval_every or math.inf)
     watch = Stopwatch(result.seconds)
     done = result.iterations
     next_save = done + save_every
@@ -166,9 +168,7 @@ def _step(
 ) -> Tensor:
     """Do one iteration. Return its sums over the batch, left on the device: loss, correct predictions, images."""
     labels = labels.to(experiment.device, non_blocking=True)
-    with experiment.autocast():
-        features = utils.encode_image(experiment.model, images)
-    logits = adaptation.logits(features, adaptation.text_features())
+    logits = adaptation.logits(adaptation.image_features(images), adaptation.text_features())
     loss = F.cross_entropy(logits, labels)
     if begins_epoch or not adaptation.full_batch:
         adaptation.optimizer.zero_grad()
@@ -266,4 +266,4 @@ def search(
 
 
 def _diagnostic_off(hparams: Hparams) -> Hparams:
-    return dataclasses.replace(hparams, eval_every=0) if isinstance(hparams, Training) else hparams
+    return dataclasses.replace(hparams, eval_every=0) if isinstance(hparams, Loop) else hparams

@@ -34,6 +34,13 @@ def encode_text(model: clip.CLIP, prompts: Tensor | PackedPrompts, vectors: Tens
     return F.normalize(model.encode_text(prompts, vectors).float(), dim=-1)
 
 
+@torch.no_grad()
+def text_embeddings(model: clip.CLIP, class_names: Sequence[str], template: str) -> Tensor:
+    """Return text features [C, E] in float32, as the encoder gives them, of `template` with each class name."""
+    tokens = tokenize_classes(class_names, template)
+    return torch.cat([model.encode_text(part).float() for part in tokens.split(PROMPTS_AT_ONCE)])
+
+
 def encode_image(model: clip.CLIP, images: Tensor) -> Tensor:
     """Return unit image features [B, E] in float32, with gradients where the weights have them."""
     return F.normalize(model.encode_image(images.to(model.device, non_blocking=True)).float(), dim=-1)
@@ -79,18 +86,20 @@ def cache_file(folder: str, *key: str) -> Path:
     return Path(folder).expanduser() / f"{digest}.safetensors"
 
 
-def load_features(path: Path) -> Tensor | None:
+def load_features(path: Path) -> tuple[Tensor, float] | None:
     """Return what `save_features` wrote, or None if there is nothing or it is damaged."""
     try:
-        return load_file(path)["features"]
+        saved = load_file(path)
+        return saved["features"], saved["seconds"].item()
     except (OSError, KeyError, SafetensorError):
         return None
 
 
-def save_features(path: Path, features: Tensor) -> None:
-    """Write features atomically. If they cannot be written, a note says so, and the run does without a cache."""
+def save_features(path: Path, features: Tensor, seconds: float) -> None:
+    """Write features, and how long they took, atomically. If they cannot be written, a note says so, and the run does
+    without a cache."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({"features": features}, path)
+        save_tensors({"features": features.cpu(), "seconds": torch.tensor(seconds)}, path)
     except OSError as error:
         note(f"features are not cached in {path.parent} ({error.strerror}); --cache_dir chooses another folder")

@@ -25,6 +25,13 @@ def test_transform(resolution: int) -> Callable:
     )
 
 
+def mirror(transform: Callable) -> Callable:
+    """Return `transform` followed by a horizontal flip of every image."""
+    from torchvision.transforms import v2
+
+    return v2.Compose([transform, v2.functional.horizontal_flip])
+
+
 def train_transform(resolution: int, min_area: float = 0.08, flip: bool = True) -> Callable:
     """Return the published augmentation: a random crop, resized to `resolution` pixels (bicubic), and a flip.
 

@@ -15,7 +15,7 @@ from .digits import TEMPLATES as DIGITS_TEMPLATES
 from .digits import DigitsTask, split_digits
 from .fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
 from .folder import FolderTask, read_folder
-from .images import augmented_loader, batches_per_epoch, default_workers, test_loader, training_loader
+from .images import augmented_loader, batches_per_epoch, default_workers, shuffled, test_loader, training_loader
 from .recorded import import_coop, replay, to_json
 from .specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
 from .splits import ImageNetListing, Split, folder_items, list_imagenet, read_split
@@ -37,6 +37,7 @@ __all__ = [
     "default_workers",
     "is_test_only",
     "read_image",
+    "shuffled",
     "test_loader",
     "to_json",
     "training_loader",

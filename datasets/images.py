@@ -26,6 +26,12 @@ def batches_per_epoch(n_items: int, batch_size: int, drop_last: bool = False) ->
     return max(1, n_items // batch_size) if drop_last and n_items else -(-n_items // batch_size)
 
 
+def shuffled(n_items: int, seed: int, epoch: int) -> torch.Tensor:
+    """Return the order [n_items] of the items' positions in an epoch, a pure function of the arguments."""
+    generator = torch.Generator().manual_seed(_derive_seed("order", seed, epoch))
+    return torch.randperm(n_items, generator=generator)
+
+
 def default_workers() -> int:
     """Return a good number of loader processes for this machine: usable cores - 1, at most 8, and 0 up to two cores.
 
@@ -183,8 +189,7 @@ class _TrainingBatches(Sampler):
         for iteration in range(self.start, self.iterations):
             epoch, batch = divmod(iteration, self.per_epoch)
             if epoch != ordered_epoch:
-                generator = torch.Generator().manual_seed(_derive_seed("order", self.seed, epoch))
-                ordered_epoch, order = epoch, torch.randperm(self.n_items, generator=generator).tolist()
+                ordered_epoch, order = epoch, shuffled(self.n_items, self.seed, epoch).tolist()
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(epoch, position) for position in positions]
 

@@ -1,6 +1,6 @@
 """The contract between a method and the training loop: what is trained, and what is saved of it (`saving.py`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -69,6 +69,16 @@ class Adaptation:
     def build(self) -> None:
         """Compute from the training images what does not need the training loop. Called once, before training, and not
         when saved weights are evaluated."""
+
+    def batches(self, start: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return the training batches from iteration `start` on: what `image_features` takes, and labels. They are
+        not asked for before `build`. Raise DatasetError if a training image is damaged."""
+        return self.experiment.training_batches(start)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return the unit image features [B, E] of a training batch, with gradients if they are trained."""
+        with self.experiment.autocast():
+            return utils.encode_image(self.model, images)
 
     @cached_property
     def prompts(self) -> PackedPrompts:

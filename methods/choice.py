@@ -10,9 +10,10 @@ from torch import nn
 from clip import CLIP
 from clip.model import Block
 from common import UserError
-from settings import Hparams, Training, option
+from settings import Hparams, Loop, Training, option
 
 MINIMUM_LR = 1e-6
+WARMUP_LR = 1e-5  # Dassl's, of the first epoch
 POSITIONS = ("all", "bottom", "mid", "up", "half-bottom", "half-up", "top1", "top2", "top3")
 ENCODERS = ("text", "vision", "both")
 
@@ -99,3 +100,23 @@ def epoch_cosine(lr: float, epochs: int, per_epoch: int, warmup_lr: float) -> Ca
         return warmup_lr / lr if epoch == 0 else (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
     return factor
+
+
+def dassl_schedule(
+    optimizer: torch.optim.Optimizer, hparams: Loop, images: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return Dassl's schedule (`epoch_cosine`) for a training set of so many images, with one epoch at WARMUP_LR."""
+    per_epoch = hparams.batches_per_epoch(images)
+    epochs = -(-hparams.total_iters // per_epoch)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, epoch_cosine(hparams.lr, epochs, per_epoch, WARMUP_LR))
+
+
+def whole_epochs(method: str, hparams: Loop, images: int) -> int:
+    """Return the number of epochs. Raise UserError if the training ends within one; without images there are none."""
+    per_epoch = hparams.batches_per_epoch(images)
+    if images and hparams.total_iters % per_epoch:
+        raise UserError(
+            f"{method} trains in whole epochs, here of {per_epoch} iterations, but {hparams.total_iters} were asked "
+            "for; use --epochs"
+        )
+    return hparams.total_iters // per_epoch

@@ -62,8 +62,9 @@ class Tensors:
     """Tensors that are not CLIP's: matrices of adapters, a head, prompt vectors.
 
     `format` names the kind of file. With `class_names` the tensors belong to these classes in this order, and a file
-    for others is rejected. The tensors in `varying` have a row for each training image, so that the saved file decides
-    how many rows there are.
+    for others is rejected. With `by_class` every tensor has a row for each of them, and a file for more classes than
+    these serves too: ImageNet's for ImageNet-A, which has 200 of its 1000 classes. The tensors in `varying` have a row
+    for each training image, so that the saved file decides how many rows there are.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Tensors:
         tensors: dict[str, Tensor],
         class_names: Sequence[str] | None = None,
         varying: Iterable[str] = (),
+        by_class: bool = False,
     ):
-        self.format, self.tensors, self.varying = format, tensors, set(varying)
+        self.format, self.tensors, self.varying, self.by_class = format, tensors, set(varying), by_class
         self.class_names = None if class_names is None else list(class_names)
 
     def changed_weights(self) -> int:
@@ -90,8 +92,11 @@ class Tensors:
     def load(self, path: Path, base_sha256: str) -> None:
         saved, metadata = delta.read_adapted(path, self.format, base_sha256)
         if self.class_names is not None:
-            names = json.loads(metadata["class_names"])
-            if names != self.class_names:
+            names, own = json.loads(metadata["class_names"]), self.class_names
+            if self.by_class and all(names.count(name) == own.count(name) == 1 for name in own):
+                rows = [names.index(name) for name in own]
+                saved = {name: tensor[rows] for name, tensor in saved.items()}
+            elif names != own:
                 raise WeightsError(
                     f"{path} was made for {len(names)} other classes ({', '.join(names[:3])}, ...); evaluate it on the "
                     "dataset that it was made for"

@@ -21,7 +21,16 @@ HEADS = {  # method: its tensors after two shots of the ten digits; which of the
     "tip_adapter": ({"keys": (20, 64), "labels": (20,)}, set()),
     "tip_adapter_f": ({"keys": (20, 64), "labels": (20,)}, {"keys"}),
     "gda": ({"weight": (10, 64), "bias": (10,)}, set()),
+    "zs_lp": ({"weight": (10, 64)}, {"weight"}),
+    "clap": ({"weight": (10, 64)}, {"weight"}),
+    "taskres": ({"residual": (10, 64)}, {"residual"}),
+    "lp_plus_plus": ({"weight": (10, 64), "bias": (10,), "alpha": (10,)}, {"weight", "bias", "alpha"}),
+    "cross_modal": ({"weight": (10, 64)}, {"weight"}),
+    "clip_adapter": ({"down": (16, 64), "up": (64, 16)}, {"down", "up"}),
 }
+
+
+UNTRAINED = ("linear_probe", "tip_adapter", "gda")  # by the training loop
 
 
 def test_every_head_is_looked_at_here():
@@ -40,7 +49,7 @@ def test_what_a_head_trains_and_saves(method, digits, tmp_path):
     shapes, trained = HEADS[method]
     assert isinstance(head, Head) and not head.trains_images and not head.trains_text
     assert not any(p.requires_grad for p in head.model.parameters())
-    assert set(head.parameters) == trained and (head.optimizer is None) == (method != "tip_adapter_f")
+    assert set(head.parameters) == trained and (head.optimizer is None) == (method in UNTRAINED)
     head.saved.save(tmp_path / "head.safetensors", "a" * 64, {})
     saved = load_file(tmp_path / "head.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == shapes
@@ -51,9 +60,7 @@ def test_what_a_head_trains_and_saves(method, digits, tmp_path):
 
 @pytest.mark.parametrize("method", HEADS)
 def test_bf16_features_make_a_float32_head(method, digits, tmp_path):
-    options = {"precision": "bf16", "cache_dir": str(tmp_path)} | (
-        {"total_iters": 1} if method == "tip_adapter_f" else {}
-    )
+    options = {"precision": "bf16", "cache_dir": str(tmp_path)} | ({} if method in UNTRAINED else {"total_iters": 1})
     head = prepared(method, digits, clip.load("tiny")[0], shots=2, **options)
     head.build()
     assert train.evaluate(head.experiment, head) > 60

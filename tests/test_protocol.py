@@ -264,7 +264,7 @@ def test_a_damaged_cache_file_is_computed_again(zero_shot, tmp_path, damage):
         path.write_bytes({"truncated": whole[:-100], "empty": b"", "garbage": b"\xff" * 500}[damage])
     again, computed, reads = zero_shot()
     assert reads == IMAGES and again == first and torch.equal(computed, features)
-    assert path.read_bytes() == whole and zero_shot()[2] == 0
+    assert torch.equal(utils.load_features(path)[0], features) and zero_shot()[2] == 0
 
 
 def test_an_unwritable_cache_is_a_note(zero_shot, tmp_path, capsys):

@@ -49,7 +49,7 @@ class LinearProbe(Head):
         classes, width, device = len(experiment.task.class_names), experiment.model.arch.embed_dim, experiment.device
         self.weight = torch.zeros(classes, width, device=device, requires_grad=True)
         self.bias = torch.zeros(classes, device=device, requires_grad=True)
-        super().__init__(experiment, {"weight": self.weight, "bias": self.bias})
+        super().__init__(experiment, {"weight": self.weight, "bias": self.bias}, by_class=True)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         return utils.cosine_logits(image_features, self.weight) + self.bias

@@ -34,11 +34,10 @@ from experiment import Experiment
 from settings import Training, option, with_default
 
 from ..adaptation import Adaptation
-from ..choice import epoch_cosine
+from ..choice import dassl_schedule
 from ..saving import Tensors
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-WARMUP_LR = 1e-5  # of the first epoch
 STD = 0.02  # of the vectors at the start
 FORMAT = "clip-prompt-1"
 
@@ -85,10 +84,7 @@ class CoOp(Adaptation):
         self.optimizer = torch.optim.SGD(
             parameters.values(), lr=hparams.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
         )
-        per_epoch = hparams.batches_per_epoch(len(experiment.task.train))
-        epochs = -(-hparams.total_iters // per_epoch)
-        factor = epoch_cosine(hparams.lr, epochs, per_epoch, WARMUP_LR)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.scheduler = dassl_schedule(self.optimizer, hparams, len(experiment.task.train))
         _ = self.prompts  # class names that are too long are found now
 
     @cached_property

@@ -21,12 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common import UserError
 from experiment import Experiment
 from settings import Training, option, with_default
 
 from ..adaptation import Adaptation
-from ..choice import cosine_schedule
+from ..choice import cosine_schedule, whole_epochs
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,12 @@ class ProLIP(Adaptation):
 
 def prepare(experiment: Experiment[Hparams]) -> ProLIP:
     model, hparams = experiment.model, experiment.hparams
-    per_epoch = hparams.batches_per_epoch(len(experiment.task.train))
-    if experiment.task.train and hparams.total_iters % per_epoch:
-        raise UserError(
-            f"prolip trains in whole epochs, here of {per_epoch} iterations, but {hparams.total_iters} were asked for; "
-            "use --epochs"
-        )
+    epochs = whole_epochs("prolip", hparams, len(experiment.task.train))
     name = "visual.proj" if model.arch.is_vit else "visual.attnpool.c_proj.weight"
     projection = model.get_parameter(name)
     model.requires_grad_(False)
     projection.requires_grad_(True)
     adaptation = ProLIP(experiment, name, projection)
     adaptation.optimizer = torch.optim.Adam([projection], lr=hparams.lr, eps=1e-4)
-    adaptation.scheduler = cosine_schedule(adaptation.optimizer, hparams.total_iters // per_epoch, lowest=0.0)
+    adaptation.scheduler = cosine_schedule(adaptation.optimizer, epochs, lowest=0.0)
     return adaptation

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from arguments import Config
-from settings import Training
+from settings import Loop
 
 ALIKE = ("method", "dataset", "test_dataset", "classes", "backbone", "precision", "eval_only")
 PER_ITERATION = ("batch_size", "encoder", "position", "sampled_gradients")  # the time of an iteration depends on these
@@ -26,7 +26,7 @@ def seconds(config: Config, records: pd.DataFrame, device: str | None) -> float 
 
 def _seconds(config: Config, records: pd.DataFrame, device: str | None) -> float | None:
     settings, hparams = config.settings, config.hparams.settled(config.settings.shots, 1)
-    iterates = isinstance(hparams, Training)
+    iterates = isinstance(hparams, Loop)
     by_iteration = iterates and hparams.epochs is None and config.trains
     names = ["shots", "epochs"] if iterates else ["shots"]
     if by_iteration:

@@ -12,7 +12,7 @@ from clip.model import Architecture
 from datasets import Task
 from methods import METHODS
 from methods.adaptation import Adaptation
-from settings import Training
+from settings import Loop
 from support.runs import NAMES, TASK, experiment_of
 
 VIT_B16 = Architecture(512, 224, 768, 12, 16, context_length=77, vocab_size=49408, text_width=512, text_layers=12)
@@ -22,7 +22,7 @@ TOKENS = clip.tokenize([name.replace("_", " ") for name in NAMES])  # of TASK's 
 def prepared(method: str, task: Task = TASK, model: clip.CLIP | None = None, **values) -> Adaptation:
     """Return a method on the tiny CLIP in float64 or on `model`. `values` are as for `experiment_of`."""
     model = clip.load("tiny")[0].double() if model is None else model
-    if issubclass(METHODS[method].Hparams, Training):
+    if issubclass(METHODS[method].Hparams, Loop):
         values = {"early_stop_loss": 0.0} | values
     return METHODS[method].prepare(experiment_of(method, task, model, **values))
 
