@@ -74,6 +74,7 @@ def read_data(config: Config) -> Task:
         split=settings.split,
         test_part=settings.test_part,
         reading=datasets.Reading(settings.max_megapixels, settings.white_level),
+        own=settings.own_images,
     )
     datasets.check_images_exist(task)
     for template in task.templates:

@@ -88,6 +88,10 @@ def run_identity(config: Config, images: int) -> str:
         relevant["root_path"] = str(Path(settings.root_path).expanduser().resolve())
         if settings.white_level is not None:
             relevant["white_level"] = settings.white_level
+        said = {name: value for name, value in dataclasses.asdict(settings.own_images).items() if value}
+        if "classnames" in said:
+            said["classnames"] = file_sha256(Path(settings.classnames).expanduser())
+        relevant |= said
     if Path(settings.backbone).is_file():
         relevant["backbone"] = file_sha256(settings.backbone)
         for path in (Path(settings.arch or ""), Path(settings.backbone).with_name("open_clip_config.json")):

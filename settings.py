@@ -89,6 +89,7 @@ class Options:
                 raise UserError(f"--{f.name} must be a finite number, {wanted}, not {value}")
 
 
+OWN_IMAGES = tuple(f.name for f in dataclasses.fields(datasets.OwnImages))  # the flags for --dataset folder only
 MAX_SHOTS = 10_000  # no class of the datasets has more images; lists of repeats beyond it would fill the memory
 
 
@@ -114,6 +115,13 @@ class Settings(Options):
         None, "your images of more than 8 bits a channel: the level that is white", kind=float, above=0
     )
 
+    train_dir: str | None = data(None, "your images: the folder of the part train, below --root_path", kind=str)
+    val_dir: str | None = data(None, "that of val, with --train_dir and --test_dir", kind=str)
+    test_dir: str | None = data(None, "that of test", kind=str)
+    classnames: str | None = data(None, "your images: a file with other names for the classes", kind=str)
+    image_root: str | None = data(None, "your images: the folder that a manifest's paths start from", kind=str)
+    drop_copies: bool = data(False, "your images: leave out copies, byte for byte, in two parts or classes")
+
     backbone: str = model("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
     arch: str | None = model(
         None, "for a weight file whose shapes do not tell it: open_clip's name or config FILE.json, or openai", kind=str
@@ -136,6 +144,11 @@ class Settings(Options):
     tensorboard: bool = output(False, "write the curves for TensorBoard into the run's folder")
     force: bool = output(False, "run even if this run is already recorded")
     wait: bool = output(False, "if another process is doing this run, wait for it instead of stopping")
+
+    @property
+    def own_images(self) -> datasets.OwnImages:
+        """What is said about your own images beside their folder."""
+        return datasets.OwnImages(**{name: getattr(self, name) for name in OWN_IMAGES})
 
     @property
     def test_dataset(self) -> str:
@@ -179,6 +192,9 @@ def check_data(settings: Settings, trains: bool) -> None:
     names = _eval_datasets(settings) if settings.eval_datasets is not None else [settings.dataset]
     if settings.dataset == "folder" and not settings.root_path:
         raise UserError("--dataset folder needs --root_path, the folder of your images or a manifest of them")
+    given = [name for name in OWN_IMAGES if getattr(settings, name) != Settings.__dataclass_fields__[name].default]
+    if given and settings.dataset != "folder":
+        raise UserError(f"--{given[0]} is for your own images; add --dataset folder, or leave it out")
     if datasets.is_test_only(settings.dataset) and (trains or settings.eval_only):
         raise UserError(
             f"--dataset {settings.dataset} has only test images; train on another dataset, for example imagenet, and "

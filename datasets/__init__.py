@@ -14,7 +14,7 @@ from .decoding import MAX_MEGAPIXELS, USUAL, Reading, read_image
 from .digits import TEMPLATES as DIGITS_TEMPLATES
 from .digits import DigitsTask, split_digits
 from .fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
-from .folder import FolderTask, read_folder
+from .folder import ONLY_IMAGES, FolderTask, OwnImages, read_folder, summary
 from .images import augmented_loader, batches_per_epoch, default_workers, shuffled, test_loader, training_loader
 from .recorded import import_coop, replay, to_json
 from .specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
@@ -27,6 +27,7 @@ __all__ = [
     "ORDERS",
     "DatasetError",
     "Item",
+    "OwnImages",
     "Reading",
     "Task",
     "augmented_loader",
@@ -70,6 +71,7 @@ def build(
     split: str | Path | None = None,
     test_part: str = "test",
     reading: Reading = USUAL,
+    own: OwnImages = ONLY_IMAGES,
 ) -> Task:
     """Read dataset `name` below `root_path` and draw `shots` training images per class.
 
@@ -81,7 +83,8 @@ def build(
     dataset's own templates); `templates`, if any, replace them. `order` "coop" draws as CoOp does. `classes` keeps only
     the "base" or the "new" half of the classes, after the draw. `split` is a file with the images of an earlier run,
     used instead of a draw. `test_part` "val" evaluates the whole validation part instead of the test part: settings can
-    be chosen on it without touching the test images. `reading` says how image files are read.
+    be chosen on it without touching the test images. `reading` says how image files are read, `own` what you say about
+    your own images.
 
     Raises DatasetError for data that are missing, misplaced or malformed.
     """
@@ -94,7 +97,7 @@ def build(
         drawn = draw_disjoint(parts.train, shots, seed, order) if shots else ((), ())
         train, val = (folder_items("train/", parts.wnids, names) for names in drawn)
     else:
-        parts, image_root = _read(name, root)
+        parts, image_root = _read(name, root, own)
         if shots and not parts.train:
             raise DatasetError(f"{name} has only a test part; train on another dataset and evaluate on this one")
         if shots:
@@ -103,18 +106,20 @@ def build(
     test = parts.val if test_part == "val" else parts.test
     if not test:
         raise DatasetError(f"--test_part {test_part}: {name} has no validation part; use --test_part test")
+    if name == "folder":
+        note(summary(parts, templates))
     note_untested(image_root or name, parts.class_names, test)
     kind = _TASKS.get(name, Task)
     task = kind(name, parts.class_names, templates, train, val, test, image_root, test_part, reading)
     return _choose(task, parts.labels, classes, split, shots)
 
 
-def _read(name: str, root: Path) -> tuple[Split, Path | None]:
+def _read(name: str, root: Path, own: OwnImages) -> tuple[Split, Path | None]:
     """Return the parts of a dataset other than imagenet, and its image root."""
     if name == "digits":
         return split_digits(), None
     if name == "folder":
-        return read_folder(root)
+        return read_folder(root, own)
     found = locate(name, root)
     parts = read_split(name, found)
     _note_departure(name, found, parts.class_names, parts.sizes)

@@ -4,27 +4,29 @@
     pets/train/cat/1.jpg, ..., pets/test/dog/7.png, ...  val may be missing
     pets/manifest.csv or pets/manifest.json              see `read_manifest`; its paths start at pets/
 
-Class names are the folders' names, unless `classnames.txt` beside the folders has others.
+Class names are the folders' names, unless `classnames.txt` beside the folders or --classnames has others.
 """
 
 import hashlib
 import json
 import os
-import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from common import note
 
+from .classnames import note_odd_names, renamed
+from .copies import find_copies, note_copies, without_copies
 from .decoding import HEIC_ENDINGS, image_endings, read_upright_image
-from .manifest import PARTS, also, check_names, divide, read_manifest
-from .splits import Split, read_text, scan
-from .task import DatasetError, Item, Task
-
-_MANIFESTS = ("manifest.csv", "manifest.json")
-# Folders that macOS and Synology add: they contain thumbnails with the names of your images.
-_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
+from .manifest import also, check_names, divide, find_manifest, read_manifest
+from .parts import OwnImages, class_folders, find_parts, is_folder, is_hidden, named_parts, unwrapped
+from .splits import Split, scan
+from .task import DatasetError, Item, Task, enumerated
 
 
 class FolderTask(Task):
@@ -44,72 +46,125 @@ class FolderTask(Task):
         return hashlib.sha256(f"{names}\n{self.fingerprint((*self.train, *self.val, *self.test))}".encode()).hexdigest()
 
 
-def read_folder(root: Path) -> tuple[Split, Path]:
+ONLY_IMAGES = OwnImages()
+
+
+def read_folder(root: Path, own: OwnImages = ONLY_IMAGES) -> tuple[Split, Path]:
     """Read your own images `root`, a folder or a manifest file; return their parts and the image root.
 
     Labels count up from 0 in the order of the sorted folder names. Every class has at least one training image; val may
-    be empty. Raises DatasetError, with the file or folder and the remedy, for anything else.
+    be empty. Notes say what was recognised, what looks odd, and which images are there twice. Raises DatasetError, with
+    the file or folder and the remedy, for anything else.
     """
-    if root.is_file():
-        return read_manifest(root), root.parent
-    if not root.is_dir():
+    split, image_root, names_file = _read(root, own)
+    if own.classnames:
+        file = Path(own.classnames).expanduser()
+        split = replace(split, class_names=renamed(split.class_names, file, f"the classes of {root}"))
+    elif names_file is None:
+        note_odd_names(split.class_names)
+    copies = find_copies(split, image_root)
+    if own.drop_copies:
+        split = without_copies(split, copies)
+    else:
+        note_copies(copies, split)
+    return split, image_root
+
+
+def _read(root: Path, own: OwnImages) -> tuple[Split, Path, Path | None]:
+    """Return the parts, the image root, and the file beside the images that gave the class names, if there is one."""
+    if not root.exists():
         raise DatasetError(
             f"--root_path {root} does not exist; for --dataset folder it names the folder of your images"
         )
-    manifests = [root / name for name in _MANIFESTS if (root / name).is_file()]
-    if len(manifests) == 2:
-        raise DatasetError(f"{root} has a {_MANIFESTS[0]} and a {_MANIFESTS[1]}; remove one of them")
-    if manifests:
-        return read_manifest(manifests[0]), root
-    folders = _subfolders(root)
-    parts = {name: PARTS[name.lower()] for name in folders if name.lower() in PARTS}
-    others = [name for name in folders if name not in parts]
-    # A single folder with the name of a part, but with images in it and classes beside it, is a class: trains, perhaps.
-    if others and (len(parts) > 1 or any(_subfolders(root / name) for name in parts)):
-        raise DatasetError(
-            f"{root} has folders that look like parts ({', '.join(parts)}) and other folders beside them "
-            f"({others[0]}); move these elsewhere, or write a manifest.csv"
-        )
-    if parts and not others:
-        return _read_parts(root, parts), root
+    manifest = root if root.is_file() else find_manifest(root)
+    if manifest and own.part_dirs:
+        raise DatasetError(f"--{min(own.part_dirs)}_dir is for folders; {manifest} says which images are in which part")
+    if manifest:
+        return (*read_manifest(manifest, Path(own.image_root).expanduser() if own.image_root else None), manifest)
+    if own.image_root:
+        raise DatasetError(f"--image_root is for manifests, and {root} has none; leave it out")
+    if own.part_dirs:
+        return _read_parts(root, named_parts(root, own), own)
+    root = unwrapped(root)
+    folders = class_folders(root)
+    parts = None if _are_named(root, folders, own) else find_parts(root, folders)
+    if parts:
+        return _read_parts(root, parts, own)
     listing = _Listing(root)
     images = listing.class_folders(folders)
     listing.note()
     _check_classes(root, images)
-    return Split(_class_names(root, folders), *divide(images, str(root))), root
+    names, file = _class_names(root, folders, own)
+    return Split(names, *divide(images, str(root))), root, file
 
 
-def _read_parts(root: Path, parts: dict[str, str]) -> Split:
-    names: dict[str, str] = {}
-    for name, part in parts.items():
-        if names.setdefault(part, name) != name:
-            raise DatasetError(f"{root} has the folders {names[part]} and {name}, which mean the same part; keep one")
-    for part in ("train", "test"):
-        if part not in names:
-            raise DatasetError(
-                f"{root} has {' and '.join(parts)} but no {part} folder; add it, or move the class folders into {root} "
-                "itself, where they are divided automatically"
-            )
+def _are_named(root: Path, folders: list[str], own: OwnImages) -> bool:
+    """Return whether names are given for exactly these folders: then they are classes, whatever they are called."""
+    file = Path(own.classnames).expanduser() if own.classnames else root / "classnames.txt"
+    if not file.is_file():
+        return False
+    try:
+        return bool(renamed(folders, file, str(root)))
+    except DatasetError:
+        return False
+
+
+def _read_parts(root: Path, folders: dict[str, str], own: OwnImages) -> tuple[Split, Path, Path | None]:
+    """Read the parts in `folders`, which are relative to `root`. Their classes are those of train."""
     listing = _Listing(root)
-    listed = {part: listing.class_folders(_subfolders(root / name), f"{name}/") for part, name in names.items()}
+    listed = {}
+    for part in ("train", "val", "test"):
+        if part in folders:
+            found = listing.class_folders(class_folders(root / folders[part]), f"{folders[part]}/")
+            listed[part] = {name: paths for name, paths in found.items() if paths or part == "train"}
     listing.note()
-    train_folder = root / names["train"]
+    train_folder = root / folders["train"]
     _check_classes(train_folder, listed["train"])
-    labels = {folder: label for label, folder in enumerate(listed["train"])}
-    for part, name in names.items():
-        unknown = listed[part].keys() - labels.keys()
+    labels = {_composed(name): label for label, name in enumerate(listed["train"])}
+    if len(labels) < len(listed["train"]):
+        check_names(list(listed["train"]), f"the class folders in {train_folder}")
+    for part, classes in listed.items():
+        unknown = [name for name in classes if _composed(name) not in labels]
         if unknown:
-            raise DatasetError(
-                f"{root / name / min(unknown)}: {train_folder} has no class of this name; the parts must have the "
-                "same class folders"
-            )
+            raise DatasetError(_unknown_class(root / folders[part] / unknown[0], train_folder, list(listed["train"])))
     items = {
-        part: tuple(Item(path, labels[folder]) for folder, paths in folders.items() for path in paths)
-        for part, folders in listed.items()
+        part: tuple(Item(path, labels[_composed(name)]) for name, paths in classes.items() for path in paths)
+        for part, classes in listed.items()
     }
     if not items["test"]:
         raise DatasetError(f"{root}: the test folder has no images in class folders; add some")
-    return Split(_class_names(root, list(labels)), items["train"], items.get("val", ()), items["test"])
+    names, file = _class_names(root, list(listed["train"]), own)
+    return Split(names, items["train"], items.get("val", ()), items["test"]), root, file
+
+
+def _composed(name: str) -> str:
+    """Return a name in the Unicode form that is the same for all that look the same: macOS writes others than Linux."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _unknown_class(folder: Path, train_folder: Path, known: list[str]) -> str:
+    """Return the message on a class folder that train lacks, with what differs from a similar name."""
+    similar = [name for name in known if _loosely(name) == _loosely(folder.name)]
+    if similar:
+        return (
+            f"{folder}: {train_folder} has no class of this name, but {similar[0]!a} instead of "
+            f"{folder.name!a}; rename one of them"
+        )
+    return f"{folder}: {train_folder} has no class of this name; the parts must have the same class folders"
+
+
+def _loosely(name: str) -> str:
+    """Return a name without case, blanks, underscores and signs that are not shown."""
+    text = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(sign for sign in text if sign.isalnum())
+
+
+def _class_names(root: Path, folders: list[str], own: OwnImages) -> tuple[tuple[str, ...], Path | None]:
+    """Return the class names in the order of `folders`, and the classnames.txt beside them that they are from."""
+    file = root / "classnames.txt"
+    if own.classnames or not file.is_file():  # --classnames replaces the names later
+        return check_names([_composed(name) for name in folders], f"the class folders in {root}"), None
+    return renamed(folders, file, f"the class folders in {root}"), file
 
 
 def _check_classes(root: Path, images: dict[str, list[str]]) -> None:
@@ -122,67 +177,18 @@ def _check_classes(root: Path, images: dict[str, list[str]]) -> None:
         raise DatasetError(f"class folder {empty[0]} has no images{also(empty)}; add images or remove the folder")
 
 
-# --- class names
-
-
-def _class_names(root: Path, folders: list[str]) -> tuple[str, ...]:
-    """Return the class names in the order of `folders`: from classnames.txt if it exists, else the folders' names."""
-    file = root / "classnames.txt"
-    if not file.is_file():
-        return check_names(folders, f"the class folders in {root}")
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    named = [pair for pair in (_folder_and_name(line, folders) for line in lines) if pair]
-    if dict(named).keys() == set(folders) and len(lines) == len(folders):
-        names = dict(named)
-        return check_names([names[folder] for folder in folders], str(file))
-    remedy = "write one line for each, `folder name`"
-    starts = tuple(f"{folder}{sign}" for folder in folders for sign in ",;:=")
-    odd = [line for line in lines if line.startswith(starts)]
-    if odd:
-        raise DatasetError(f"{file}: the line {odd[0]!r} begins with a folder, but no space follows; {remedy}")
-    if named:  # only some lines begin with a folder; it is unclear which folders the other lines mean
-        wrong = next((f"{line!r} names none" for line in lines if not _folder_and_name(line, folders)), "named twice")
-        raise DatasetError(f"{file} names {len(dict(named))} of the {len(folders)} class folders ({wrong}); {remedy}")
-    if len(lines) != len(folders):
-        remedy += ", or only the names in the order of the sorted folders"
-        raise DatasetError(f"{file} has {len(lines)} lines for {len(folders)} class folders; {remedy}")
-    if folders != sorted(folders, key=_natural_order):
-        raise DatasetError(f"{file} has only names, but these folders can be sorted in several ways; {remedy}")
-    return check_names(lines, str(file))
-
-
-def _folder_and_name(line: str, folders: list[str]) -> tuple[str, str] | None:
-    """Split a line `folder name`; folder names may contain spaces, so the longest that fits is used."""
-    fitting = [folder for folder in folders if line.startswith((f"{folder} ", f"{folder}\t"))]
-    if not fitting:
-        return None
-    folder = max(fitting, key=len)
-    return folder, line[len(folder) :].strip()
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that ignores upper and lower case and puts 2 before 10, as file managers do."""
-    pieces = re.split(r"([0-9]+)", name.casefold())
-    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
-
-
 # --- listings
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in _SYSTEM_FOLDERS
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _subfolders(root: Path) -> list[str]:
-    """Return the sorted names of the folders in `root`, without hidden ones; symbolic links are followed."""
-    return sorted(entry.name for entry in scan(root) if not _is_hidden(entry.name) and _is_folder(entry))
+def summary(split: Split, templates: Sequence[str]) -> str:
+    """Return in one line the classes of a split, the numbers of their images, and the first prompts."""
+    counts = {part: Counter(item.label for item in getattr(split, part)) for part in ("train", "val", "test")}
+    classes = [
+        f"{name} {'/'.join(str(count[label]) for count in counts.values())}"
+        for label, name in enumerate(split.class_names)
+    ]
+    prompts = [templates[0].format(name.replace("_", " ")) for name in split.class_names[:2]]
+    return f"train/val/test images of {len(classes)} classes: {enumerated(classes)}; prompts: {', '.join(prompts)} ..."
 
 
 class _Listing:
@@ -209,10 +215,10 @@ class _Listing:
                 raise DatasetError(f"{self.root / inner} links to a folder that contains it; remove the link")
             for entry in scan(self.root / inner):
                 path = f"{inner}/{entry.name}"
-                if _is_hidden(entry.name):
+                if is_hidden(entry.name):
                     continue
                 target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-                if _is_folder(entry):
+                if is_folder(entry):
                     pending.append((path, target, above | {real}))
                 elif entry.name.lower().endswith(image_endings()):
                     images.append(path)

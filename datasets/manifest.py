@@ -29,7 +29,18 @@ PARTS = {
 _COLUMNS = ("path", "label", "class_name", "part")
 
 
-def read_manifest(path: Path) -> Split:
+_MANIFESTS = ("manifest.csv", "manifest.json")
+
+
+def find_manifest(root: Path) -> Path | None:
+    """Return the manifest in a folder of images. Raise DatasetError if there are several."""
+    found = [root / name for name in _MANIFESTS if (root / name).is_file()]
+    if len(found) > 1:
+        raise DatasetError(f"{root} has a {found[0].name} and a {found[1].name}; remove one of them")
+    return found[0] if found else None
+
+
+def read_manifest(path: Path, image_root: Path | None = None) -> tuple[Split, Path]:
     """Read a manifest: a table with one image per row, as CSV with a header line or as a JSON list of objects.
 
     Columns: `path` (relative to the manifest's folder, with forward slashes); `class_name`, or `label` (whole numbers
@@ -62,7 +73,7 @@ def read_manifest(path: Path) -> Split:
             name = f" as {seen[file]!r}" if seen[file] != row["path"] else ""
             raise DatasetError(f"{row['where']}: {row['path']!r} is listed before{name}; list it once")
         seen[file] = row["path"]
-    return _split_rows(rows, path)
+    return _split_rows(rows, path), image_root or path.parent
 
 
 def _identity(file: Path) -> object:
@@ -213,7 +224,9 @@ def check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
         if not prompt or not name.isprintable():
             raise DatasetError(f"{where}: {name!r} is not usable as a class name; write another in classnames.txt")
         if prompt in seen:
-            same.append(f"{seen[prompt]!r} and {name!r}")
+            look_alike = unicodedata.normalize("NFC", seen[prompt]) == unicodedata.normalize("NFC", name)
+            show = ascii if look_alike else repr
+            same.append(f"{show(seen[prompt])} and {show(name)}")
         seen[prompt] = name
     if same:
         raise DatasetError(f"{where}: the classes {same[0]} give the same prompt{also(same)}; merge or rename them")

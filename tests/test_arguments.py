@@ -272,7 +272,7 @@ def test_the_largest_seed():
 
 def test_null_in_a_config_file_is_rejected_where_it_has_no_meaning(config):
     optional = {"n_iters", "total_iters", "epochs", "workers", "save_path", "filename", "split", "eval_datasets"}
-    optional |= {"white_level", "arch"}
+    optional |= {"white_level", "arch", "train_dir", "val_dir", "test_dir", "classnames", "image_root"}
     names = {field.name for kind in (Settings, METHODS["so"].Hparams) for field in dataclasses.fields(kind)} | {"s"}
     for name in names - optional:
         with pytest.raises(UserError, match=f"{name} must be .*not None"):

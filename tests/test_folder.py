@@ -270,6 +270,7 @@ def test_a_large_folder_is_listed_without_asking_for_each_image(tmp_path, monkey
         pytest.fail(f"a question about {path}")
 
     monkeypatch.setattr(datasets.folder, "scan", scan)
+    monkeypatch.setattr(datasets.parts, "scan", scan)
     task = own(tmp_path, shots=16)
     assert (len(task.train), len(task.test)) == (32, 3_000)
     monkeypatch.setattr(os, "listdir", lambda folder: [f"{i}.jpg" for i in range(5_000)])
@@ -390,8 +391,8 @@ BAD_FOLDERS = {
     "no test": (folders("train"), ["no test folder", "divided"]),
     "no test but val": (folders("train", "dev"), ["no test folder"]),
     "a part twice": (folders("train", "Train", "test"), ["Train and train", "same part"]),
-    "parts and more": (folders("train", "test", "extra"), ["train", "extra", "manifest.csv"]),
-    "classes beside a part": (folders("test", "."), ["test", "cat", "manifest.csv"]),
+    "parts and more": (folders("train", "test", "extra"), ["train", "extra", "--train_dir"]),
+    "classes beside a part": (folders("test", "."), ["test", "cat", "--train_dir"]),
     "parts with images, a class beside": (folders(".", classes=("cat", "test", "train")), ["(test, train)", "(cat)"]),
     "class only in val": (both(PARTS, folders("val", classes=("eel",))), ["pets/val/eel", "pets/train"]),
     "class in another case": (both(PARTS, folders("test", classes=("Cat",))), ["pets/test/Cat", "pets/train"]),

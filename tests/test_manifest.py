@@ -6,8 +6,12 @@ import pytest
 from support.fabricate import error_of_build, picture
 
 import datasets
-from datasets.manifest import read_manifest
+from datasets import manifest as manifests
 from datasets.task import DatasetError, Item
+
+
+def read_manifest(path):
+    return manifests.read_manifest(path)[0]
 
 
 def manifest(tmp_path, text: str | bytes, name: str = "manifest.csv"):

@@ -89,7 +89,7 @@ def test_every_command_in_the_manual_of_the_datasets_runs(run_main, data, few_im
     for number, language in enumerate(("json", "csv")):  # what a split and a manifest look like
         (text,) = blocks(DATASETS, language)
         Path(f"example{number}.{language}").write_text(text)
-    assert read_manifest(Path("example1.csv")).class_names == ("house hen", "red fox")
+    assert read_manifest(Path("example1.csv"))[0].class_names == ("house hen", "red fox")
     assert read_json_split(Path("example0.json")).class_names == ("banded", "blotchy")
 
 

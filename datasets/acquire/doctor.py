@@ -15,6 +15,7 @@ import random
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from common import Parser, file_sha256, one_line_errors, printable, progress
 
 from ..decoding import MAX_MEGAPIXELS, USUAL, Reading, has_16_bits, image_endings, is_transparent, opened, orientation
 from ..fewshot import val_shots
-from ..folder import FolderTask, read_folder
+from ..folder import ONLY_IMAGES, FolderTask, OwnImages, read_folder, summary
 from ..images import default_workers
-from ..specs import SPECS, Found, departure, names_sha256, search
+from ..specs import RELEASED_TEMPLATES, SPECS, Found, departure, names_sha256, search
 from ..splits import IMAGE_EXTENSIONS, Split, folder_items, imagenet_classes, list_imagenet_part, read_split
 from ..task import DatasetError, Item, Task, enumerated, note_untested
 from .sources import SOURCES
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, metavar="N", help=text)
         text = "your images of more than 8 bits a channel: the level that is white"
         parser.add_argument("--white_level", type=float, metavar="LEVEL", help=text)
+        for f in fields(OwnImages):
+            kind = {"action": "store_true"} if f.type == "bool" or f.type is bool else {"metavar": "PATH"}
+            parser.add_argument(f"--{f.name}", help="for folder, as main.py has it", **kind)
         parser.add_argument("--all", action="store_true", help="decode every image, and name every damaged one")
         arguments = parser.parse_args(argv)
         names = tuple(SPECS) if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
@@ -56,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("folder must be the only name: its --root_path is your own folder, not that of all datasets")
         root = arguments.root_path.expanduser()
         reading = Reading(arguments.max_megapixels, arguments.white_level)
-        reports = [examine(name, root, arguments.all, reading) for name in names]
+        own = OwnImages(**{f.name: getattr(arguments, f.name) for f in fields(OwnImages)})
+        reports = [examine(name, root, arguments.all, reading, own) for name in names]
         failed = [report.name for report in reports if report.problems]
         ready = f"{len(reports) - len(failed)} of {len(reports)} ready"
         print(ready + (f"; not ready: {', '.join(failed)}" if failed else ""))
@@ -99,11 +104,16 @@ class Report:
         print(f"{self.name}: {state}\n")
 
 
-def examine(name: str, root: Path, everything: bool = False, reading: Reading = USUAL) -> Report:
+def examine(
+    name: str, root: Path, everything: bool = False, reading: Reading = USUAL, own: OwnImages = ONLY_IMAGES
+) -> Report:
     """Print the findings about dataset `name` below `root`; with `everything`, every image is decoded."""
     report = Report(name, everything, reading)
     try:
-        (_examine_folder if name == "folder" else _examine_published)(name, root, report)
+        if name == "folder":
+            _examine_folder(root, own, report)
+        else:
+            _examine_published(name, root, report)
     except OSError as error:
         report.problem(f"{error.filename or root}: {error.strerror}; change its permissions, or check the disk")
     report.close()
@@ -237,11 +247,11 @@ def _images_below(root: Path, endings: tuple[str, ...]) -> tuple[Item, ...]:
 # --- your own images
 
 
-def _examine_folder(name: str, root: Path, report: Report) -> None:
+def _examine_folder(root: Path, own: OwnImages, report: Report) -> None:
     notes, split, image_root = io.StringIO(), None, root
     try:
         with contextlib.redirect_stderr(notes):
-            split, image_root = read_folder(root)
+            split, image_root = read_folder(root, own)
             note_untested(root, split.class_names, split.test)
     except DatasetError as error:
         report.problem(str(error))
@@ -251,10 +261,11 @@ def _examine_folder(name: str, root: Path, report: Report) -> None:
         report.fact(
             "numbers", f"{len(split.class_names)} classes, {'/'.join(map(str, split.sizes))} train/val/test images"
         )
-        _examine_shots(name, split, report)
+        report.fact("classes", summary(split, RELEASED_TEMPLATES))
+        _examine_shots("folder", split, report)
     if split or root.is_dir():
         items = (*split.train, *split.val, *split.test) if split else _images_below(root, image_endings())
-        task = FolderTask(name, (), (), (), (), items, image_root, reading=report.reading)
+        task = FolderTask("folder", (), (), (), (), items, image_root, reading=report.reading)
         _examine_images(task, report, "replace them, or remove them from the folder or the manifest")
 
 
