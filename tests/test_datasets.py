@@ -196,7 +196,7 @@ def test_the_val_part_can_be_evaluated_instead_of_test(tmp_path):
         usual, same, on_val = (
             datasets.build(name, root, 1, 1, **options) for options in ({}, {"test_part": "test"}, {"test_part": "val"})
         )
-        parts, _ = datasets._read(name, Path(root or "."))
+        parts, _ = datasets._read(name, Path(root or "."), datasets.OwnImages())
         assert usual == same and usual.test == parts.test and usual.test_part == "test"
         assert on_val.test == parts.val and on_val.test_part == "val" and on_val.test
         assert (on_val.train, on_val.val) == (usual.train, usual.val), "the draws stay"
