@@ -3,14 +3,38 @@
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import note
 
 from .errors import DatasetError
-from .manifest import check_names
 from .splits import parse_json, read_text
+from .task import enumerated
+
+
+def check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return the class names; raise DatasetError, with `where` they come from, if two of them make the same prompt."""
+    seen: dict[str, str] = {}
+    same = []
+    for name in names:
+        prompt = " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
+        if not prompt or not name.isprintable():
+            raise DatasetError(f"{where}: {name!r} is not usable as a class name; write another in classnames.txt")
+        if prompt in seen:
+            look_alike = unicodedata.normalize("NFC", seen[prompt]) == unicodedata.normalize("NFC", name)
+            show = ascii if look_alike else repr
+            same.append(f"{show(seen[prompt])} and {show(name)}")
+        seen[prompt] = name
+    if same:
+        raise DatasetError(f"{where}: the classes {same[0]} give the same prompt{also(same)}; merge or rename them")
+    return tuple(names)
+
+
+def also(wrong: Sequence[str]) -> str:
+    """Return, in brackets, what has the same mistake as the first, so that all can be corrected at once."""
+    return f" (also {enumerated(wrong[1:])})" if len(wrong) > 1 else ""
 
 
 def renamed(classes: Sequence[str], file: Path, source: str) -> tuple[str, ...]:

@@ -20,10 +20,11 @@ from PIL import Image
 
 from common import note
 
-from .classnames import note_odd_names, renamed
+from .classnames import also, check_names, note_odd_names, renamed
 from .copies import find_copies, note_copies, without_copies
 from .decoding import HEIC_ENDINGS, image_endings, read_upright_image
-from .manifest import also, check_names, divide, find_manifest, read_manifest
+from .division import divide
+from .manifest import find_manifest, read_manifest, tables_in
 from .parts import OwnImages, class_folders, find_parts, is_folder, is_hidden, named_parts, unwrapped
 from .splits import Split, scan
 from .task import DatasetError, Item, Task, enumerated
@@ -171,7 +172,9 @@ def _check_classes(root: Path, images: dict[str, list[str]]) -> None:
     """Raise DatasetError for fewer than two classes, or a class without images; `images` has those of each folder."""
     if len(images) < 2:
         found = f"one folder ({next(iter(images))})" if images else "no class folders"
-        raise DatasetError(f"{root} has {found}; it needs two or more classes, each in a folder")
+        tables = tables_in(root)
+        also_table = f", or name a table of the images as --root_path: {root / tables[0]}" if tables else ""
+        raise DatasetError(f"{root} has {found}; it needs two or more classes, each in a folder{also_table}")
     empty = [str(root / folder) for folder, paths in images.items() if not paths]
     if empty:
         raise DatasetError(f"class folder {empty[0]} has no images{also(empty)}; add images or remove the folder")

@@ -1,19 +1,24 @@
-"""Manifests of your own images: tables of the class and the part of each image, as CSV or JSON."""
+"""Manifests of your own images: tables of the class and the part of each image, as people have them.
 
-import csv
-import io
-import json
+Which column is which is told by its name. What is not sure is rejected: two columns that may be the path, a class that
+is a number in one row and text in another, a file that fits a path in two ways.
+"""
+
 import os
-import random
 import re
-import unicodedata
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from common import note
 
-from .splits import Split, check_path, parse_json, read_text
-from .task import DatasetError, Item, enumerated
+from .classnames import check_names
+from .decoding import image_endings
+from .division import divide
+from .errors import DatasetError
+from .splits import Split, check_path, read_text, scan
+from .tables import ENDINGS, Table, read_table
+from .task import Item, enumerated
 
 # The accepted names of the parts, in manifests and as folders.
 PARTS = {
@@ -26,54 +31,283 @@ PARTS = {
     "test": "test",
     "testing": "test",
 }
-_COLUMNS = ("path", "label", "class_name", "part")
-
-
-_MANIFESTS = ("manifest.csv", "manifest.json")
+# The columns, and other names that they have; the first of each is this program's own.
+_NAMES = {
+    "path": (
+        *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "imagepath"),
+        *("image_file", "image_filename", "image_name", "img", "img_path", "img_name", "picture", "photo", "image_id"),
+    ),
+    "label": ("label", "labels", "target", "class_id", "class_idx", "class_index", "label_id", "label_idx", "y"),
+    "class_name": (
+        *("class_name", "classname", "class", "label_name", "class_label", "category", "category_name", "species"),
+        "breed",
+    ),
+    "part": ("part", "split", "set", "subset", "partition", "data_set", "phase"),
+}
+_SYNONYMS = {"class_name": ("class", "classname")}
+_EMPTY = ("", "nan", "null", "none", "na", "n/a")  # of label and part; a class may have one of these names
+_IN_FOLDERS = ("manifest.csv", "manifest.json", "manifest.tsv", "manifest.jsonl")
+_BESIDE_IMAGES = ("metadata.csv", "metadata.jsonl")  # Hugging Face's, taken where the images lie beside it
 
 
 def find_manifest(root: Path) -> Path | None:
-    """Return the manifest in a folder of images. Raise DatasetError if there are several."""
-    found = [root / name for name in _MANIFESTS if (root / name).is_file()]
+    """Return the manifest in a folder of images, if there is one. Raise DatasetError if there are several."""
+    found = [root / name for name in _IN_FOLDERS if (root / name).is_file()]
+    if not found and any(entry.name.lower().endswith(image_endings()) for entry in scan(root)):
+        found = [root / name for name in _BESIDE_IMAGES if (root / name).is_file()]
     if len(found) > 1:
         raise DatasetError(f"{root} has a {found[0].name} and a {found[1].name}; remove one of them")
     return found[0] if found else None
 
 
-def read_manifest(path: Path, image_root: Path | None = None) -> tuple[Split, Path]:
-    """Read a manifest: a table with one image per row, as CSV with a header line or as a JSON list of objects.
+def tables_in(root: Path) -> list[str]:
+    """Return the names of files in a folder that may be tables of its images."""
+    return sorted(entry.name for entry in scan(root) if entry.name.lower().endswith(ENDINGS))
 
-    Columns: `path` (relative to the manifest's folder, with forward slashes); `class_name`, or `label` (whole numbers
-    from 0), or both; `part` (train, val or test). If there are only labels, class names come from `classnames.txt`
-    beside the manifest. If there are only class names, they are numbered in sorted order. Without a column `part`, the
-    images are divided like those of folders. A JSON object in the format of CoOp's split files is accepted too. Raises
-    DatasetError with file and row.
+
+def read_manifest(path: Path, image_root: Path | None = None) -> tuple[Split, Path]:
+    """Read a manifest, a table with one image a row; return its split and the folder that its paths start from.
+
+    The columns are those of _NAMES, in any order and spelling: the path; the class, as text, as numbers, or both; and
+    perhaps the part. Others are left out with a note. If there are only numbers, class names come from `classnames.txt`
+    beside the manifest. If there are only names, they are numbered in sorted order. Without parts, the images are
+    divided like those of folders. Paths start from `image_root`, by default the manifest's folder or the only folder in
+    it that has these files. Raises DatasetError with file and row.
     """
-    if path.suffix.lower() not in (".csv", ".json"):
-        raise DatasetError(f"{path} is not a folder and not a manifest; the name of a manifest ends in .csv or .json")
-    found = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    if not found:
+    table = read_table(path)
+    columns = _columns(table, path) if table.columns else {}
+    if not table.rows:
         raise DatasetError(f"manifest {path} lists no images")
-    rows, wrong = [], []
-    for where, row in found:
-        try:
-            rows.append(_check_row(row, where))
-        except DatasetError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise DatasetError(f"{wrong[0]}{also([reason.removeprefix(f'manifest {path}, ') for reason in wrong])}")
+    root = image_root or _find_root([row.get(columns["path"]) for _, row in table.rows[:20]], path)
+    rows = _checked([(where, _picked(row, columns)) for where, row in table.rows], root, path)
+    rows = _numbered(rows, path)
     for column in ("label", "class_name", "part"):
         lacking = [row for row in rows if row[column] is None]
         if lacking and len(lacking) < len(rows):
-            raise DatasetError(f"{lacking[0]['where']}: no {column}, but other rows have one")
-    seen: dict[object, str] = {}
+            raise DatasetError(
+                f"manifest {path}, {lacking[0]['where']}: no {column}, but other rows have one{_more(lacking)}"
+            )
+    return _split_rows(_once(rows, root, path), path), root
+
+
+def _more(rows: Sequence[object]) -> str:
+    return f" ({len(rows)} rows)" if len(rows) > 1 else ""
+
+
+# --- columns
+
+
+def _columns(table: Table, path: Path) -> dict[str, str]:
+    """Return the table's column for each of ours that it has. Raise DatasetError if that is not clear."""
+    plain = {name: re.sub(r"[\s_-]+", "_", name.strip().lower()) for name in table.columns}
+    if len(set(table.columns)) < len(table.columns):
+        raise DatasetError(f"manifest {path}: the first line names a column twice: {_shown(table.columns)}")
+    found = {}
+    for ours, names in _NAMES.items():
+        fitting = [name for name in table.columns if plain[name] in names]
+        own = [name for name in fitting if plain[name] in (ours, *_SYNONYMS.get(ours, ()))]
+        if len(fitting) > 1 and not own:
+            raise DatasetError(
+                f"manifest {path}: the columns {' and '.join(fitting)} may both be the {ours}; call one of them {ours}"
+            )
+        if len(own) > 1:
+            raise DatasetError(
+                f"manifest {path}: the first line names the column {ours} twice: {_shown(table.columns)}"
+            )
+        if fitting:
+            found[ours] = (own or fitting)[0]
+    if "path" not in found and "id" in plain.values():  # as in Kaggle's tables
+        found["path"] = next(name for name in table.columns if plain[name] == "id")
+    if "path" not in found:
+        raise DatasetError(
+            f"manifest {path}: the first line must name the columns, one of them path; it is {_shown(table.columns)}"
+        )
+    others = [
+        name for name in table.columns if name not in found.values() and plain[name] not in ("", "unnamed:_0", "index")
+    ]
+    if others:
+        note(f"manifest {path}: the columns {enumerated(others, 5)} are not used")
+    return found
+
+
+def _shown(columns: Sequence[str]) -> str:
+    return repr(",".join(columns)[:80])
+
+
+def _picked(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """Return a row with our names; texts without blanks around them, None for what is empty."""
+    picked = {}
+    for name in _NAMES:
+        value = row.get(columns.get(name))
+        if isinstance(value, str) and name != "path":
+            value = value.strip()
+        is_empty = value == "" or value != value or (name in ("label", "part") and str(value).lower() in _EMPTY)
+        picked[name] = None if value is None or is_empty else value
+    return picked
+
+
+# --- rows
+
+
+def _checked(found: list[tuple[str, dict]], root: Path, path: Path) -> list[dict]:
+    """Return the rows with usable paths and parts. Raise DatasetError with each kind of mistake and an example."""
+    rows, wrong = [], {}
+    for where, row in found:
+        try:
+            if not isinstance(row["class_name"], (str, type(None))):
+                raise _Wrong("the class must be one text", f"class_name {row['class_name']!r}")
+            place = _place(row["path"], root)
+            rows.append({**row, "path": place, "part": _part(row["part"]), "where": where})
+        except _Wrong as mistake:
+            wrong.setdefault(mistake.kind, []).append(f"{where}: {mistake}")
+    if wrong:
+        kinds = [f"{places[0]}; {kind}{_more(places)}" for kind, places in wrong.items()]
+        raise DatasetError(f"manifest {path}, {'; and '.join(kinds)}")
+    return rows
+
+
+class _Wrong(Exception):
+    """A mistake in a row: its kind, which includes the remedy, and the example."""
+
+    def __init__(self, kind: str, example: str):
+        super().__init__(example)
+        self.kind = kind
+
+
+def _part(value: Any) -> str | None:
+    if value is None:
+        return None
+    part = PARTS.get(str(value).lower())
+    if part is None:
+        raise _Wrong("a part must be train, val or test: correct it or remove the row", f"part {value!r}")
+    return part
+
+
+def _place(value: Any, root: Path) -> str:
+    """Return the path of an image relative to `root`, with forward slashes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # an id
+    if not isinstance(value, str):
+        raise _Wrong("each row needs the path of its image", "no path")
+    if re.match(r"[a-z]+://", value):
+        raise _Wrong("save the images and give their paths", f"{value[:80]!r} is a web address")
+    if value != value.strip() and not _exists(root, value) and _exists(root, value.strip()):
+        value = value.strip()
+    if "\\" in value and not _exists(root, value):
+        if not _exists(root, value.replace("\\", "/")):
+            raise _Wrong("write forward slashes", f"{value!r} has backslashes, and there is no such file")
+        value = value.replace("\\", "/")
+    place = _inside(value, root)
+    if not place.lower().endswith(image_endings()) and not _exists(root, place):
+        fitting = [f"{place}{ending}" for ending in image_endings() if _exists(root, f"{place}{ending}")]
+        if len(fitting) > 1:
+            raise _Wrong("write the whole name", f"{value!r} may be {' or '.join(fitting)}")
+        place = fitting[0] if fitting else place
+    return place
+
+
+def _exists(root: Path, place: str) -> bool:
+    try:
+        return os.path.exists(root / place)
+    except ValueError:  # a NUL in it
+        return False
+
+
+def _inside(value: str, root: Path) -> str:
+    """Return a path below `root`, relative to it; it may be absolute or have .. in it."""
+    outside = _Wrong("paths must lie inside the image folder: a relative path, or --image_root DIR", repr(value))
+    is_absolute = os.path.isabs(value)
+    if not is_absolute:
+        inner = os.path.normpath(value) if value.strip("/.") else ""
+    else:
+        inner = next(
+            (
+                os.path.relpath(value, base)
+                for base in (os.path.abspath(root), os.path.realpath(root))
+                if _below(value, base)
+            ),
+            "..",
+        )
+    try:
+        check_path(inner, "")
+    except DatasetError:
+        raise outside from None
+    return inner.replace(os.sep, "/")
+
+
+def _below(value: str, base: str) -> bool:
+    return not PureWindowsPath(value).drive and os.path.normpath(value).startswith(base + os.sep)
+
+
+def _find_root(paths: Sequence[Any], path: Path) -> Path:
+    """Return the folder that these paths start from: the manifest's, or the only one in it that has the files."""
+
+    def has_them(folder: Path) -> bool:
+        try:
+            return all(os.path.exists(folder / _place(value, folder)) for value in paths)
+        except _Wrong:
+            return False
+
+    folder = path.parent
+    if has_them(folder):
+        return folder
+    fitting = [Path(entry.path) for entry in scan(folder) if entry.is_dir() and has_them(Path(entry.path))]
+    if len(fitting) > 1:
+        raise DatasetError(
+            f"manifest {path}: the images may be in {fitting[0].name} or {fitting[1].name}; give one as --image_root"
+        )
+    if fitting:
+        note(f"manifest {path}: its images are in {fitting[0]}")
+    return fitting[0] if fitting else folder
+
+
+def _numbered(rows: list[dict], path: Path) -> list[dict]:
+    """Return the rows with labels as numbers; a column of labels that holds text is a column of class names."""
+    labels = [row["label"] for row in rows if row["label"] is not None]
+    whole = [label for label in labels if re.fullmatch(r"[0-9]{1,9}(\.0+)?", str(label)) and label is not True]
+    if labels and not whole and all(isinstance(label, str) for label in labels) and not _are_numbers(labels):
+        if any(row["class_name"] is not None for row in rows):
+            raise DatasetError(
+                f"manifest {path}: label {labels[0]!r} is text, and there is a class_name; leave one out"
+            )
+        return [{**row, "label": None, "class_name": row["label"]} for row in rows]
+    wrong = [row for row in rows if row["label"] is not None and row["label"] not in whole]
+    if wrong:
+        example = f"{wrong[0]['where']}: label {wrong[0]['label']!r}"
+        remedy = "names belong in the column class_name"
+        raise DatasetError(f"manifest {path}, {example} is not a whole number from 0{_more(wrong)}; {remedy}")
+    nameless = [row for row in rows if row["label"] is None is row["class_name"]]
+    if nameless:
+        raise DatasetError(
+            f"manifest {path}, {nameless[0]['where']}: no label and no class_name{_more(nameless)}; give one of them"
+        )
+    return [{**row, "label": None if row["label"] is None else int(float(row["label"]))} for row in rows]
+
+
+def _are_numbers(labels: Sequence[str]) -> bool:
+    """Return whether any of these is a number: -1, 0.5."""
+    return any(re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", label) for label in labels)
+
+
+def _once(rows: list[dict], root: Path, path: Path) -> list[dict]:
+    """Return each image once. Raise DatasetError if it is listed with two classes or parts."""
+    seen: dict[object, dict] = {}
+    repeats = []
     for row in rows:  # an image in two parts could be used for training and for testing
-        file = _identity(path.parent / row["path"])
-        if file in seen:
-            name = f" as {seen[file]!r}" if seen[file] != row["path"] else ""
-            raise DatasetError(f"{row['where']}: {row['path']!r} is listed before{name}; list it once")
-        seen[file] = row["path"]
-    return _split_rows(rows, path), image_root or path.parent
+        file = _identity(root / row["path"])
+        first = seen.setdefault(file, row)
+        if first is row:
+            continue
+        if any(first[name] != row[name] for name in ("path", "label", "class_name", "part")):
+            name = f" as {first['path']!r}" if first["path"] != row["path"] else ""
+            raise DatasetError(
+                f"manifest {path}, {row['where']}: {row['path']!r} is listed before{name}, with another class, part or "
+                "name; list it once"
+            )
+        repeats.append(row)
+    if repeats:
+        note(f"manifest {path}: {len(repeats)} rows repeat others and count once, for example {repeats[0]['where']}")
+    return list(seen.values())
 
 
 def _identity(file: Path) -> object:
@@ -85,80 +319,12 @@ def _identity(file: Path) -> object:
     return (status.st_dev, status.st_ino) if status.st_ino else str(file)
 
 
-def _csv_rows(path: Path) -> list[tuple[str, dict]]:
-    """Return (where, row) for each row of a table with commas, semicolons or tabs, without empty rows."""
-    text = read_text(path)
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    try:
-        lines = [(reader.line_num, row) for row in reader if any(field.strip() for field in row)]
-    except csv.Error as error:
-        raise DatasetError(f"manifest {path}, line {reader.line_num} is not valid CSV ({error})") from error
-    names = [name.strip().lower().replace(" ", "_") for name in lines[0][1]] if lines else []
-    names = ["class_name" if name in ("classname", "class") else name for name in names]
-    if "path" not in names or not set(names) <= set(_COLUMNS) or len(set(names)) < len(names):
-        raise DatasetError(
-            f"manifest {path}: the first line must name the columns: path and some of {', '.join(_COLUMNS[1:])}, each "
-            f"once; it is {header.strip()[:80]!r}"
-        )
-    for number, row in lines:
-        if len(row) != len(names):
-            raise DatasetError(f"manifest {path}, line {number} has {len(row)} fields instead of {len(names)}")
-    return [(f"manifest {path}, line {number}", dict(zip(names, row))) for number, row in lines[1:]]
-
-
-def _json_rows(path: Path) -> list[tuple[str, object]]:
-    """Return (where, row) for each row of a list of objects, or of CoOp's {part: [[path, label, class name], ...]}."""
-    content = parse_json(path, "correct it there")
-    if isinstance(content, list):
-        return [(f"manifest {path}, row {number}", row) for number, row in enumerate(content, start=1)]
-    if not isinstance(content, dict) or not all(isinstance(rows, list) for rows in content.values()):
-        raise DatasetError(
-            f"manifest {path} must be a list of objects, or an object with the lists train, val and test"
-        )
-    found = []
-    for part, rows in content.items():
-        for number, row in enumerate(rows, start=1):
-            where = f"manifest {path}, {part} row {number}"
-            if not (isinstance(row, list) and len(row) == 3):
-                raise DatasetError(f"{where}: expected [path, label, class name], found {json.dumps(row)[:80]}")
-            found.append((where, dict(zip(_COLUMNS, row), part=part)))
-    return found
-
-
-def _check_row(row: object, where: str) -> dict:
-    """Return one row with `where` and all columns: None for empty ones, and a label as a number."""
-    if not isinstance(row, dict) or not row.keys() <= set(_COLUMNS):
-        raise DatasetError(f"{where}: expected the fields {', '.join(_COLUMNS)}, found {json.dumps(row)[:80]}")
-    row = {name: value.strip() if isinstance(value, str) and name != "path" else value for name, value in row.items()}
-    row = {name: None if row.get(name) == "" else row.get(name) for name in _COLUMNS} | {"where": where}
-    if not isinstance(row["path"], str):
-        raise DatasetError(f"{where}: no path")
-    if "\\" in row["path"]:
-        raise DatasetError(f"{where}: {row['path']!r} has backslashes; write forward slashes")
-    check_path(row["path"], where)
-    row["path"] = str(PurePosixPath(row["path"]))  # ./a.jpg is a.jpg
-    if not isinstance(row["class_name"], (str, type(None))):
-        raise DatasetError(f"{where}: class_name {json.dumps(row['class_name'])[:80]} is not text")
-    if row["label"] is not None:
-        if not re.fullmatch("[0-9]{1,9}", str(row["label"])):  # int() alone would accept true and 1.5
-            raise DatasetError(
-                f"{where}: label {row['label']!r} is not a whole number from 0; names belong in the column class_name"
-            )
-        row["label"] = int(row["label"])
-    elif row["class_name"] is None:
-        raise DatasetError(f"{where}: no label and no class_name; give one of them")
-    if row["part"] is not None:
-        part = PARTS.get(str(row["part"]).lower())
-        if part is None:
-            raise DatasetError(f"{where}: part {row['part']!r} must be train, val or test")
-        row["part"] = part
-    return row
+# --- parts and classes
 
 
 def _split_rows(rows: list[dict], path: Path) -> Split:
     names = _names_of_labels(rows, path)
+    _check_single(names, path)
     if rows[0]["part"] is None:
         images: dict[str, list[str]] = {name: [] for name in names}
         for row in rows:
@@ -176,8 +342,16 @@ def _split_rows(rows: list[dict], path: Path) -> Split:
     return Split(names, items["train"], items["val"], items["test"])
 
 
+def _check_single(names: Sequence[str], path: Path) -> None:
+    """Raise DatasetError if a class is several others: cat|dog beside cat and dog."""
+    for name in names:
+        pieces = [piece.strip() for piece in re.split(r"[|;,]", name)]
+        if len(pieces) > 1 and set(pieces) <= set(names):
+            raise DatasetError(f"manifest {path}: {name!r} is several classes, but an image can have only one here")
+
+
 def _names_of_labels(rows: list[dict], path: Path) -> tuple[str, ...]:
-    """Return the class names in label order; give labels to rows that have none."""
+    """Return the class names in label order; give labels to rows that have none, and close gaps between labels."""
     if rows[0]["label"] is None:
         names = sorted({row["class_name"] for row in rows})
         labels = {name: label for label, name in enumerate(names)}
@@ -188,13 +362,18 @@ def _names_of_labels(rows: list[dict], path: Path) -> tuple[str, ...]:
         for row in rows:
             before = used.setdefault(row["label"], row["class_name"])
             if before != row["class_name"]:
+                where = f"manifest {path}, {row['where']}"
                 raise DatasetError(
-                    f"{row['where']}: label {row['label']} is called {row['class_name']!r} here and {before!r} before"
+                    f"{where}: label {row['label']} is called {row['class_name']!r} here and {before!r} before"
                 )
-        missing = set(range(len(used))) - used.keys()
-        if missing:
-            raise DatasetError(f"manifest {path}: labels must count up from 0 without gaps, {min(missing)} is missing")
-        names = [used[label] for label in range(len(used))]
+        numbers = sorted(used)
+        if numbers != list(range(len(used))):
+            given = enumerated([str(number) for number in numbers], 4)
+            note(f"manifest {path}: its labels, {given}, become 0 to {len(used) - 1}, without gaps")
+            labels = {number: label for label, number in enumerate(numbers)}
+            for row in rows:
+                row["label"] = labels[row["label"]]
+        names = [used[number] for number in numbers]
         if rows[0]["class_name"] is None:
             names = _names_beside(path, len(used))
     if len(names) < 2:
@@ -210,61 +389,3 @@ def _names_beside(path: Path, classes: int) -> list[str]:
     if len(lines) != classes:
         raise DatasetError(f"{file} has {len(lines)} lines for the {classes} labels of {path}; write one for each")
     return lines
-
-
-# --- shared with folder.py
-
-
-def check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Return the class names; raise DatasetError, with `where` they come from, if two of them make the same prompt."""
-    seen: dict[str, str] = {}
-    same = []
-    for name in names:
-        prompt = " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
-        if not prompt or not name.isprintable():
-            raise DatasetError(f"{where}: {name!r} is not usable as a class name; write another in classnames.txt")
-        if prompt in seen:
-            look_alike = unicodedata.normalize("NFC", seen[prompt]) == unicodedata.normalize("NFC", name)
-            show = ascii if look_alike else repr
-            same.append(f"{show(seen[prompt])} and {show(name)}")
-        seen[prompt] = name
-    if same:
-        raise DatasetError(f"{where}: the classes {same[0]} give the same prompt{also(same)}; merge or rename them")
-    return tuple(names)
-
-
-def also(wrong: Sequence[str]) -> str:
-    """Return, in brackets, what has the same mistake as the first, so that all can be corrected at once."""
-    return f" (also {enumerated(wrong[1:])})" if len(wrong) > 1 else ""
-
-
-def divide(images: Mapping[str, Sequence[str]], source: str) -> tuple[tuple[Item, ...], ...]:
-    """Divide the images of each class into train, val and test as `divide_class` does, and print a note about it.
-
-    The keys of `images` are the class names in label order; `source` is where they come from, for messages.
-    """
-    parts: tuple[list[Item], ...] = ([], [], [])
-    single = [repr(name) for name, paths in images.items() if len(paths) < 2]
-    if single:
-        raise DatasetError(
-            f"{source}: class {single[0]} has one image{also(single)}; each needs two, for training and for testing"
-        )
-    for label, paths in enumerate(images.values()):
-        for part, chosen in zip(parts, divide_class(paths)):
-            part += [Item(path, label) for path in chosen]
-    note(
-        f"{source} has no train, val and test parts; its images are divided 50/20/30 % per class, always in the same "
-        "way, and the run's split.json lists them"
-    )
-    return tuple(map(tuple, parts))
-
-
-def divide_class(paths: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Divide the images of a class, two or more, into 50 % train, 20 % val and 30 % test.
-
-    The proportions are those of CoOp's splits. The division depends only on the paths: not on the run's seed, on their
-    order, on the class name, or on other classes, which may be added later.
-    """
-    shuffled = random.Random(0).sample(sorted(paths), len(paths))
-    test, val = round(0.3 * len(paths)), round(0.2 * len(paths))
-    return shuffled[test + val :], shuffled[test : test + val], shuffled[:test]

@@ -408,7 +408,7 @@ def test_own_parts_and_manifests(tmp_path, examine):
     assert "images missing: 1 of 3; " in out and "\n    test/cat/9.jpg\n" in out
     manifest.write_text("path,class_name\n/a,cat\nb\\c,dog\n,dog\n")
     code, _, out = examine("folder", manifest)
-    assert code == 2 and "line 2: '/a'" in out and "(also line 3: " in out and "line 4: no path" in out
+    assert code == 2 and "line 2: '/a'" in out and "line 3: " in out and "line 4: no path" in out
 
 
 def test_problems_of_own_images(tmp_path, examine):

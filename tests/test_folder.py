@@ -17,7 +17,8 @@ from support.runs import refused
 
 import datasets
 import datasets.folder
-from datasets.manifest import check_names, divide_class
+from datasets.classnames import check_names
+from datasets.division import divide_class
 from datasets.task import DatasetError, check_images_exist
 from settings import Settings
 
@@ -425,7 +426,7 @@ def test_bad_roots_halves_and_splits(tmp_path):
     lines(root / "x.txt", "a")
     for name, options, words in (
         ("x", {}, ["pets/x does not exist", "--root_path"]),
-        ("x.txt", {}, ["pets/x.txt", ".csv"]),
+        ("x.txt", {}, ["pets/x.txt", "path"]),
         ("x.csv", {}, ["pets/x.csv does not exist"]),
         ("", {"classes": "base"}, ["--classes base", "1 classes"]),
         ("", {"split": "/"}, ["--split /"]),
