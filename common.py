@@ -26,6 +26,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def counted(number: int, thing: str) -> str:
+    """Return a number with the singular or plural of what it counts: "1 class", "1,200 images"."""
+    plural = f"{thing}es" if thing.endswith("s") else f"{thing}s"
+    return f"{number:,} {thing if number == 1 else plural}"
+
+
 def note(text: str) -> None:
     """Print one line on stderr: something the user may want to know but need not correct."""
     print(f"note: {printable(text)}", file=sys.stderr)

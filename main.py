@@ -31,7 +31,7 @@ import train
 import utils
 from arguments import Config, parse
 from clip.delta import checkpoint_metadata
-from common import UserError, note, one_line_errors
+from common import UserError, counted, note, one_line_errors
 from datasets import Task
 from experiment import Experiment
 from methods.adaptation import Adaptation
@@ -202,11 +202,11 @@ def introduce(run: Run, untouched: Experiment, adaptation: Adaptation | None, on
     settings, classes = run.settings, len(run.task.class_names)
     tensors, weights = (len(adaptation.parameters), adaptation.trainable_weights) if adaptation else (0, 0)
     print(
-        f"{settings.method} {on} ({classes} classes), shots {settings.shots}, seed {settings.seed}, "
-        f"{settings.backbone} on {settings.device}: {does} {tensors} tensors, {weights:,} weights"
+        f"{settings.method} {on} ({counted(classes, 'class')}), shots {settings.shots}, seed {settings.seed}, "
+        f"{settings.backbone} on {settings.device}: {does} {counted(tensors, 'tensor')}, {counted(weights, 'weight')}"
     )
     zero_shot = train.zero_shot(untouched)
-    print(f"zero-shot accuracy {zero_shot:.2f} % on {len(run.task.test)} {settings.test_part} images")
+    print(f"zero-shot accuracy {zero_shot:.2f} % on {counted(len(run.task.test), f'{settings.test_part} image')}")
     return zero_shot
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from common import UserError, note, progress
+from common import UserError, counted, note, progress
 from experiment import Experiment
 from methods import METHODS
 from methods.adaptation import Adaptation
@@ -250,7 +250,7 @@ def search(
                 on_val.test_features()  # by the model that no method has touched
             row["iterations"] = fit(candidate, adaptation, batches, own).iterations
             row["val_accuracy"] = evaluate(candidate, adaptation)
-            print(f"val accuracy {row['val_accuracy']:.2f} % on {len(task.val)} images")
+            print(f"val accuracy {row['val_accuracy']:.2f} % on {counted(len(task.val), 'image')}")
         except TrainingDiverged as error:
             note(str(error))
         rows.append(row)

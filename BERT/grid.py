@@ -16,7 +16,7 @@ from statistics import mean, stdev
 
 from BERT import rte
 from BERT.main import Result, Settings, TrainingDiverged, display_name, load_model, parser, run
-from common import UserError, acquire_lock, note, one_line_errors, write_atomically
+from common import UserError, acquire_lock, counted, note, one_line_errors, write_atomically
 from records import RecordFolder, read_record
 from run_utils import make_reproducible
 from settings import choose_device, slug
@@ -123,7 +123,7 @@ class Table:
         self.runs.mkdir(parents=True, exist_ok=True)
         others = self.rebuild()  # if nothing can be written, this fails now and not after hours
         if others:
-            note(f"{others} runs in {self.runs} have other settings, weights or data; they stay out of {path}")
+            note(f"{path} leaves out {counted(others, 'run')} in {self.runs} with other settings, weights or data")
 
     def identity(self, settings: Settings) -> dict:
         """Return everything that can change the outcome of a run. Model and data count by their content."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from BERT import rte
-from common import Parser, UserError, one_line_errors, progress
+from common import Parser, UserError, counted, one_line_errors, progress
 from optimizers import SO, attach
 from run_utils import make_reproducible
 from settings import Options, choose_device, option
@@ -197,7 +197,9 @@ def load_model(name: str) -> tuple[nn.Module, object]:
         raise UserError(f"--model {name} cannot be loaded ({rte.first_line(error)}); {remedy}") from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(("classifier.", "bert.pooler.")))
     if missing:
-        raise UserError(f"--model {name}: the weights lack {len(missing)} tensors of BERT, such as {missing[0]}")
+        raise UserError(
+            f"--model {name}: the weights lack {counted(len(missing), 'tensor')} of BERT, such as {missing[0]}"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, BERT {model.config.vocab_size}")
     return model.float(), tokenizer

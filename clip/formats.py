@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common import note
+from common import counted, note
 
 from .files import Inert, Stored, WeightsError, read_file, resolve
 
@@ -94,7 +94,9 @@ def _without_prefix(tensors: dict[str, Any], path: Path) -> dict[str, Any]:
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     outside = [name for name in tensors if not name.startswith(prefix)]
     if outside:
-        note(f"{path}: left out {len(outside)} tensors beside the CLIP in {prefix}, for example {outside[0]}")
+        note(
+            f"{path}: left out {counted(len(outside), 'tensor')} beside the CLIP in {prefix}, for example {outside[0]}"
+        )
     return {name.removeprefix(text): value for name, value in inside.items()}
 
 

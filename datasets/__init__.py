@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common import note
+from common import counted, note
 
 from .decoding import MAX_MEGAPIXELS, USUAL, Reading, read_image
 from .digits import TEMPLATES as DIGITS_TEMPLATES
@@ -143,7 +143,7 @@ def _choose(
     if classes != "all":
         task = base_or_new(task, classes)
         if len(task.class_names) < 2 or not task.test:
-            found = f"{len(task.class_names)} classes and {len(task.test)} test images"
+            found = f"{counted(len(task.class_names), 'class')} and {counted(len(task.test), 'test image')}"
             raise DatasetError(f"--classes {classes}: this half of {task.name} has {found}; use --classes all")
     if path and not from_coop:
         task = replay(task, path)
@@ -175,7 +175,8 @@ def _list_imagenet(root: Path, shots: int | None) -> tuple[ImageNetListing, Path
     for wnid, names in zip(listing.wnids, listing.train):
         if len(names) < needed:
             raise DatasetError(
-                f"{image_root / 'train' / wnid} has {len(names)} images, but {shots} shots need {needed} "
+                f"{image_root / 'train' / wnid} has {counted(len(names), 'image')}, but "
+                f"{counted(shots, 'shot')} need {needed} "
                 f"({shots} train, {val_shots(shots)} val); unpack the class again or ask for fewer shots"
             )
     return listing, image_root
@@ -197,6 +198,6 @@ def _note_repeats(name: str, split: Split, shots: int, order: str) -> None:
     if counts[label] < shots:
         rule = "some are drawn twice or more" if order == "released" else "all of them are used, each once"
         note(
-            f"{sum(n < shots for n in counts.values())} classes of {name} have fewer than {shots} training "
+            f"{counted(sum(n < shots for n in counts.values()), 'class')} of {name} with fewer than {shots} training "
             f"images ({split.class_names[label]} has {counts[label]}); as in the published code, {rule}"
         )

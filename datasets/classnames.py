@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import note
+from common import counted, note
 
 from .errors import DatasetError
 from .splits import parse_json, read_text
@@ -95,7 +95,7 @@ def _from_lines(classes: list[str], file: Path) -> tuple[str, ...]:
         raise DatasetError(f"{file} names {len(dict(named))} of the {len(classes)} class folders ({wrong}); {remedy}")
     if len(lines) != len(classes):
         remedy += ", or only the names in the order of the sorted folders"
-        raise DatasetError(f"{file} has {len(lines)} lines for {len(classes)} class folders; {remedy}")
+        raise DatasetError(f"{file} has {counted(len(lines), 'line')} for {len(classes)} class folders; {remedy}")
     if classes != sorted(classes, key=_natural_order):
         raise DatasetError(f"{file} has only names, but these folders can be sorted in several ways; {remedy}")
     return check_names(lines, str(file))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import file_sha256, note, progress
+from common import counted, file_sha256, note, progress
 
 from .errors import DatasetError
 from .splits import Split
@@ -60,14 +60,16 @@ def note_copies(copies: Copies, split: Split) -> None:
     if copies.across_parts:
         (first, one), (second, other), *_ = copies.across_parts[0]
         note(
-            f"{len(copies.across_parts)} images are in two parts, for example {one.path} ({first}) and {other.path} "
+            f"{counted(len(copies.across_parts), 'image')} in two parts, for example {one.path} "
+            f"({first}) and {other.path} "
             f"({second}): results are too good; --drop_copies leaves them out of train and val"
         )
     if copies.across_classes:
         (_, one), (_, other), *_ = copies.across_classes[0]
         names = split.class_names
         note(
-            f"{len(copies.across_classes)} images are in two classes, for example {one.path} ({names[one.label]}) and "
+            f"{counted(len(copies.across_classes), 'image')} in two classes, for example {one.path} "
+            f"({names[one.label]}) and "
             f"{other.path} ({names[other.label]}); --drop_copies leaves them out, because their class is unknown"
         )
 
@@ -83,7 +85,10 @@ def without_copies(split: Split, copies: Copies) -> Split:
         part: tuple(item for item in getattr(split, part) if (part, item) not in left_out)
         for part in ("train", "val", "test")
     }
-    note(f"--drop_copies left out {sum(split.sizes) - sum(map(len, parts.values()))} of {sum(split.sizes)} images")
+    note(
+        f"--drop_copies left out {sum(split.sizes) - sum(map(len, parts.values()))} of "
+        f"{counted(sum(split.sizes), 'image')}"
+    )
     empty = set(range(len(split.class_names))) - {item.label for item in parts["train"]}
     if empty:
         raise DatasetError(

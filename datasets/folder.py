@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import note
+from common import counted, note
 
 from .classnames import also, check_names, note_odd_names, renamed
 from .copies import find_copies, note_copies, without_copies
@@ -191,7 +191,10 @@ def summary(split: Split, templates: Sequence[str]) -> str:
         for label, name in enumerate(split.class_names)
     ]
     prompts = [templates[0].format(name.replace("_", " ")) for name in split.class_names[:2]]
-    return f"train/val/test images of {len(classes)} classes: {enumerated(classes)}; prompts: {', '.join(prompts)} ..."
+    return (
+        f"train/val/test images of {counted(len(classes), 'class')}: {enumerated(classes)}; "
+        f"prompts: {', '.join(prompts)} ..."
+    )
 
 
 class _Listing:
@@ -237,7 +240,8 @@ class _Listing:
         """Print how many files were left out."""
         if self.others:
             note(
-                f"{len(self.others)} file(s) in {self.root} ignored: the name does not end like an image, or the file "
+                f"{counted(len(self.others), 'file')} in {self.root} ignored: the name does not end "
+                "like an image, or the file "
                 f"is in no class folder; for example {min(self.others)}"
             )
         heic = [path for path in self.others if path.lower().endswith(HEIC_ENDINGS)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from common import note
+from common import counted, note
 
 from .classnames import check_names
 from .decoding import image_endings
@@ -306,7 +306,10 @@ def _once(rows: list[dict], root: Path, path: Path) -> list[dict]:
             )
         repeats.append(row)
     if repeats:
-        note(f"manifest {path}: {len(repeats)} rows repeat others and count once, for example {repeats[0]['where']}")
+        note(
+            f"manifest {path}: {counted(len(repeats), 'row')} repeated from others and counted once, "
+            f"for example {repeats[0]['where']}"
+        )
     return list(seen.values())
 
 
@@ -387,5 +390,7 @@ def _names_beside(path: Path, classes: int) -> list[str]:
         raise DatasetError(f"manifest {path} has labels but no class names; add the column class_name, or {file}")
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if len(lines) != classes:
-        raise DatasetError(f"{file} has {len(lines)} lines for the {classes} labels of {path}; write one for each")
+        raise DatasetError(
+            f"{file} has {counted(len(lines), 'line')} for the {classes} labels of {path}; write one for each"
+        )
     return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import note
+from common import counted, note
 
 from .decoding import USUAL, Reading, read_image
 from .errors import DatasetError
@@ -130,7 +130,8 @@ def note_untested(source: object, class_names: Sequence[str], test: Sequence[Ite
     untested = sorted(set(range(len(class_names))) - {item.label for item in test})
     if untested:
         note(
-            f"{source}: no images of {len(untested)} classes are evaluated, for example {class_names[untested[0]]}; "
+            f"{source}: no images of {counted(len(untested), 'class')} are evaluated, for example "
+            f"{class_names[untested[0]]}; "
             "the accuracy is over the images of the others"
         )
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Parser, UserError, one_line_errors, progress
+from common import Parser, UserError, counted, one_line_errors, progress
 from records import read_record, rebuild_table
 from run_utils import device_name
 from scripts.sweeping.grid import LISTS, Cell, cells, read_grid
@@ -57,7 +57,7 @@ def sweep(argv: Sequence[str]) -> int:
     failures = watch(_cluster(options, results, to_do), to_do, len(planned)) if to_do else []
     rebuild_table(results)  # a run may have been killed after its record and before the table
     done, skipped = len(to_do) - len(failures), len(planned) - len(to_do)
-    print(f"{len(planned)} runs: {done} done, {skipped} were done before, {len(failures)} failed")
+    print(f"{counted(len(planned), 'run')}: {done} done, {skipped} were done before, {len(failures)} failed")
     print(f"results: {results / 'results.csv'}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -125,7 +125,7 @@ def show(planned: Sequence[Cell], to_do: Sequence[Cell], results: Path, anywhere
             unknown += seconds is None
             state = "to do" if seconds is None else f"to do, {seconds / 3600:.3f} h"
         print(f"{state:15} {cell.command}")
-    print(f"{len(planned)} runs: {len(planned) - len(to_do)} finished, {len(to_do)} to do")
+    print(f"{counted(len(planned), 'run')}: {len(planned) - len(to_do)} finished, {len(to_do)} to do")
     if unknown < len(to_do):
         total = " and ".join(f"{number:.3f} {kind} hours" for kind, number in hours.items())
         print(f"training and evaluation of {len(to_do) - unknown}: {total}, by past records, if none stops early")

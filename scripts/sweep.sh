@@ -20,6 +20,10 @@ if ! command -v "$PYTHON" > /dev/null; then
     echo "error: there is no $PYTHON; source .venv/bin/activate, or name one: PYTHON=/path/to/python bash $0" >&2
     exit 2
 fi
+if ! "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"; then
+    echo "error: $PYTHON has no torch; source .venv/bin/activate, or name another: PYTHON=/path/to/python bash $0" >&2
+    exit 2
+fi
 main="$(dirname "$0")/../main.py"
 failures=""
 

@@ -157,7 +157,7 @@ def test_runs_with_other_settings_weights_or_data_are_not_mixed(call, fake_run, 
         with open("pairs/dev.tsv", "a") as file:
             file.write("24\ta cat\ta dog\tentailment\n")
     code, _, err = call("LoRA", "--rank", 2, 4, *flags)
-    assert code == 0 and err.startswith("note: 1 runs") and fake_run.cells == [(2, 42), (2, 42), (4, 42)]
+    assert code == 0 and "leaves out 1 run in" in err and fake_run.cells == [(2, 42), (2, 42), (4, 42)]
     assert len(read_table("lora_grid_results.csv")) == 2
     if flags:
         call("LoRA", "--rank", 2)

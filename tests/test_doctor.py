@@ -308,7 +308,7 @@ def test_images_listed_twice_are_a_problem_or_a_warning(tmp_path, examine):
     assert code == 2 and "in two parts (2 such images)" in out
     write_split(tmp_path, json.dumps(split | {"test": split["test"] + split["test"][:2]}))
     code, verdict, out = examine("dtd", tmp_path)
-    assert code == 0 and verdict == "dtd: ready, 2 warnings" and "warning: 2 images are listed more than once" in out
+    assert code == 0 and verdict == "dtd: ready, 2 warnings" and "warning: 2 images listed more than once" in out
 
 
 def test_the_sample_takes_three_images_of_each_class_and_all_takes_every_one(tmp_path, examine):
@@ -387,7 +387,7 @@ def test_own_images_are_ready_and_their_conversions_are_counted(tmp_path, examin
     assert code == 0 and verdict == "folder: ready"
     assert "numbers: 2 classes, 18/7/10 train/val/test images\n" in out
     assert "up to 8 without repeats; classes with fewer than 16 images: cat 8, dog 10\n" in out
-    assert f"note: {root} has no train, val and test parts" in out and "note: 1 file(s) in" in out
+    assert f"note: {root} has no train, val and test parts" in out and "note: 1 file in" in out
     assert "decoded: 35 of 35, none damaged\n" in out
     for kind in ("turned", "transparent", "16 bits", "several images"):
         (line,) = [line for line in out.splitlines() if kind in line]
@@ -399,7 +399,7 @@ def test_own_parts_and_manifests(tmp_path, examine):
     own(tmp_path / "pets" / "test", {"cat": 3})
     code, _, out = examine("folder", tmp_path / "pets")
     assert code == 0 and "numbers: 2 classes, 5/0/3 train/val/test images\n" in out and "up to 2 without" in out
-    assert f"note: {tmp_path / 'pets'}: no images of 1 classes" in out
+    assert f"note: {tmp_path / 'pets'}: no images of 1 class are" in out
     manifest = tmp_path / "pets" / "manifest.csv"
     rows = ("path,class_name,part", "train/cat/0.jpg,cat,train", "train/dog/0.jpg,dog,train", "test/cat/9.jpg,cat,test")
     manifest.write_text("\n".join(rows))

@@ -256,7 +256,7 @@ def test_which_files_are_images_and_how_others_are_noted(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")  # EPS is a program, not an image
     assert whole(tmp_path) == images
     err = capsys.readouterr().err
-    assert err.count("ignored") == 1 and "5 file(s) in" in err and "cat/Thumbs.db" in err
+    assert err.count("ignored") == 1 and "5 files in" in err and "cat/Thumbs.db" in err
 
 
 def test_a_large_folder_is_listed_without_asking_for_each_image(tmp_path, monkeypatch):
@@ -428,7 +428,7 @@ def test_bad_roots_halves_and_splits(tmp_path):
         ("x", {}, ["pets/x does not exist", "--root_path"]),
         ("x.txt", {}, ["pets/x.txt", "path"]),
         ("x.csv", {}, ["pets/x.csv does not exist"]),
-        ("", {"classes": "base"}, ["--classes base", "1 classes"]),
+        ("", {"classes": "base"}, ["--classes base", "1 class "]),
         ("", {"split": "/"}, ["--split /"]),
     ):
         message = error_of_build("folder", root / name, 1, 1, **options)

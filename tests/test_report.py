@@ -162,7 +162,7 @@ def test_what_is_left_out_is_named(results, make, no_figures):
     code, _, err, out = make()
     assert code == 0 and "old" in err and "damaged" in err
     for file in ("index.html", "tables.md"):
-        assert all(note in (out / file).read_text() for note in ("1 run(s) left out", "1 of 3 records are damaged"))
+        assert all(note in (out / file).read_text() for note in ("1 run left out", "1 of 3 records damaged"))
     assert pd.read_csv(out / "runs.csv").test_accuracy.tolist() == [60]
 
 
@@ -302,7 +302,7 @@ def test_differences_are_paired_t_tests(results, make, no_figures):
     mean = rows.loc["mean of 3"]
     assert (mean.difference, mean.low, mean.high) == pytest.approx((np.mean(differences[:3]), *wanted))
     page = (out / "index.html").read_text()
-    assert "19 pairs of runs" in page and "6 runs of the two have no partner" in page
+    assert "19 pairs of runs" in page and "6 runs of the two without a partner" in page
 
 
 @pytest.mark.parametrize(

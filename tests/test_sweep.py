@@ -150,11 +150,13 @@ def shell_sweep(tmp_path):
 
     def start(body, *flags, **variables):
         python = tmp_path / "python"
-        python.write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\n{body}\n')
+        python.write_text(
+            f'#!/usr/bin/env bash\n[ "$1" = -c ] && exit $NO_TORCH\necho "$@" >> {tmp_path}/calls\n{body}\n'
+        )
         python.chmod(0o755)
         command = ["bash", PROJECT / "scripts" / "sweep.sh", *flags]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=os.environ | {"PYTHON": str(python)} | variables, **pipes)
+        return subprocess.Popen(command, env=os.environ | {"PYTHON": str(python), "NO_TORCH": "0"} | variables, **pipes)
 
     start.calls = lambda: [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     return start
@@ -192,10 +194,11 @@ def test_a_signal_stops_the_shell_loop_and_its_run(shell_sweep, tmp_path, sent, 
     assert (tmp_path / "terminated").exists() and len(shell_sweep.calls()) == 1
 
 
-def test_the_shell_loop_names_a_missing_python(shell_sweep):
-    process = shell_sweep("", PYTHON="./none")
+@pytest.mark.parametrize("lacking, named", [({"PYTHON": "./none"}, "./none"), ({"NO_TORCH": "1"}, "torch")])
+def test_the_shell_loop_says_once_that_the_environment_is_missing(shell_sweep, lacking, named):
+    process = shell_sweep("", **lacking)
     _, err = process.communicate()
-    assert process.returncode == 2 and len(err.splitlines()) == 1 and "./none" in err
+    assert process.returncode == 2 and len(err.splitlines()) == 1 and named in err
 
 
 # --- the grid

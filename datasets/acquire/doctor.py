@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import Parser, file_sha256, one_line_errors, printable, progress
+from common import Parser, counted, file_sha256, one_line_errors, printable, progress
 
 from ..decoding import MAX_MEGAPIXELS, USUAL, Reading, has_16_bits, image_endings, is_transparent, opened, orientation
 from ..fewshot import val_shots
@@ -141,7 +141,9 @@ def _examine_published(name: str, root: Path, report: Report) -> None:
             items = (*split.train, *split.val, *split.test)
         else:
             items = _images_below(found.images, IMAGE_EXTENSIONS)
-            report.fact("note", f"{len(items)} images found; without a split it is unknown which should be there")
+            report.fact(
+                "note", f"{counted(len(items), 'image')} found; without a split it is unknown which should be there"
+            )
         remedy = f"move {found.images} away and {command}"
         _examine_images(Task(name, (), (), (), (), items, found.images, reading=report.reading), report, remedy)
 
@@ -202,7 +204,7 @@ def _compare(name: str, found: Found, split: Split, report: Report, command: str
         else:
             state = "other bytes than the published file, but the same classes and numbers"
         report.fact("split", f"{found.split} ({state})")
-    counts = f"{len(split.class_names)} classes, {'/'.join(map(str, split.sizes))} train/val/test images"
+    counts = f"{counted(len(split.class_names), 'class')}, {'/'.join(map(str, split.sizes))} train/val/test images"
     report.fact("numbers", counts + (", as published" if same_numbers else ""))
     if same_names:
         report.fact("class names", "as published")
@@ -212,7 +214,7 @@ def _compare(name: str, found: Found, split: Split, report: Report, command: str
         listings = Counter(item.path for item in (*split.train, *split.val, *split.test))
         twice = [path for path, count in listings.items() if count > 1]
         if twice:
-            report.warning(f"{len(twice)} images are listed more than once in one part: {twice[0]}")
+            report.warning(f"{counted(len(twice), 'image')} listed more than once in one part: {twice[0]}")
 
 
 def _examine_shots(name: str, split: Split, report: Report) -> None:
@@ -259,7 +261,8 @@ def _examine_folder(root: Path, own: OwnImages, report: Report) -> None:
         report.fact("note", line.removeprefix("note: "))
     if split:
         report.fact(
-            "numbers", f"{len(split.class_names)} classes, {'/'.join(map(str, split.sizes))} train/val/test images"
+            "numbers",
+            f"{counted(len(split.class_names), 'class')}, {'/'.join(map(str, split.sizes))} train/val/test images",
         )
         report.fact("classes", summary(split, RELEASED_TEMPLATES))
         _examine_shots("folder", split, report)

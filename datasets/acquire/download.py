@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from common import DISK_FULL, Parser, UserError, fail, note, one_line_errors
+from common import DISK_FULL, Parser, UserError, counted, fail, note, one_line_errors
 from fetching import fetch, has_checksum, is_web_page
 
 from ..specs import SPECS, Layout, departure, locate
@@ -86,7 +86,7 @@ def check(name: str, root: Path) -> str:
         raise DatasetError(
             f"{error} If it is, move {found.images} away and run again; copies with renamed images do not fit the split"
         ) from error
-    return f"{sum(split.sizes):,} images in {found.images}"
+    return f"{counted(sum(split.sizes), 'image')} in {found.images}"
 
 
 def _layout(name: str, root: Path) -> Layout:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from scipy import stats
 
-from common import UserError
+from common import UserError, counted
 from scripts.reporting.results import ELEVEN, PUBLISHED, Results, text
 from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number, suites
 
@@ -108,7 +108,7 @@ def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sh
     alone = results.tested.configuration.isin([a, b]).sum() - 2 * pairs
     notes = [f"{pairs} pairs of runs; percentage points; means are of the pairs only."]
     if alone:
-        notes.append(f"{alone} runs of the two have no partner with the same images and are left out.")
+        notes.append(f"{counted(alone, 'run')} of the two without a partner with the same images left out.")
     if rows.low.isna().any():
         notes.append(f"{MISSING}: an interval needs at least two pairs.")
     header = ["dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from common import UserError
+from common import UserError, counted
 from records import in_order, read_record
 from settings import Settings
 
@@ -74,7 +74,7 @@ def read_results(folder: Path) -> Results:
     paths, notes = sorted(folder.glob("*/result.json")), []
     records = [_searched(path.parent) | record for path in paths if (record := read_record(path)) is not None]
     if len(records) < len(paths):
-        notes.append(f"{len(paths) - len(records)} of {len(paths)} records are damaged and left out.")
+        notes.append(f"{len(paths) - len(records)} of {counted(len(paths), 'record')} damaged and left out.")
     if paths and not records:
         raise UserError(f"{folder}: no record can be read; do the runs again with --force")
     source = folder if paths else folder / "results.csv"
@@ -148,12 +148,12 @@ def arrange(runs: pd.DataFrame, notes: list[str]) -> Results:
         older = runs.run_id[repeats].astype(str).tolist()
         named = ", ".join(older[:5]) + (", ..." if len(older) > 5 else "")
         reason = "because a newer one has the same settings, dataset, shots and seed"
-        notes = [*notes, f"{len(older)} run(s) left out {reason}: {named}"]
+        notes = [*notes, f"{counted(len(older), 'run')} left out {reason}: {named}"]
     shares = runs.get("largest_class_share", pd.Series(float("nan"), runs.index))  # older records have none
     below = runs.run_id[~repeats & (runs.test_accuracy < shares.astype(float))].astype(str).tolist()
     if below:
         reason = "are less accurate than always naming the largest test class"
-        notes = [*notes, f"{len(below)} of {(~repeats).sum()} runs {reason}, for example {below[0]}"]
+        notes = [*notes, f"{len(below)} of {counted((~repeats).sum(), 'run')} {reason}, for example {below[0]}"]
     names = dict.fromkeys((*order, *SHORT, *sorted(set(runs.tested_on))))
     place = {name: i for i, name in enumerate(names)}
     runs = runs[~repeats].sort_values(

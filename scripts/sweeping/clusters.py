@@ -18,7 +18,7 @@ import submitit
 import torch
 from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 
-from common import UserError
+from common import UserError, counted
 from records import PROJECT
 from scripts.sweeping.grid import Cell
 
@@ -142,7 +142,7 @@ class Local(Cluster):
         return len(self.jobs)
 
     def stop(self) -> None:
-        print(f"stopping {len(self.jobs)} runs; the same command continues", file=sys.stderr)
+        print(f"stopping {counted(len(self.jobs), 'run')}; the same command continues", file=sys.stderr)
         while self.jobs:
             for job in self.jobs:
                 os.kill(int(job.job_id), signal.SIGTERM)  # repeatedly: the job may just be starting
