@@ -104,7 +104,7 @@ def test_both_sweeps_do_what_main_does_and_skip_what_is_done(run_main, run_sweep
     run_main(*QUICK, "--seed", 5, "--results_dir", "direct")
     flags = [*QUICK, "--cache_dir", tmp_path / "cache", "--results_dir", "swept"]
     code, out, err = run_sweep("--methods", "so", "--seeds", 5, *flags)
-    assert code == 0 and "1 runs: 1 done, 0 were done before, 0 failed" in out and "sweep: 100%" in err
+    assert code == 0 and "1 run: 1 done, 0 were done before, 0 failed" in out and "sweep: 100%" in err
     (log,) = Path("swept/sweeps").glob("*/*")
     assert "->  so" in log.read_text()
     pd.testing.assert_frame_equal(table("swept"), table("direct"))
@@ -117,7 +117,7 @@ def test_both_sweeps_do_what_main_does_and_skip_what_is_done(run_main, run_sweep
     assert done.returncode == 0 and done.stdout.count("already done") == 1
 
     Path("swept/results.csv").unlink()  # as if a run had been killed before it wrote the table
-    assert "1 runs: 0 done, 1 were done before, 0 failed" in run_sweep("--methods", "so", "--seeds", 5, *flags)[1]
+    assert "1 run: 0 done, 1 were done before, 0 failed" in run_sweep("--methods", "so", "--seeds", 5, *flags)[1]
     assert len(list(Path("swept/sweeps").iterdir())) == 1 and len(table("swept")) == 1
 
 
