@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -62,16 +63,21 @@ def read_upright_image(path: str | Path, reading: Reading = USUAL) -> Image.Imag
 
 @contextlib.contextmanager
 def opened(path: str | Path, reading: Reading = USUAL) -> Iterator[Image.Image]:
-    """Yield the opened image, its pixels not decoded yet. Raise DatasetError if it is too large."""
+    """Yield the opened image, its pixels not decoded yet. Raise DatasetError if it is too large.
+
+    Also raise it while the image is decoded, if what it contains is larger than it says: a Mac or Windows icon holds
+    an image with a size of its own.
+    """
     _register_formats()
-    with _SILENCE, Image.open(path) as image:
-        megapixels = image.width * image.height / 1e6
-        if megapixels > reading.max_megapixels:
-            raise DatasetError(
-                f"image {path} has {megapixels:.0f} megapixels, more than the {reading.max_megapixels} that are read; "
-                "make it smaller, or raise --max_megapixels"
-            )
-        yield image
+    try:
+        with _SILENCE.with_limit(reading.max_megapixels), Image.open(path) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise DatasetError(
+            f"image {path} has {int(pixels[0]) / 1e6:.0f} megapixels, more than the {reading.max_megapixels} that are "
+            "read; make it smaller, or raise --max_megapixels"
+        ) from error
 
 
 def _decode(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image], reading: Reading, remedy: str):
@@ -102,7 +108,7 @@ def _loaded(image: Image.Image) -> Image.Image:
 
 
 class _Silence:
-    """While entered, by one thread or several: Pillow prints no warnings, and has no limit of its own on sizes.
+    """While entered, by one thread or several: Pillow prints no warnings, and has our limit on sizes.
 
     Not warnings.catch_warnings for each image: threads that enter and leave it in turns would undo each other.
     """
@@ -110,16 +116,21 @@ class _Silence:
     def __init__(self):
         self.lock, self.inside = threading.Lock(), 0
 
-    def __enter__(self):
+    @contextlib.contextmanager
+    def with_limit(self, max_megapixels: int) -> Iterator[None]:
         with self.lock:
             if self.inside == 0:
                 self.filters, self.limit = warnings.catch_warnings(), Image.MAX_IMAGE_PIXELS
                 self.filters.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\b")
-                Image.MAX_IMAGE_PIXELS = None
+                Image.MAX_IMAGE_PIXELS = max_megapixels * 500_000  # Pillow raises an error above twice this number
             self.inside += 1
+        try:
+            yield
+        finally:
+            self._leave()
 
-    def __exit__(self, *_):
+    def _leave(self) -> None:
         with self.lock:
             self.inside -= 1
             if self.inside == 0:

@@ -281,6 +281,21 @@ def test_large_images_have_a_limit_of_our_own(tmp_path, monkeypatch):
         read_upright_image(path, Reading(max_megapixels=1))
 
 
+@pytest.mark.parametrize("ending", ["icns", "ico"])
+def test_an_icon_is_as_large_as_the_image_in_it(ending, tmp_path):
+    png = io.BytesIO()
+    Image.new("RGB", (1500, 1000)).save(png, "PNG")
+    inside = png.getvalue()
+    chunk = b"ic07" + struct.pack(">I", 8 + len(inside)) + inside  # says 128 x 128
+    icns = b"icns" + struct.pack(">I", 8 + len(chunk)) + chunk
+    ico = struct.pack("<HHH BBBB HHII", 0, 1, 1, 48, 48, 0, 0, 1, 1, len(inside), 22) + inside  # says 48 x 48
+    (tmp_path / f"x.{ending}").write_bytes({"icns": icns, "ico": ico}[ending])
+    with pytest.raises(DatasetError, match=rf"x\.{ending} .*--max_megapixels"):
+        read_upright_image(tmp_path / f"x.{ending}", Reading(max_megapixels=1))
+    if ending == "ico":  # Pillow rejects the other for its size
+        assert read_upright_image(tmp_path / "x.ico", Reading(max_megapixels=2)).size == (1500, 1000)
+
+
 def test_pillows_warnings_are_silent_while_several_threads_read(tmp_path, capfd):
     """Their filters are those of the whole process; the last thread restores them."""
     odd = saved(tmp_path / "x.png", Image.new("P", SIZE), transparency=bytes([255, 0]))
