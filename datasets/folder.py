@@ -7,6 +7,7 @@
 Class names are the folders' names, unless `classnames.txt` beside the folders or --classnames has others.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -151,7 +152,9 @@ def _unknown_class(folder: Path, train_folder: Path, known: list[str]) -> str:
             f"{folder}: {train_folder} has no class of this name, but {similar[0]!a} instead of "
             f"{folder.name!a}; rename one of them"
         )
-    return f"{folder}: {train_folder} has no class of this name; the parts must have the same class folders"
+    nearest = difflib.get_close_matches(folder.name, known, n=1)
+    shown = f" ({folder.name!a}; its nearest is {nearest[0]!a})" if nearest else ""
+    return f"{folder}: {train_folder} has no class of this name{shown}; the parts must have the same class folders"
 
 
 def _loosely(name: str) -> str:

@@ -13,7 +13,7 @@ from common import note
 
 from .decoding import image_endings
 from .errors import DatasetError
-from .manifest import PARTS
+from .manifest import PARTS, tables_in
 from .splits import scan
 from .task import enumerated
 
@@ -148,11 +148,16 @@ def find_parts(root: Path, folders: Sequence[str]) -> dict[str, str] | None:
             raise DatasetError(
                 f"{root} has the folders {found[part]} and {name}, which mean the same part; choose with --{part}_dir"
             )
+    _check_class_folders(root, found)
     for part in ("train", "test"):
         if part not in found:
+            instead = "name it with --train_dir and --test_dir"
+            if part == "test" and "val" in found:
+                flags = f"--root_path {root} --train_dir {found['train']} --test_dir {found['val']}"
+                instead = f"test on {found['val']} with {flags}"
             raise DatasetError(
-                f"{root} has {' and '.join(parts)} but no {part} folder; add it, name it with --train_dir and "
-                f"--test_dir, or move the class folders into {root} itself, where they are divided automatically"
+                f"{root} has {' and '.join(parts)} but no {part} folder; add it, {instead}, or move the class folders "
+                f"into {root} itself, where they are divided automatically"
             )
     return {part: _deepest(root, name) for part, name in found.items()}
 
@@ -193,6 +198,20 @@ def _deepest(root: Path, name: str) -> str:
     return name
 
 
+def _check_class_folders(root: Path, found: dict[str, str]) -> None:
+    """Raise DatasetError if a part, of `found`, has images but no folders of classes."""
+    flat = [name for name in found.values() if has_images(root / name) and not subfolders(root / name)]
+    if not flat:
+        return
+    tables = [folder / name for folder in (root, root / flat[0]) for name in tables_in(folder)]
+    remedy = f"name a table of the images and their classes as --root_path{f', perhaps {tables[0]}' if tables else ''}"
+    if "train" in found and found["train"] not in flat:
+        remedy += f"; or use --root_path {root / found['train']}, whose images are divided automatically"
+    raise DatasetError(
+        f"{root / flat[0]} has images but no class folders; move the images of each class into a folder, or {remedy}"
+    )
+
+
 def _check_layout(root: Path, folders: Sequence[str]) -> None:
     """Look at the folders in class folders. Raise DatasetError if they are parts; note if they may be the classes."""
     inner = {name: subfolders(root / name) for name in folders if not has_images(root / name)}
@@ -210,8 +229,8 @@ def _check_layout(root: Path, folders: Sequence[str]) -> None:
         second = list(inner)[1]
         note(
             f"{root}: all folders have the same folders inside ({enumerated(sorted(common), 3)}). If these are the "
-            f"classes and {first} and {second} are domains, use --root_path {root / first} or --train_dir {first} "
-            f"--test_dir {second}; now {first}, {second} are the classes"
+            f"classes and {first} and {second} are domains, use --root_path {root / first}, or --root_path {root} "
+            f"--train_dir {first} --test_dir {second}; now {first}, {second} are the classes"
         )
     else:
         note(f"{root}: images in {first}/{names[0]} and other inner folders count for their class, {first}")

@@ -83,6 +83,23 @@ def test_what_is_not_sure_is_asked_for(beside):
     assert parts_of(**said) == {part: {f"{part}/{name}" for name in CLASSES} for part in ("train", "test")}
 
 
+@pytest.mark.parametrize("root", ["", "wrapper/"])
+def test_a_set_without_test_part_names_the_flags_that_test_on_val(root):
+    tree(*(f"{root}{part}/{name}" for part in ("train", "val") for name in CLASSES))
+    flags = error_of_build("folder", ".", 1, 1).partition("with ")[2].partition(",")[0].split()
+    assert flags[::2] == ["--root_path", "--train_dir", "--test_dir"]
+    found = parts_of(flags[1], train_dir=flags[3], test_dir=flags[5])
+    assert found == {"train": {f"train/{name}" for name in CLASSES}, "test": {f"val/{name}" for name in CLASSES}}
+
+
+@pytest.mark.parametrize("flat, remedy", [("test", "--root_path train"), ("train", "train/labels.csv")])
+def test_a_part_without_class_folders(flat, remedy):
+    tree(*(f"{part}/{name}" for part in ("train", "test") if part != flat for name in CLASSES), flat)
+    Path(flat, "labels.csv").write_text("id,breed\n")
+    message = error_of_build("folder", ".", 1, 1)
+    assert message.startswith(f"{flat} has images") and remedy in message
+
+
 @pytest.mark.parametrize(
     "said, named",
     [
