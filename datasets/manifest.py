@@ -78,7 +78,7 @@ def read_manifest(path: Path, image_root: Path | None = None) -> tuple[Split, Pa
     columns = _columns(table, path) if table.columns else {}
     if not table.rows:
         raise DatasetError(f"manifest {path} lists no images")
-    root = image_root or _find_root([row.get(columns["path"]) for _, row in table.rows[:20]], path)
+    root = image_root or _find_root([row.get(columns["path"]) for _, row in table.rows], path)
     rows = _checked([(where, _picked(row, columns)) for where, row in table.rows], root, path)
     rows = _numbered(rows, path)
     for column in ("label", "class_name", "part"):
@@ -125,8 +125,14 @@ def _columns(table: Table, path: Path) -> dict[str, str]:
     others = [
         name for name in table.columns if name not in found.values() and plain[name] not in ("", "unnamed:_0", "index")
     ]
+    hidden = [name for name in others if re.fullmatch(rf"(is_)?({'|'.join(PARTS)})(_image|_set|_data)?", plain[name])]
+    if hidden and "part" not in found:
+        raise DatasetError(
+            f"manifest {path}: the column {hidden[0]} may say the part of each image; replace it by a column part with "
+            "train, val and test, or remove it to have the images divided"
+        )
     if others:
-        note(f"manifest {path}: the columns {enumerated(others, 5)} are not used")
+        note(f"manifest {path}: {counted(len(others), 'column')} not used: {enumerated(others, 5)}")
     return found
 
 
@@ -156,7 +162,7 @@ def _checked(found: list[tuple[str, dict]], root: Path, path: Path) -> list[dict
         try:
             if not isinstance(row["class_name"], (str, type(None))):
                 raise _Wrong("the class must be one text", f"class_name {row['class_name']!r}")
-            place = _place(row["path"], root)
+            place = _place(row["path"], root, path.parent)
             rows.append({**row, "path": place, "part": _part(row["part"]), "where": where})
         except _Wrong as mistake:
             wrong.setdefault(mistake.kind, []).append(f"{where}: {mistake}")
@@ -183,8 +189,8 @@ def _part(value: Any) -> str | None:
     return part
 
 
-def _place(value: Any, root: Path) -> str:
-    """Return the path of an image relative to `root`, with forward slashes."""
+def _place(value: Any, root: Path, folder: Path) -> str:
+    """Return the path of an image relative to `root`, with forward slashes. `folder`: where the manifest lies."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # an id
     if not isinstance(value, str):
@@ -197,7 +203,7 @@ def _place(value: Any, root: Path) -> str:
         if not _exists(root, value.replace("\\", "/")):
             raise _Wrong("write forward slashes", f"{value!r} has backslashes, and there is no such file")
         value = value.replace("\\", "/")
-    place = _inside(value, root)
+    place = _inside(value, root, folder)
     if not place.lower().endswith(image_endings()) and not _exists(root, place):
         fitting = [f"{place}{ending}" for ending in image_endings() if _exists(root, f"{place}{ending}")]
         if len(fitting) > 1:
@@ -213,11 +219,15 @@ def _exists(root: Path, place: str) -> bool:
         return False
 
 
-def _inside(value: str, root: Path) -> str:
-    """Return a path below `root`, relative to it; it may be absolute or have .. in it."""
+def _inside(value: str, root: Path, folder: Path) -> str:
+    """Return a path below `root`, relative to it. It may be absolute, or lead up from `folder` with .. and down again.
+
+    A path that begins with .. never starts from `root`, because it would not lie below it.
+    """
     outside = _Wrong("paths must lie inside the image folder: a relative path, or --image_root DIR", repr(value))
-    is_absolute = os.path.isabs(value)
-    if not is_absolute:
+    if _rises(value):
+        value = os.path.normpath(os.path.abspath(folder / value))
+    if not os.path.isabs(value):
         inner = os.path.normpath(value) if value.strip("/.") else ""
     else:
         inner = next(
@@ -235,22 +245,33 @@ def _inside(value: str, root: Path) -> str:
     return inner.replace(os.sep, "/")
 
 
+def _rises(value: str) -> int:
+    """Return how many folders a path leads up before it leads down."""
+    return 0 if os.path.isabs(value) else Path(os.path.normpath(value)).parts.count("..")
+
+
 def _below(value: str, base: str) -> bool:
     return not PureWindowsPath(value).drive and os.path.normpath(value).startswith(base + os.sep)
 
 
 def _find_root(paths: Sequence[Any], path: Path) -> Path:
-    """Return the folder that these paths start from: the manifest's, or the only one in it that has the files."""
+    """Return the folder that these paths start from: the manifest's, the one above it to which they lead with .., or
+    the only one in it that has the files (the first 20 of them are looked for)."""
+    folder = path.parent
 
-    def has_them(folder: Path) -> bool:
+    def has_them(root: Path) -> bool:
         try:
-            return all(os.path.exists(folder / _place(value, folder)) for value in paths)
+            return all(os.path.exists(root / _place(value, root, folder)) for value in paths[:20])
         except _Wrong:
             return False
 
-    folder = path.parent
     if has_them(folder):
         return folder
+    rises = max((_rises(value) for value in paths if isinstance(value, str)), default=0)
+    above = Path(os.path.normpath(os.path.join(os.path.abspath(folder), *[".."] * rises)))
+    if rises and has_them(above):
+        note(f"manifest {path}: its images are in {above}")
+        return above
     fitting = [Path(entry.path) for entry in scan(folder) if entry.is_dir() and has_them(Path(entry.path))]
     if len(fitting) > 1:
         raise DatasetError(

@@ -100,10 +100,15 @@ def _from_json(text: str, path: Path) -> Table:
         columns = [str(name) for name in content["columns"]]  # pandas' orient="split"
         rows = [(f"row {number}", dict(zip(columns, row))) for number, row in enumerate(content["data"], start=1)]
         return Table(columns, rows)
+    if isinstance(content, dict) and {"images", "annotations"} <= set(content):
+        raise DatasetError(
+            f"manifest {path} has COCO's format, in which an image may have several classes; write a table with an "
+            "image and its class in each row"
+        )
     if isinstance(content, dict) and content and all(isinstance(column, dict) for column in content.values()):
         return _of_columns(content)
     if isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values()):
-        return _of_coop(content, path)
+        return _of_parts(content, path)
     raise DatasetError(f"manifest {path} must be a list of objects, or an object with the lists train, val and test")
 
 
@@ -128,14 +133,16 @@ def _of_columns(content: dict[str, dict[str, Any]]) -> Table:
     return Table(list(content), rows)
 
 
-def _of_coop(content: dict[str, list], path: Path) -> Table:
-    """Return CoOp's {part: [[path, label, class name], ...]} as rows."""
+def _of_parts(content: dict[str, list], path: Path) -> Table:
+    """Return {part: images} as rows; an image is CoOp's [path, label, class name], or an object."""
     rows = []
     for part, images in content.items():
         for number, row in enumerate(images, start=1):
             where = f"{part} row {number}"
-            if not (isinstance(row, list) and len(row) == 3):
-                expected = "expected [path, label, class name] in train, val and test"
+            if isinstance(row, list) and len(row) == 3:
+                row = dict(zip(("path", "label", "class_name"), row))
+            elif not isinstance(row, dict):
+                expected = "expected [path, label, class name] or the fields of an image"
                 raise DatasetError(f"manifest {path}, {where}: {expected}, found {json.dumps(row)[:80]}")
-            rows.append((where, dict(zip(("path", "label", "class_name"), row), part=part)))
-    return Table(["path", "label", "class_name", "part"], rows)
+            rows.append((where, {**row, "part": part}))
+    return _of_objects(rows, path)

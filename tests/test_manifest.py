@@ -113,6 +113,8 @@ BAD_CSV = {
     "twice": (TABLE + PARTS + "a.jpg,cat,test\n", ["line 5", "'a.jpg'", "listed before"]),
     "twice, in another spelling": (TABLE + PARTS + ".//a.jpg,cat,test\n", ["line 5", "'a.jpg'", "listed before"]),
     "backslashes": (TABLE + PARTS + "cat\\d.jpg,cat,test\n", ["line 5", "forward slashes"]),
+    "is_train": ("path,class,is_train\na.jpg,cat,1\nb.jpg,dog,0\n", ["is_train", "part"]),
+    "COCO": (json.dumps({"info": {}, "images": [], "annotations": []}), ["COCO"]),
     "drive": (TABLE + PARTS + "C:/pets/d.jpg,cat,test\n", ["line 5", "--image_root"]),
     "absolute": (TABLE + PARTS + "/pets/d.jpg,cat,test\n", ["line 5", "--image_root"]),
     "outside": (TABLE + PARTS + "cat/../../d.jpg,cat,test\n", ["line 5", "--image_root"]),
@@ -199,6 +201,7 @@ def frame(*names: str) -> pd.DataFrame:
     return pd.DataFrame(ROWS, columns=names)
 
 
+BY_PART = list(frame("path", "class", "split").groupby("split"))
 FILES = {
     "pandas with its index": ("x.csv", lambda p: frame("filename", "label", "split").to_csv(p)),
     "TSV": ("labels.tsv", lambda p: frame("Image Path", "Class-Name", "Set").to_csv(p, sep="\t", index=False)),
@@ -214,6 +217,10 @@ FILES = {
     ),
     "JSON by columns": ("x.json", lambda p: frame("path", "class", "part").to_json(p)),
     "JSON, split": ("x.json", lambda p: frame("path", "breed", "part").to_json(p, orient="split")),
+    "JSON by parts": (
+        "x.json",
+        lambda p: p.write_text(json.dumps({part: rows.to_dict("records") for part, rows in BY_PART})),
+    ),
     "more columns": (
         "x.csv",
         lambda p: frame("path", "class", "part").assign(width=3, note="a,b").to_csv(p, index=False),
@@ -255,6 +262,22 @@ def test_paths_in_other_forms(form, tmp_path):
         assert image_root == folder and [i.path for i in (*split.train, *split.test)] == names
     split, image_root = manifests.read_manifest(tmp_path / "t.csv")  # found in the only folder that has them
     assert image_root == (tmp_path if form.startswith("ROOT") else folder)
+
+
+@pytest.mark.parametrize("manifests_folder, form", [("meta", "../{}"), ("meta/csv", "../../images/{}")])
+def test_paths_that_lead_up_from_the_manifest(manifests_folder, form, tmp_path, capsys):
+    folder = tmp_path / ("images" if "images" in form else ".")
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (tmp_path / manifests_folder).mkdir(parents=True)
+    text = "path,label,part\n" + "".join(f"{form.format(name)},{label},{part}\n" for name, label, part in ROWS)
+    file = manifest(tmp_path / manifests_folder, text)
+    split, image_root = manifests.read_manifest(file)
+    assert image_root == tmp_path and split.train[0].path == form.format("a.jpg").replace("../", "")
+    assert manifests.read_manifest(file, folder)[0].train[0].path == "a.jpg"
+    with pytest.raises(DatasetError, match="--image_root"):
+        manifests.read_manifest(file, tmp_path / manifests_folder)
 
 
 def test_what_fits_two_files_is_asked_for(tmp_path):
