@@ -16,6 +16,7 @@ import utils
 from clip.preprocess import mirror, train_transform
 from common import progress
 from datasets import Item, Task
+from predictions import Predictions, predict
 from settings import Hparams, Settings
 
 H = TypeVar("H", bound=Hparams)
@@ -175,7 +176,7 @@ class Experiment(Generic[H]):
         with self.autocast():
             return utils.text_classifier(self.model, self.task.class_names, templates)
 
-    def accuracy(self, features: Tensor, logits: Callable[[Tensor], Tensor]) -> float:
-        """Return the per cent of test images, given by their features [N, E], whose largest logit is their label's."""
+    def predictions(self, features: Tensor, logits: Callable[[Tensor], Tensor]) -> Predictions:
+        """Return what `logits`, a function of features [B, E], says of the test images, given by features [N, E]."""
         labels = [item.label for item in self.task.test]
-        return utils.accuracy(lambda part: logits(part.to(self.device)), features, labels)
+        return predict(lambda part: logits(part.to(self.device)), features, labels, self.settings.save_logits)

@@ -35,6 +35,7 @@ from common import UserError, counted, note, one_line_errors
 from datasets import Task
 from experiment import Experiment
 from methods.adaptation import Adaptation
+from predictions import Predictions
 from records import rebuild_table
 from run_utils import Run
 
@@ -160,14 +161,12 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
             limit = experiment.hparams.early_stop_loss
             print(f"stopped at iteration {fit.iterations}: the training loss fell below {limit}")
         start = time.perf_counter()
-        accuracy = train.evaluate(experiment, adaptation)
-        eval_seconds = time.perf_counter() - start
-        log({"iteration": fit.iterations, "test_accuracy": accuracy})
+        adapted = train.predict(experiment, adaptation)
+        seconds = {"eval_seconds": time.perf_counter() - start, "search_seconds": search_seconds}
+        log({"iteration": fit.iterations, "test_accuracy": adapted.accuracy})
     if run.weights:
         adaptation.saved.save(run.weights, experiment.base_sha256, run.metadata(experiment.hparams))
-    result = {"test_accuracy": accuracy, "zero_shot_accuracy": zero_shot, "eval_seconds": eval_seconds}
-    result |= {"search_seconds": search_seconds}
-    return run.record(experiment, result, adaptation, fit, trials)
+    return run.record(experiment, adapted, zero_shot, seconds, adaptation, fit, trials)
 
 
 def evaluate_saved(run: Run, experiment: Experiment) -> dict:
@@ -179,23 +178,23 @@ def evaluate_saved(run: Run, experiment: Experiment) -> dict:
     adaptation.saved.load(run.weights, experiment.base_sha256)
     note_other_split(run)
     start = time.perf_counter()
-    accuracy = train.evaluate(experiment, adaptation)
-    result = {"test_accuracy": accuracy, "zero_shot_accuracy": zero_shot, "eval_seconds": time.perf_counter() - start}
+    adapted = train.predict(experiment, adaptation)
+    seconds = {"eval_seconds": time.perf_counter() - start}
     with run.log() as log:
-        log({"iteration": 0, "test_accuracy": accuracy})
-    return run.record(experiment, result, adaptation)
+        log({"iteration": 0, "test_accuracy": adapted.accuracy})
+    return run.record(experiment, adapted, zero_shot, seconds, adaptation)
 
 
 def test_zero_shot(run: Run, experiment: Experiment) -> dict:
     """Test the model as it is, and return the run's record."""
-    accuracy = introduce(run, experiment, None, f"on {run.task.name}", "trains")
+    zero_shot = introduce(run, experiment, None, f"on {run.task.name}", "trains")
     with run.log() as log:
-        log({"iteration": 0, "test_accuracy": accuracy})
-    return run.record(experiment, {"test_accuracy": accuracy, "zero_shot_accuracy": accuracy, "eval_seconds": 0.0})
+        log({"iteration": 0, "test_accuracy": zero_shot.accuracy})
+    return run.record(experiment, zero_shot, zero_shot, {"eval_seconds": 0.0})
 
 
-def introduce(run: Run, untouched: Experiment, adaptation: Adaptation | None, on: str, does: str) -> float:
-    """Print what the run is about and the zero-shot accuracy, and return it in per cent.
+def introduce(run: Run, untouched: Experiment, adaptation: Adaptation | None, on: str, does: str) -> Predictions:
+    """Print what the run is about and the zero-shot accuracy, and return the zero-shot predictions.
 
     `untouched` has the model as it was before the method prepared it.
     """
@@ -206,7 +205,8 @@ def introduce(run: Run, untouched: Experiment, adaptation: Adaptation | None, on
         f"{settings.backbone} on {settings.device}: {does} {counted(tensors, 'tensor')}, {counted(weights, 'weight')}"
     )
     zero_shot = train.zero_shot(untouched)
-    print(f"zero-shot accuracy {zero_shot:.2f} % on {counted(len(run.task.test), f'{settings.test_part} image')}")
+    images = counted(len(run.task.test), f"{settings.test_part} image")
+    print(f"zero-shot accuracy {zero_shot.accuracy:.2f} % on {images}")
     return zero_shot
 
 

@@ -35,7 +35,8 @@ FIRST = (
 LAST = (
     *("encoder", "position", "precision", "draw", "classes", "prompts", "template", "test_dataset", "root_path"),
     *("eval_only", "tuned_on", "split_sha256", "data_sha256", "weights_sha256", "git_commit", "torch_version"),
-    *("device", "finished_at"),
+    *("device", "finished_at", "macro_accuracy", "nll", "brier", "ece", "zero_shot_macro_accuracy", "zero_shot_nll"),
+    *("zero_shot_brier", "zero_shot_ece", "ece_bins"),
 )
 
 
@@ -77,8 +78,8 @@ class RecordFolder:
         """Return the record, or None if this run is not done."""
         return read_record(self.path / "result.json")
 
-    def write(self, record: dict, files: dict[str, str]) -> dict:
-        """Write the other `files` (name: content), then the record, then the table of all records.
+    def write(self, record: dict, files: dict[str, str | bytes | None]) -> dict:
+        """Write the other `files` (name: content; None: there is none), then the record, then the table of all records.
 
         Add the identity of the run and what it ran on, and return the whole record.
         """
@@ -91,7 +92,10 @@ class RecordFolder:
         record = {name: record[name] for name in in_order(record)}
         self.path.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up since
         for name, content in files.items():
-            write_atomically(self.path / name, content)
+            if content is None:
+                (self.path / name).unlink(missing_ok=True)  # of the record that is replaced
+            else:
+                write_atomically(self.path / name, content)
         write_atomically(self.path / "result.json", json.dumps(record, indent=2) + "\n")
         self.forget_checkpoints()
         rebuild_table(self.results)

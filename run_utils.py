@@ -16,14 +16,16 @@ import torch
 from filelock import Timeout
 
 import datasets
+import predictions
 from arguments import Config
 from clip.delta import checkpoint_metadata
 from common import UserError, acquire_lock, file_sha256, note
 from datasets import Task
 from experiment import Experiment
 from methods.adaptation import Adaptation
+from predictions import Predictions
 from records import CHECKPOINTS, Checkpoints, RecordFolder, check_writable
-from settings import Hparams, slug
+from settings import Hparams, Settings, slug
 from train import Fit, TrainingDiverged
 
 CURVE = ("iteration", "loss", "train_accuracy", "test_accuracy", "lr")  # columns of curve.csv
@@ -97,6 +99,8 @@ def run_identity(config: Config, images: int) -> str:
         for path in (Path(settings.arch or ""), Path(settings.backbone).with_name("open_clip_config.json")):
             if path.is_file():  # what the weights' conventions are known from
                 relevant[path.name] = file_sha256(path)
+    if settings.ece_bins != Settings.ece_bins:
+        relevant["ece_bins"] = settings.ece_bins
     if settings.arch is not None:
         relevant["arch"] = settings.arch
     if settings.split:
@@ -137,11 +141,13 @@ class Run:
         return " | ".join(self.task.templates)
 
     def finished(self) -> dict | None:
-        """Return the record if this run is done: on the same images with the same prompts, and its weights are saved
-        if that is asked for."""
+        """Return the record if this run is done: on the same images with the same prompts, and its weights and logits
+        are saved if that is asked for."""
         record = self.folder.read()
         used = {"split_sha256": self.task.split_sha256, "data_sha256": self.task.data_sha256, "template": self.template}
         if record is None or any(record.get(name) != value for name, value in used.items()):
+            return None
+        if self.settings.save_logits and not (self.folder.path / predictions.LOGITS).is_file():
             return None
         nothing_changed = record.get("trainable_weights") == 0 == record.get("changed_weights")
         if self.weights is None or not self.config.trains or nothing_changed:
@@ -151,7 +157,8 @@ class Run:
     def note_replaced(self) -> None:
         """Say on stderr that there is a record of this run that is going to be replaced, unless --force asks for it."""
         if not self.settings.force and self.folder.read() is not None:
-            note(f"{self.folder.path} has a record of other images or prompts, or no saved weights: it is replaced")
+            lacks = "other images or prompts, or no saved weights or logits"
+            note(f"{self.folder.path} has a record of {lacks}: it is replaced")
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -241,15 +248,18 @@ class Run:
     def record(
         self,
         experiment: Experiment,
-        result: dict,
+        adapted: Predictions,
+        zero_shot: Predictions,
+        seconds: dict[str, float],
         adaptation: Adaptation | None = None,
         fit: Fit | None = None,
         trials: Sequence[dict] = (),
     ) -> dict:
         """Write everything that is left of the run, and return its record.
 
-        `experiment` has the hyperparameters in force: after a search those that it chose, of which `trials` are the
-        rows. Besides the record there are config.yaml, split.json if images were drawn, and the curves.
+        `adapted` and `zero_shot` are what the adapted and the unchanged model say of the test images. `experiment` has
+        the hyperparameters in force: after a search those that it chose, of which `trials` are the rows. Besides the
+        record there are config.yaml, split.json if images were drawn, the predictions and the curves.
         """
         settings, task, fit = self.settings, self.task, fit or Fit()
         own_data = settings.test_dataset == "folder"
@@ -270,7 +280,8 @@ class Run:
             "checkpoint_bytes": self.weights.stat().st_size if adaptation and self.weights else None,
             "tuned_on": self.tuned_on,
             "searched": "; ".join(f"{n} of {', '.join(map(str, v))}" for n, v in self.config.search.items()) or None,
-            **result,
+            **seconds,
+            **self._measured(adapted, zero_shot),
             "draw": self._draw(),
             "epochs": getattr(experiment.hparams, "epochs", None) if self.config.trains else None,
             "prompts": "own" if settings.template else settings.prompts,
@@ -285,7 +296,19 @@ class Run:
             record["test_part"] = settings.test_part
         files = {"config.yaml": self.config.as_yaml(), "split.json": datasets.to_json(task)}
         files |= {"curve.csv": _csv(fit.curve, CURVE), "timing.csv": _csv(fit.timing), "search.csv": _csv(trials)}
-        return self.folder.write(record, {name: content for name, content in files.items() if content})
+        files |= predictions.files(task, adapted, zero_shot)
+        return self.folder.write(record, files)
+
+    def _measured(self, adapted: Predictions, zero_shot: Predictions) -> dict[str, float | None]:
+        """Return the record's metrics of both models on the test images."""
+        bins = self.settings.ece_bins
+        return {
+            "test_accuracy": adapted.accuracy,
+            "zero_shot_accuracy": zero_shot.accuracy,
+            **adapted.metrics(bins),
+            **{f"zero_shot_{name}": value for name, value in zero_shot.metrics(bins).items()},
+            "ece_bins": bins,
+        }
 
     def _draw(self) -> str:
         """Return how the training images were chosen; in an evaluation, those of its weights."""

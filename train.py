@@ -18,6 +18,7 @@ from common import UserError, counted, note, progress
 from experiment import Experiment
 from methods import METHODS
 from methods.adaptation import Adaptation
+from predictions import NotFinite, Predictions
 from records import Checkpoints
 from settings import Hparams, Loop
 
@@ -66,20 +67,31 @@ class Stopwatch:
         self.start += time.perf_counter() - began
 
 
-def zero_shot(experiment: Experiment) -> float:
-    """Return the test accuracy, in per cent, of the unchanged model, with text features averaged over all templates."""
+def zero_shot(experiment: Experiment) -> Predictions:
+    """Return what the unchanged model says of the test images, with text features averaged over all templates."""
     classifier = experiment.text_classifier(experiment.task.templates)
-    return experiment.accuracy(experiment.test_features(), lambda part: utils.cosine_logits(part, classifier))
+    return experiment.predictions(experiment.test_features(), lambda part: utils.cosine_logits(part, classifier))
 
 
-def evaluate(experiment: Experiment, adaptation: Adaptation) -> float:
-    """Return the test accuracy, in per cent, of the adapted model as it is now."""
+def predict(experiment: Experiment, adaptation: Adaptation) -> Predictions:
+    """Return what the adapted model, as it is now, says of the test images.
+
+    Raise TrainingDiverged if its logits are not finite.
+    """
     if adaptation.trains_images:
         features = experiment.image_features(experiment.task.test, "evaluation")
     else:
         features = experiment.test_features()
     classifier = adaptation.text_classifier()
-    return experiment.accuracy(features, lambda part: adaptation.logits(part, classifier))
+    try:
+        return experiment.predictions(features, lambda part: adaptation.logits(part, classifier))
+    except NotFinite:
+        raise TrainingDiverged("the trained model's logits are not finite numbers; lower --lr") from None
+
+
+def evaluate(experiment: Experiment, adaptation: Adaptation) -> float:
+    """Return the test accuracy, in per cent, of the adapted model as it is now."""
+    return predict(experiment, adaptation).accuracy
 
 
 def adapt(experiment: Experiment) -> Adaptation:

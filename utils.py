@@ -1,10 +1,10 @@
-"""Numerics that training, evaluation and methods share: text features, classifiers, image features, accuracy.
+"""Numerics that training, evaluation and methods share: text features, classifiers, image features.
 
 Shapes: B images, C classes, E embedding size, P prompts.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from clip.weights import save_tensors
 from common import note, progress
 
 LOGIT_FACTOR = 100.0  # logits are 100 x cosine, as published, not the model's own logit_scale
-PROMPTS_AT_ONCE, IMAGES_AT_ONCE = 256, 4096  # without gradients, to bound memory
+PROMPTS_AT_ONCE = 256  # without gradients, to bound memory
 
 
 def tokenize_classes(class_names: Sequence[str], template: str) -> Tensor:
@@ -66,14 +66,6 @@ def image_features(model: clip.CLIP, loader: DataLoader, label: str) -> Tensor:
 def cosine_logits(image_features: Tensor, text_features: Tensor) -> Tensor:
     """Return CLIP's logits [B, C]: 100 x the cosines of unit image features [B, E] and unit text features [C, E]."""
     return LOGIT_FACTOR * image_features @ text_features.T
-
-
-@torch.no_grad()
-def accuracy(logits: Callable[[Tensor], Tensor], features: Tensor, labels: Sequence[int]) -> float:
-    """Return the per cent of the image features [N, E] whose largest of the `logits` [B, C] is their label's."""
-    predictions = torch.cat([logits(part).argmax(dim=-1).cpu() for part in features.split(IMAGES_AT_ONCE)])
-    correct = int((predictions == torch.tensor(labels)).sum())
-    return 100 * correct / len(labels)
 
 
 def cache_file(folder: str, *key: str) -> Path:

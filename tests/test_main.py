@@ -20,6 +20,7 @@ def test_a_run_leaves_its_records(run_main):
     assert code == 0
     folder = Path("results") / record["run_id"]
     files = {"config.yaml", "result.json", "split.json", "curve.csv", "timing.csv"}
+    files |= {"predictions.csv", "classes.csv"}
     assert {path.name for path in folder.iterdir()} == files
     assert json.loads((folder / "result.json").read_text()) == record
     (row,) = pd.read_csv("results/results.csv").itertuples()
@@ -90,11 +91,13 @@ def test_a_deleted_table_is_rebuilt_and_a_deleted_folder_made_again(run_main, mo
     run_main(*QUICK)
     assert len(pd.read_csv("results/results.csv")) == 1
 
-    def clean_up(*_):
-        shutil.rmtree("elsewhere")
-        return 90.0
+    predict = train.predict
 
-    monkeypatch.setattr(train, "evaluate", clean_up)
+    def clean_up(*of):
+        shutil.rmtree("elsewhere")
+        return predict(*of)
+
+    monkeypatch.setattr(train, "predict", clean_up)
     code, _, _, _ = run_main(*QUICK, "--results_dir", "elsewhere")
     assert code == 0 and len(pd.read_csv("elsewhere/results.csv")) == 1
 

@@ -90,12 +90,6 @@ def test_many_prompts_are_encoded_in_parts_in_order():
     assert sum(sizes) == len(names) and max(sizes) <= utils.PROMPTS_AT_ONCE == 256
 
 
-def test_accuracy_of_four_images():
-    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
-    for labels, expected in (([0, 1, 0, 0], 75.0), ([0, 1, 1, 0], 100.0), ([1, 0, 0, 0], 25.0)):
-        assert utils.accuracy(lambda part: utils.cosine_logits(part, torch.eye(2)), features, labels) == expected
-
-
 # --- evaluation
 
 
@@ -164,7 +158,7 @@ def zero_shot(files):
     def call(**changes):
         CountingTask.reads = 0
         experiment = files(**changes)
-        return train.zero_shot(experiment), experiment.test_features(), CountingTask.reads
+        return train.zero_shot(experiment).accuracy, experiment.test_features(), CountingTask.reads
 
     return call
 
@@ -177,7 +171,7 @@ def trained(experiment, encoder="both"):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero_shot_uses_all_templates_and_the_end_the_first(files, task, model, precision):
     experiment, spy = files(precision), Spy(model)
-    accuracies, prompts = [train.zero_shot(experiment)], [ids_of(task, template) for template in TEMPLATES]
+    accuracies, prompts = [train.zero_shot(experiment).accuracy], [ids_of(task, template) for template in TEMPLATES]
     assert spy.prompts == prompts and spy.images == [IMAGES]
     accuracies += [train.evaluate(experiment, trained(experiment))]
     assert spy.prompts[3:] == prompts[:1] and spy.images == [IMAGES] * 2

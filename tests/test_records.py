@@ -57,7 +57,7 @@ def files():
     ],
     ids=["ctrl-c", "memory", "divergence", "disk full"],
 )
-@pytest.mark.parametrize("place, name", [(train, "evaluate"), (records, "write_atomically")])
+@pytest.mark.parametrize("place, name", [(train, "predict"), (records, "write_atomically")])
 def test_a_run_that_ends_in_the_middle_says_so_in_one_line(run_main, monkeypatch, error, code, words, place, name):
     def fails(*args, **_):
         if place is train or args[0].name == "result.json":

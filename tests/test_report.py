@@ -121,7 +121,7 @@ def test_what_runs_measure_and_what_varies_with_the_dataset_does_not_part_them(r
     results.add(seed=1, device="NVIDIA H100")
     measured = {"train_seconds": 5.0, "changed_weights": 3, "optimizer_bytes": 9, "iterations": 3, "final_loss": 0.3}
     measured |= {"data_sha256": "a" * 64, "stopped_early": True, "peak_memory_mb": 3.0, "search_seconds": 1.0}
-    measured |= {"checkpoint_bytes": 55, "git_commit": "def", "torch_version": "2.9"}
+    measured |= {"checkpoint_bytes": 55, "git_commit": "def", "torch_version": "2.9", "nll": 1.0, "zero_shot_ece": 2.0}
     results.add(seed=2, device="NVIDIA A100", **measured)
     for dataset, template, iterations in (("dtd", "{} texture.", 80), ("eurosat", "satellite photo of {}.", 30)):
         results.add("adam", dataset, prompts="specific", template=template, epochs=10, total_iters=iterations)

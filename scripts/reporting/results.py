@@ -23,15 +23,25 @@ ELEVEN = SUITES["the eleven datasets"]
 SHORT = {dataset: name for names in SUITES.values() for dataset, name in names.items()}  # in tables; others keep theirs
 
 NEEDED = ("run_id", "method", "dataset", "backbone", "shots", "seed", "test_accuracy", "finished_at")
+CALIBRATION = ("macro_accuracy", "nll", "brier", "ece")
+ZERO_SHOT = tuple(f"zero_shot_{name}" for name in CALIBRATION)
 # What a run measures, and where and when it did. Every other column, known or not, is a setting.
 MEASURED = {
     *("run_id", "test_accuracy", "zero_shot_accuracy", "train_accuracy", "val_accuracy", "final_loss", "iterations"),
     *("stopped_early", "train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "trainable_weights"),
     *("changed_weights", "optimizer_bytes", "checkpoint_bytes", "split_sha256", "data_sha256", "weights_sha256"),
-    *("git_commit", "torch_version", "finished_at", "largest_class_share"),
+    *("git_commit", "torch_version", "finished_at", "largest_class_share", *CALIBRATION, *ZERO_SHOT),
 }
 PLACE = {"dataset", "test_dataset", "root_path", "shots", "seed"}  # the data of a run, and its repetition
-ALWAYS = ("classes", "draw", "prompts", "precision", "eval_only", "test_part")  # settings that old records may lack
+ALWAYS = (
+    "classes",
+    "draw",
+    "prompts",
+    "precision",
+    "eval_only",
+    "test_part",
+    "ece_bins",
+)  # settings that old records may lack
 BUDGETS = ("epochs", "n_iters", "total_iters")
 
 
