@@ -22,7 +22,6 @@ ZERO_SHOT = "zero_shot_"  # what the columns of the unchanged model begin with
 TABLE, LOGITS = "predictions.csv", "logits.safetensors"
 PLAIN_BYTES = 1_000_000  # a longer table is compressed
 IMAGES_AT_ONCE = 4096  # whose logits are computed together, to bound memory
-ROWS_AT_ONCE = 256  # their logits for 1000 classes fit into a processor's cache
 
 
 class NotFinite(UserError):
@@ -86,8 +85,7 @@ def predict(
     all_labels = torch.tensor(labels)
     for part, true in zip(features.split(IMAGES_AT_ONCE), all_labels.split(IMAGES_AT_ONCE)):
         of_part = logits(part)
-        rows = zip(of_part.split(ROWS_AT_ONCE), true.to(of_part.device).split(ROWS_AT_ONCE))
-        parts += [_summary(few, their_labels) for few, their_labels in rows]
+        parts.append(_summary(of_part, true.to(of_part.device)))
         if keep_logits:
             kept.append((of_part - of_part.amax(dim=-1, keepdim=True)).half().cpu())
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts)]
@@ -105,8 +103,8 @@ def _summary(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     tied = ((logits == true).sum(dim=-1) > 1).nonzero()[:, 0]
     classes = torch.arange(logits.shape[1], device=logits.device)
     rank[tied] += ((logits[tied] == true[tied]) & (classes < labels[tied, None])).sum(dim=-1)
-    weights = (logits - largest).exp()  # softmax without its denominator; the predicted class's is 1
-    total, squares = weights.sum(dim=-1).double(), weights.square().sum(dim=-1).double()
+    weights = (logits - largest).exp_()  # softmax without its denominator; the predicted class's is 1
+    total, squares = weights.sum(dim=-1).double(), torch.linalg.vector_norm(weights, dim=-1).double().square()
     true_log_probability = (true - largest)[:, 0].double() - total.log()
     squared_error = squares / total.square() + 1 - 2 * true_log_probability.exp()
     return predicted[:, 0], 1 / total, rank, true_log_probability, squared_error
