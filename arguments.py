@@ -196,6 +196,10 @@ def _checked(config: Config) -> Config:
         _check_saved(settings)
     workers = datasets.default_workers() if settings.workers is None else settings.workers
     settings = dataclasses.replace(settings, device=choose_device(settings.device), workers=workers)
+    if settings.temperature_scaling and not (config.trains or settings.eval_only):
+        raise UserError(f"--temperature_scaling is for trained models, and {settings.method} trains none; leave it out")
+    if settings.temperature_scaling and settings.test_part == "val":
+        raise UserError("--temperature_scaling fits on val images, which --test_part val tests on; leave one out")
     if config.search:
         config.candidates()  # raises for values out of range
         if settings.test_part == "val":

@@ -176,7 +176,10 @@ class Experiment(Generic[H]):
         with self.autocast():
             return utils.text_classifier(self.model, self.task.class_names, templates)
 
-    def predictions(self, features: Tensor, logits: Callable[[Tensor], Tensor]) -> Predictions:
+    def predictions(
+        self, features: Tensor, logits: Callable[[Tensor], Tensor], temperature: float | None = None
+    ) -> Predictions:
         """Return what `logits`, a function of features [B, E], says of the test images, given by features [N, E]."""
         labels = [item.label for item in self.task.test]
-        return predict(lambda part: logits(part.to(self.device)), features, labels, self.settings.save_logits)
+        on_device = lambda part: logits(part.to(self.device))  # noqa: E731
+        return predict(on_device, features, labels, self.settings.save_logits, temperature)

@@ -78,6 +78,8 @@ def read_data(config: Config) -> Task:
         own=settings.own_images,
     )
     datasets.check_images_exist(task)
+    if settings.temperature_scaling and config.trains and not task.val:
+        raise UserError(f"{task.name} has no val images to fit a temperature on; leave --temperature_scaling out")
     for template in task.templates:
         try:
             utils.tokenize_classes(task.class_names, template)
@@ -161,12 +163,16 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
             limit = experiment.hparams.early_stop_loss
             print(f"stopped at iteration {fit.iterations}: the training loss fell below {limit}")
         start = time.perf_counter()
-        adapted = train.predict(experiment, adaptation)
+        temperature = train.fit_temperature(experiment, adaptation) if run.settings.temperature_scaling else None
+        adapted = train.predict(experiment, adaptation, temperature)
         seconds = {"eval_seconds": time.perf_counter() - start, "search_seconds": search_seconds}
         log({"iteration": fit.iterations, "test_accuracy": adapted.accuracy})
     if run.weights:
-        adaptation.saved.save(run.weights, experiment.base_sha256, run.metadata(experiment.hparams))
-    return run.record(experiment, adapted, zero_shot, seconds, adaptation, fit, trials)
+        adaptation.saved.save(
+            run.weights, experiment.base_sha256, run.metadata(experiment.hparams, adapted, temperature)
+        )
+    result = seconds | {"temperature": temperature}
+    return run.record(experiment, adapted, zero_shot, result, adaptation, fit, trials)
 
 
 def evaluate_saved(run: Run, experiment: Experiment) -> dict:
@@ -178,11 +184,12 @@ def evaluate_saved(run: Run, experiment: Experiment) -> dict:
     adaptation.saved.load(run.weights, experiment.base_sha256)
     note_other_split(run)
     start = time.perf_counter()
-    adapted = train.predict(experiment, adaptation)
-    seconds = {"eval_seconds": time.perf_counter() - start}
+    temperature = run.saved_temperature if run.settings.temperature_scaling else None
+    adapted = train.predict(experiment, adaptation, temperature)
+    result = {"eval_seconds": time.perf_counter() - start, "temperature": temperature}
     with run.log() as log:
         log({"iteration": 0, "test_accuracy": adapted.accuracy})
-    return run.record(experiment, adapted, zero_shot, seconds, adaptation)
+    return run.record(experiment, adapted, zero_shot, result | run.base_to_new(adapted.accuracy), adaptation)
 
 
 def test_zero_shot(run: Run, experiment: Experiment) -> dict:

@@ -3,6 +3,7 @@
 Every method is evaluated here, so that accuracy, metrics and `predictions.csv` come from the same logits.
 """
 
+import dataclasses
 import gzip
 import os
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ class Predictions:
     `true_rank` is 1 where it is the true class, 2 where one other class stands before that, and so on.
     `true_log_probability` (nats) and `true_probability` are those of the true class, `squared_error` is the sum over
     the classes of (p_c - y_c)^2. `logits` [N, C], if they are kept, are float16, each image's largest subtracted: this
-    changes no probability, and makes float16 most exact for the most probable classes.
+    changes no probability, and makes float16 most exact for the most probable classes. `scaled` is what the model says
+    with its logits divided by a temperature, if there is one.
     """
 
     labels: np.ndarray
@@ -46,6 +48,7 @@ class Predictions:
     true_log_probability: np.ndarray
     squared_error: np.ndarray
     logits: Tensor | None = None
+    scaled: "Predictions | None" = None
 
     @property
     def true_probability(self) -> np.ndarray:
@@ -75,21 +78,36 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    logits: Callable[[Tensor], Tensor], features: Tensor, labels: Sequence[int], keep_logits: bool = False
+    logits: Callable[[Tensor], Tensor],
+    features: Tensor,
+    labels: Sequence[int],
+    keep_logits: bool = False,
+    temperature: float | None = None,
 ) -> Predictions:
     """Return the predictions for image features [N, E] by `logits`, which maps some of them to [B, C].
 
-    Raise NotFinite if a logit is no number, or infinite where that matters.
+    With a `temperature` they are also made from the logits divided by it. Raise NotFinite if a logit is no number, or
+    infinite where that matters.
     """
-    parts, kept = [], []
+    parts, kept, scaled_parts = [], [], []
     all_labels = torch.tensor(labels)
     for part, true in zip(features.split(IMAGES_AT_ONCE), all_labels.split(IMAGES_AT_ONCE)):
         of_part = logits(part)
-        parts.append(_summary(of_part, true.to(of_part.device)))
+        true = true.to(of_part.device)
+        parts.append(_summary(of_part, true))
+        if temperature is not None:
+            scaled_parts.append(_summary(of_part / temperature, true))
         if keep_logits:
             kept.append((of_part - of_part.amax(dim=-1, keepdim=True)).half().cpu())
-    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts)]
-    found = Predictions(all_labels.numpy(), *columns, torch.cat(kept) if keep_logits else None)
+    scaled = _joined(all_labels, scaled_parts) if scaled_parts else None
+    return dataclasses.replace(
+        _joined(all_labels, parts), logits=torch.cat(kept) if keep_logits else None, scaled=scaled
+    )
+
+
+def _joined(labels: Tensor, parts: list[tuple[Tensor, ...]]) -> Predictions:
+    """Return the predictions whose batches `_summary` has described."""
+    found = Predictions(labels.numpy(), *(torch.cat(column).cpu().numpy() for column in zip(*parts)))
     if not np.isfinite(found.true_log_probability).all():
         raise NotFinite("the model's logits are not finite numbers; are the weights of --backbone intact?")
     return found

@@ -16,6 +16,7 @@ import torch
 from filelock import Timeout
 
 import datasets
+import metrics
 import predictions
 from arguments import Config
 from clip.delta import checkpoint_metadata
@@ -141,13 +142,15 @@ class Run:
         return " | ".join(self.task.templates)
 
     def finished(self) -> dict | None:
-        """Return the record if this run is done: on the same images with the same prompts, and its weights and logits
-        are saved if that is asked for."""
+        """Return the record if this run is done: on the same images with the same prompts, and with the weights, logits
+        and temperature that are asked for."""
         record = self.folder.read()
         used = {"split_sha256": self.task.split_sha256, "data_sha256": self.task.data_sha256, "template": self.template}
         if record is None or any(record.get(name) != value for name, value in used.items()):
             return None
         if self.settings.save_logits and not (self.folder.path / predictions.LOGITS).is_file():
+            return None
+        if self.settings.temperature_scaling and record.get("temperature") is None:
             return None
         nothing_changed = record.get("trainable_weights") == 0 == record.get("changed_weights")
         if self.weights is None or not self.config.trains or nothing_changed:
@@ -157,7 +160,7 @@ class Run:
     def note_replaced(self) -> None:
         """Say on stderr that there is a record of this run that is going to be replaced, unless --force asks for it."""
         if not self.settings.force and self.folder.read() is not None:
-            lacks = "other images or prompts, or no saved weights or logits"
+            lacks = "other images or prompts, or no saved weights, logits or temperature"
             note(f"{self.folder.path} has a record of {lacks}: it is replaced")
 
     @contextlib.contextmanager
@@ -232,10 +235,10 @@ class Run:
 
             yield write
 
-    def metadata(self, hparams: Hparams) -> dict[str, str]:
+    def metadata(self, hparams: Hparams, adapted: Predictions, temperature: float | None) -> dict[str, str]:
         """Return what a weight file says of its run, so that its use elsewhere needs no other file."""
         settings = dataclasses.asdict(self.settings) | dataclasses.asdict(hparams) | {"tuned_on": self.tuned_on}
-        return {
+        about = {
             "run_id": self.id,
             "method": self.settings.method,
             "backbone": self.settings.backbone,
@@ -243,23 +246,45 @@ class Run:
             "class_names": json.dumps(self.task.class_names),
             "templates": json.dumps(self.task.templates),
             "test_sha256": self.task.test_sha256,
+            "test_accuracy": json.dumps(adapted.accuracy),
         }
+        return about if temperature is None else about | {"temperature": json.dumps(temperature)}
+
+    @property
+    def saved_temperature(self) -> float:
+        """The temperature that was fitted when the weights were trained. Raise UserError if there is none."""
+        about = checkpoint_metadata(self.weights)
+        if "temperature" not in about:
+            raise UserError(f"{self.weights} was trained without --temperature_scaling; leave it out, or train again")
+        return json.loads(about["temperature"])
+
+    def base_to_new(self, new_accuracy: float) -> dict[str, float]:
+        """Return base_accuracy and harmonic_mean of an evaluation on the new classes; else nothing, and also where the
+        weights do not say their accuracy on the test images of the base classes."""
+        about = checkpoint_metadata(self.weights)
+        trained = json.loads(about["settings"])
+        both = (self.settings.classes, trained["classes"]) == ("new", "base") and "test_accuracy" in about
+        if not both or {self.settings.test_part, trained["test_part"]} != {"test"}:
+            return {}
+        base = json.loads(about["test_accuracy"])
+        return {"base_accuracy": base, "harmonic_mean": metrics.harmonic_mean(base, new_accuracy)}
 
     def record(
         self,
         experiment: Experiment,
         adapted: Predictions,
         zero_shot: Predictions,
-        seconds: dict[str, float],
+        result: dict[str, float | None],
         adaptation: Adaptation | None = None,
         fit: Fit | None = None,
         trials: Sequence[dict] = (),
     ) -> dict:
         """Write everything that is left of the run, and return its record.
 
-        `adapted` and `zero_shot` are what the adapted and the unchanged model say of the test images. `experiment` has
-        the hyperparameters in force: after a search those that it chose, of which `trials` are the rows. Besides the
-        record there are config.yaml, split.json if images were drawn, the predictions and the curves.
+        `adapted` and `zero_shot` are what the adapted and the unchanged model say of the test images, `result` is what
+        else was measured. `experiment` has the hyperparameters in force: after a search those that it chose, of which
+        `trials` are the rows. Besides the record there are config.yaml, split.json if images were drawn, the
+        predictions and the curves.
         """
         settings, task, fit = self.settings, self.task, fit or Fit()
         own_data = settings.test_dataset == "folder"
@@ -280,8 +305,8 @@ class Run:
             "checkpoint_bytes": self.weights.stat().st_size if adaptation and self.weights else None,
             "tuned_on": self.tuned_on,
             "searched": "; ".join(f"{n} of {', '.join(map(str, v))}" for n, v in self.config.search.items()) or None,
-            **seconds,
             **self._measured(adapted, zero_shot),
+            **result,
             "draw": self._draw(),
             "epochs": getattr(experiment.hparams, "epochs", None) if self.config.trains else None,
             "prompts": "own" if settings.template else settings.prompts,
@@ -302,12 +327,17 @@ class Run:
     def _measured(self, adapted: Predictions, zero_shot: Predictions) -> dict[str, float | None]:
         """Return the record's metrics of both models on the test images."""
         bins = self.settings.ece_bins
+        scaled = adapted.scaled.calibration(bins) if adapted.scaled else dict.fromkeys(("nll", "brier", "ece"))
         return {
             "test_accuracy": adapted.accuracy,
             "zero_shot_accuracy": zero_shot.accuracy,
             **adapted.metrics(bins),
             **{f"zero_shot_{name}": value for name, value in zero_shot.metrics(bins).items()},
             "ece_bins": bins,
+            "temperature": None,
+            **{f"scaled_{name}": value for name, value in scaled.items()},
+            "base_accuracy": None,
+            "harmonic_mean": None,
         }
 
     def _draw(self) -> str:

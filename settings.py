@@ -140,6 +140,9 @@ class Settings(Options):
     save_path: str | None = output(None, "folder for the adapted weights; without it nothing is saved", kind=str)
     filename: str | None = output(None, "name of the weight file there; default: the method's name", kind=str)
     save_logits: bool = output(False, "also keep all logits of the test images, in the run's folder")
+    temperature_scaling: bool = output(
+        False, "also record the calibration with logits divided by a temperature that is fitted on val images"
+    )
     ece_bins: int = output(15, "bins of equal width for the calibration error (ECE)", at_least=1, at_most=1000)
     eval_only: bool = output(False, "do not train: evaluate the weights in --save_path")
     eval_datasets: str | None = output(None, "with --eval_only: datasets to test on, comma-separated", kind=str)

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import metrics
 import utils
 from common import UserError, counted, note, progress
 from experiment import Experiment
@@ -73,20 +75,45 @@ def zero_shot(experiment: Experiment) -> Predictions:
     return experiment.predictions(experiment.test_features(), lambda part: utils.cosine_logits(part, classifier))
 
 
-def predict(experiment: Experiment, adaptation: Adaptation) -> Predictions:
-    """Return what the adapted model, as it is now, says of the test images.
+def predict(experiment: Experiment, adaptation: Adaptation, temperature: float | None = None) -> Predictions:
+    """Return what the adapted model, as it is now, says of the test images; see `predictions.predict`.
 
     Raise TrainingDiverged if its logits are not finite.
     """
+    features, logits = _features_and_logits(experiment, adaptation)
+    try:
+        return experiment.predictions(features, logits, temperature)
+    except NotFinite:
+        raise TrainingDiverged("the trained model's logits are not finite numbers; lower --lr") from None
+
+
+def _features_and_logits(experiment: Experiment, adaptation: Adaptation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the test images' features [N, E] by the adapted model, and the function that makes logits of some."""
     if adaptation.trains_images:
         features = experiment.image_features(experiment.task.test, "evaluation")
     else:
         features = experiment.test_features()
     classifier = adaptation.text_classifier()
-    try:
-        return experiment.predictions(features, lambda part: adaptation.logits(part, classifier))
-    except NotFinite:
-        raise TrainingDiverged("the trained model's logits are not finite numbers; lower --lr") from None
+    return features, lambda part: adaptation.logits(part, classifier)
+
+
+@torch.no_grad()
+def fit_temperature(experiment: Experiment, adaptation: Adaptation) -> float:
+    """Return the temperature that calibrates the adapted model best on the task's few-shot val images.
+
+    A note says if it is at the end of its range, as where all val images are right.
+    """
+    val = experiment.task.val
+    on_val = dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, test=val))
+    features, logits = _features_and_logits(on_val, adaptation)
+    of_val = logits(features.to(experiment.device)).double().cpu().numpy()
+    temperature = metrics.fit_temperature(of_val, np.array([item.label for item in val]))
+    if temperature <= 1.01 * min(metrics.TEMPERATURES) or temperature >= 0.99 * max(metrics.TEMPERATURES):
+        note(
+            f"temperature {temperature:.3g}: the {counted(len(val), 'val image')} cannot tell a good one, for example "
+            "because all are right; do not use the scaled columns"
+        )
+    return temperature
 
 
 def evaluate(experiment: Experiment, adaptation: Adaptation) -> float:

@@ -1,12 +1,14 @@
 """Predictions of a run and metrics, beside scikit-learn, torchmetrics and values computed by hand."""
 
 import io
+import statistics
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import optimize
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score_loss, log_loss, top_k_accuracy_score
 from support.runs import TASK, error_of, experiment_of
 
@@ -93,6 +95,26 @@ def test_degenerate_inputs_have_values():
         error_of(predictions.NotFinite, of, [[0.0, bad]], [0])
 
 
+@pytest.mark.parametrize("classes, true_t", [(12, 2.0), (3, 0.3), (2, 7.0)])
+def test_the_temperature_is_the_one_with_the_smallest_likelihood_loss(classes, true_t):
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(4000, classes, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial((logits / true_t).softmax(dim=-1), 1, generator=generator)[:, 0].numpy()
+    found = metrics.fit_temperature(logits.numpy(), labels)
+    loss = lambda log_t: log_loss(labels, (logits / np.exp(log_t)).softmax(dim=-1))  # noqa: E731
+    slow = optimize.minimize_scalar(loss, bounds=(-3, 4), method="bounded", options={"xatol": 1e-8})
+    assert found == pytest.approx(np.exp(slow.x), rel=1e-4) and found == pytest.approx(true_t, rel=0.1)
+    scaled = of(logits, labels, temperature=found).scaled
+    assert scaled.calibration(15)["nll"] == pytest.approx(slow.fun) and scaled.scaled is None
+
+
+def test_temperatures_of_degenerate_images_are_in_their_range():
+    assert metrics.fit_temperature(np.array([[2.0], [3.0]]), np.array([0, 0])) == 1
+    right, wrong = ([[2.0, 1], [0, 3]], [[1.0, 2], [3, 0]])
+    found = [metrics.fit_temperature(np.array(logits), np.array([0, 1])) for logits in (right, wrong)]
+    assert found == pytest.approx(metrics.TEMPERATURES)
+
+
 # --- the files of a run
 
 
@@ -158,3 +180,39 @@ def test_a_model_whose_logits_are_no_numbers_has_diverged(monkeypatch):
     monkeypatch.setattr(type(experiment), "test_features", lambda self: torch.full((0, 4), 0.0))
     monkeypatch.setattr(type(experiment), "predictions", lambda *_: of([[float("nan")]], [0]))
     error_of(train.TrainingDiverged, train.predict, experiment, adaptation)
+
+
+def test_the_temperature_is_fitted_on_val_images_and_travels_with_the_weights(run_main):
+    flags = (*QUICK, "--shots", 4, "--save_path", "w")
+    _, plain, _, _ = run_main(*flags)
+    _, scaled, out, err = run_main(*flags, "--temperature_scaling")
+    assert plain["run_id"] == scaled["run_id"] and "temperature" in err and "already done" not in out
+    same = {"test_accuracy", "nll", "brier", "ece", "final_loss"}
+    assert {name: plain[name] for name in same} == {name: scaled[name] for name in same} and plain[
+        "temperature"
+    ] is None
+    assert scaled["scaled_nll"] < scaled["nll"] and scaled["temperature"] != 1
+    _, evaluated, _, _ = run_main(*flags, "--eval_only", "--temperature_scaling")
+    for name in ("temperature", "scaled_nll", "scaled_brier", "scaled_ece"):
+        assert evaluated[name] == scaled[name]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--method", "zero_shot"), ("--test_part", "val"), ("--eval_only", "--save_path", "w")], ids=str
+)
+def test_temperature_scaling_needs_val_images_and_a_trained_model(run_main, flags):
+    before = ["w", "results"] if "--eval_only" in flags else []
+    if before:
+        run_main(*QUICK, "--save_path", "w")
+    code, record, _, err = run_main(*QUICK[:2], *flags, "--temperature_scaling")
+    assert code == 2 and record is None and "--temperature_scaling" in err.splitlines()[-1]
+
+
+def test_an_evaluation_on_new_classes_has_the_harmonic_mean(run_main):
+    flags = (*QUICK, "--save_path", "w")
+    _, base, _, _ = run_main(*flags, "--classes", "base")
+    _, again, _, _ = run_main(*flags, "--classes", "base", "--eval_only")
+    _, new, _, _ = run_main(*flags, "--classes", "new", "--eval_only")
+    assert base["harmonic_mean"] is None is again["harmonic_mean"] and new["base_accuracy"] == base["test_accuracy"]
+    wanted = statistics.harmonic_mean([base["test_accuracy"], new["test_accuracy"]])
+    assert new["harmonic_mean"] == pytest.approx(wanted) and new["test_accuracy"] > 0

@@ -25,12 +25,14 @@ SHORT = {dataset: name for names in SUITES.values() for dataset, name in names.i
 NEEDED = ("run_id", "method", "dataset", "backbone", "shots", "seed", "test_accuracy", "finished_at")
 CALIBRATION = ("macro_accuracy", "nll", "brier", "ece")
 ZERO_SHOT = tuple(f"zero_shot_{name}" for name in CALIBRATION)
+SCALED = ("scaled_nll", "scaled_brier", "scaled_ece")  # after temperature scaling
 # What a run measures, and where and when it did. Every other column, known or not, is a setting.
 MEASURED = {
     *("run_id", "test_accuracy", "zero_shot_accuracy", "train_accuracy", "val_accuracy", "final_loss", "iterations"),
     *("stopped_early", "train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "trainable_weights"),
     *("changed_weights", "optimizer_bytes", "checkpoint_bytes", "split_sha256", "data_sha256", "weights_sha256"),
     *("git_commit", "torch_version", "finished_at", "largest_class_share", *CALIBRATION, *ZERO_SHOT),
+    *("temperature", *SCALED, "base_accuracy", "harmonic_mean"),
 }
 PLACE = {"dataset", "test_dataset", "root_path", "shots", "seed"}  # the data of a run, and its repetition
 ALWAYS = (
