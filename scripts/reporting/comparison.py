@@ -106,7 +106,7 @@ def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sh
     ]
     pairs = int(rows.pairs[rows.data_sets == 1].sum())
     alone = results.tested.configuration.isin([a, b]).sum() - 2 * pairs
-    notes = [f"{pairs} pairs of runs; percentage points; means are of the pairs only."]
+    notes = [f"{counted(pairs, 'pair')} of runs; percentage points; means are of the pairs only."]
     if alone:
         notes.append(f"{counted(alone, 'run')} of the two without a partner with the same images left out.")
     if rows.low.isna().any():

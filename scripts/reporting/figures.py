@@ -4,7 +4,7 @@ import html
 import io
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from scripts.reporting.errors import BEST, BINS, ZERO_SHOT, Curve, Errors
 from scripts.reporting.results import Results
 from scripts.reporting.sheets import accuracies, in_words, places
 
@@ -47,16 +48,20 @@ class Grid:
 
 def grids(results: Results, folder: Path) -> tuple[list[Grid], list[str]]:
     """Return all figures of the runs that were trained, and notes on curves that cannot be read."""
-    runs = results.tested
-    names = ("color", "marker", "linestyle")
-    looks = zip(results.labels(runs), zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES)))
-    styles = {label: dict(zip(names, look)) for label, look in looks}
+    runs, styles = results.tested, _styles(results)
     curves, notes = _read_curves(runs, folder)
     with_curve = runs[runs.run_id.isin(curves)]
     found = [_against_shots(runs, styles)]
     found += [_against_cost(runs, *about, styles) for about in COSTS if about[0] in runs]
     found += [_curves(at, shots, curves, styles) for shots, at in with_curve.groupby("shots")]
     return [grid for grid in found if grid.panels], notes
+
+
+def _styles(results: Results) -> dict[str, Style]:
+    """Return the look of each configuration, the same in all figures."""
+    names = ("color", "marker", "linestyle")
+    looks = zip(results.labels(results.tested), zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES)))
+    return {label: dict(zip(names, look)) for label, look in looks}
 
 
 def _only(styles: dict[str, Style], labels: Iterable[str]) -> dict[str, Style]:
@@ -189,20 +194,47 @@ def _draw_curves(ax: Axes, runs: pd.DataFrame, curves: dict[str, pd.DataFrame], 
     ax.set_ylabel("accuracy, %")
 
 
+# --- reliability
+
+
+def reliability(results: Results, errors: Sequence[Errors]) -> list[Grid]:
+    """Return the figure of the reliability curves, or nothing if no run has predictions."""
+    styles = _styles(results) | {ZERO_SHOT: {"color": COLOURS[-1], "marker": "x", "linestyle": ":"}}
+    panels = {
+        f"{one.title}, {in_words(one.shots)}": partial(_draw_reliability, curves=one.curves, styles=styles)
+        for one in errors
+    }
+    caption = (
+        f"Accuracy against confidence in {BINS} bins of equal width, over all seeds; a bin is shown if it has images. "
+        f"On the grey line the two are equal; below it a model is too sure. The {BEST} most accurate methods."
+    )
+    shown = [label for one in errors for label in one.curves]
+    return [Grid("reliability", "Reliability", caption, panels, _only(styles, shown))] if panels else []
+
+
+def _draw_reliability(ax: Axes, curves: dict[str, Curve], styles: dict[str, Style]) -> None:
+    ax.plot([0, 100], [0, 100], color="#8A8A8A", linewidth=0.8)
+    for label, curve in curves.items():
+        full = curve.images > 0
+        ax.plot(curve.confidence[full], curve.accuracy[full], **styles[label])
+    ax.set_xlabel("confidence, %")
+    ax.set_ylabel("accuracy, %")
+
+
 # --- images
 
 
 def _settings(ink: str) -> dict:
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     return dict.fromkeys(names, ink) | {
-        "font.size": 9,
-        "axes.titlesize": 9,
+        "font.size": 10,
+        "axes.titlesize": 10,
         "axes.grid": True,
         "grid.alpha": 0.15,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "lines.markersize": 4,
-        "lines.linewidth": 1.2,
+        "lines.markersize": 5,
+        "lines.linewidth": 1.4,
         "svg.fonttype": "none",  # text stays text
     }
 
@@ -212,10 +244,10 @@ def image(grid: Grid, kind: str) -> bytes:
     with matplotlib.rc_context(_settings("black") | {"svg.hashsalt": grid.name}):
         columns = min(WIDEST, len(grid.panels))
         rows = -(-len(grid.panels) // columns)
-        wide = max(columns * 2.6, 4)
-        across = max(1, int(wide / (0.5 + 0.07 * max(map(len, grid.styles)))))
-        legend_height = 0.2 * -(-len(grid.styles) // across)
-        figure = Figure(figsize=(wide, rows * 2.2 + legend_height), layout="constrained")
+        wide = max(columns * 3.9, 6)
+        across = max(1, int(wide / (0.5 + 0.08 * max(map(len, grid.styles)))))
+        legend_height = 0.22 * -(-len(grid.styles) // across)
+        figure = Figure(figsize=(wide, rows * 3.1 + legend_height), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax, (title, draw) in zip(axes, grid.panels.items()):
             draw(ax)
@@ -231,12 +263,12 @@ def inline(grid: Grid) -> tuple[str, list[str]]:
     with matplotlib.rc_context(_settings(INK)):
         panels = []
         for title, draw in grid.panels.items():
-            figure = Figure(figsize=(3.4, 2.5), layout="constrained")
+            figure = Figure(figsize=(5.2, 3.7), layout="constrained")
             ax = figure.subplots()
             draw(ax)
             ax.set_title(_plain(title))
             panels.append(_element(figure, f"{grid.title}: {title}", f"{grid.name} {title}"))
-        figure = Figure(figsize=(0.6 + 0.075 * max(map(len, grid.styles)), 0.2 * len(grid.styles)))
+        figure = Figure(figsize=(0.6 + 0.083 * max(map(len, grid.styles)), 0.22 * len(grid.styles)))
         figure.legend(handles=_handles(grid), loc="center left", frameon=False, borderpad=0, borderaxespad=0)
         return _element(figure, f"Legend: {', '.join(grid.styles)}", f"{grid.name} legend"), panels
 

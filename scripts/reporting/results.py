@@ -138,7 +138,8 @@ def arrange(runs: pd.DataFrame, notes: list[str]) -> Results:
     runs, recorded = runs.copy(), list(runs)
     filled = {name: getattr(Settings, name) for name in ALWAYS}
     filled |= {"test_dataset": runs.dataset, "split_sha256": "", "data_sha256": ""}
-    for name in ("root_path", "searched", "template", "device", "weights_sha256", *BUDGETS, *filled):
+    optional = ("root_path", "searched", "template", "device", "weights_sha256", "zero_shot_accuracy", "base_accuracy")
+    for name in (*optional, *BUDGETS, *filled):
         if name not in runs:
             runs[name] = None
     for name, value in filled.items():

@@ -10,6 +10,7 @@ import pandas as pd
 from scripts.reporting.results import SHORT, SUITES, Results
 
 MISSING = "-"
+EVALUATED = ", evaluated weights"  # what the titles of their tables end with
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def accuracy_tables(results: Results) -> list[Sheet]:
         for suite, columns in suites(kind).items():
             for shots, runs in kind[kind.tested_on.isin(columns)].groupby("shots"):
                 title = f"Test accuracy after {in_words(shots)} on {suite or ', '.join(columns)}"
-                title += ", evaluated weights" if evaluated else ""
+                title += EVALUATED if evaluated else ""
                 sheets.append(_accuracy_table(results, runs, title, suite, columns))
     return sheets
 
@@ -171,6 +172,8 @@ COSTS = {  # column of the records: heading, format, unit
     "changed_weights": ("changed", "{:,.0f}", 1),
     "optimizer_bytes": ("optimizer", "{:,.0f} kB", 1000),
     "train_seconds": ("training", "{:.1f} s", 1),
+    "eval_seconds": ("test", "{:.1f} s", 1),
+    "peak_memory_mb": ("memory", "{:,.0f} MiB", 1),
 }
 MADE_ON = {"device": "device", "torch_version": "torch", "git_commit": "commit"}
 
@@ -180,13 +183,21 @@ def cost_tables(results: Results) -> list[Sheet]:
     return [_cost_table(results, *place) for place in places(results.tested, once=True)]
 
 
+def one_device(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the runs on the device that most were done on, and its name: costs are compared only on one device."""
+    devices = runs.device.map(lambda name: "cpu" if pd.isna(name) else str(name))
+    most = devices.value_counts().sort_index().idxmax()
+    return runs[devices == most], most
+
+
 def _cost_table(results: Results, title: str, runs: pd.DataFrame, columns: list[str]) -> Sheet:
     shots, rows = sorted(runs.shots.unique()), []
     usual, note = seeds(runs)
+    measured, device = one_device(runs[runs.shots == shots[-1]])
     for label in results.labels(runs):
         own = runs[runs.configuration == label]
         row = [Cell(label), *(spread(accuracies(own[own.shots == n], columns), usual) for n in shots)]
-        most = own[own.shots == shots[-1]]
+        most = measured[measured.configuration == label]
         for column, (_, shown, unit) in COSTS.items():  # means, over datasets if there are several
             mean = pd.to_numeric(most[column]).groupby(most.tested_on).mean().mean() if column in runs else math.nan
             row.append(number(mean, shown.format(mean / unit)))
@@ -197,8 +208,8 @@ def _cost_table(results: Results, title: str, runs: pd.DataFrame, columns: list[
         if name in runs:
             made.append(f"{word} {', '.join(sorted(set(runs[name].astype(str))))}")
     after = (
-        f"After {in_words(shots[-1])}: weights that are trained, weights that changed, size of the optimizer's state, "
-        "seconds of training."
+        f"After {in_words(shots[-1])}, on {device} only: weights that are trained, weights that changed, size of the "
+        "optimizer's state, seconds of training and of the final test, most memory in use."
     )
     header = ["method", *map(in_words, shots), *(heading for heading, _, _ in COSTS.values())]
     return Sheet(f"Accuracy and cost, {title}", header, rows, [note, after, f"{'; '.join(made)}."])

@@ -7,10 +7,13 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from common import note, progress, write_atomically
+from common import counted, note, progress, write_atomically
 from scripts.reporting import comparison, figures
+from scripts.reporting.errors import read_errors
 from scripts.reporting.results import PUBLISHED, read_results
-from scripts.reporting.sheets import Cell, Sheet, accuracy_tables, cost_tables, validation_tables
+from scripts.reporting.sheets import EVALUATED, Cell, Sheet, accuracy_tables, cost_tables, validation_tables
+from scripts.reporting.summary import below_zero_shot_sheet, ranking
+from scripts.reporting.transfer import base_to_new_tables, transfer_tables
 
 TEMPLATE = Path(__file__).parent / "page.html"
 
@@ -23,19 +26,26 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     """
     results = read_results(folder)
     pairs = comparison.chosen_pairs(results, compared)
-    tables = [*accuracy_tables(results), *cost_tables(results), *validation_tables(results)]
+    ranked, below = ranking(results), below_zero_shot_sheet(results)
+    whole = [sheet for sheet in accuracy_tables(results) if not sheet.title.endswith(EVALUATED)]
+    evaluated = [sheet for sheet in accuracy_tables(results) if sheet.title.endswith(EVALUATED)]
+    transfers = [*base_to_new_tables(results), *transfer_tables(results)]
+    tables = [*whole, *([below] if below else []), *cost_tables(results), *validation_tables(results)]
+    errors, unread = read_errors(results, folder)
+    per_class = [sheet for one in errors for sheet in (one.calibration, one.classes)]
     differences = [comparison.differences(results, a, b) for a, b in pairs]
     difference_sheets = [comparison.difference_sheet(results, rows, *pair) for pair, rows in zip(pairs, differences)]
     deviations, unmatched = comparison.deviations(results)
     published = [*comparison.deviation_sheets(deviations), comparison.published_sheet()]
     grids, damaged = figures.grids(results, folder)
+    grids = [*grids, *figures.reliability(results, errors)]
     drawn, images = [], {}
     for grid in progress(grids, "figures", "figure"):
         drawn.append((grid, *figures.inline(grid)))
         images |= {f"{grid.name}.{kind}": figures.image(grid, kind) for kind in ("png", "svg")}
     runs_csv = results.tidy().to_csv(index=False)
     runs, constant = _runs_sheet(runs_csv)
-    notes = [*results.notes, *damaged]
+    notes = [*results.notes, *damaged, *unread]
     for text in notes:
         note(text)
     environment = jinja2.Environment(
@@ -43,8 +53,13 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     )
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
+        counted=counted,
         last=str(results.runs.finished_at.max())[:10],
+        ranking=ranked,
         accuracies=tables,
+        evaluated=evaluated,
+        transfers=transfers,
+        errors=errors,
         differences=difference_sheets,
         assumptions=comparison.ASSUMPTIONS,
         published=published,
@@ -60,11 +75,12 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     for name, content in images.items():
         (out / "figures" / name).write_bytes(content)
     rows = pd.concat(differences) if differences else pd.DataFrame(columns=comparison.DIFFERENCES)
-    sheets = [sheet.markdown() for sheet in (*tables, *difference_sheets, *published)]
+    own = [ranked.sheet] if ranked else []
+    markdown = [*own, *tables, *transfers, *evaluated, *per_class, *difference_sheets, *published]
     files = {
         "runs.csv": runs_csv,
-        "tables.md": "\n".join([*(f"{text}\n" for text in notes), *sheets]),
-        "tables.tex": "\n".join(sheet.latex() for sheet in tables),
+        "tables.md": "\n".join([*(f"{text}\n" for text in notes), *(sheet.markdown() for sheet in markdown)]),
+        "tables.tex": "\n".join(sheet.latex() for sheet in (*tables, *transfers, *evaluated)),
         "differences.csv": rows.to_csv(index=False),
         "deviations.csv": deviations.to_csv(index=False),
         "index.html": page,

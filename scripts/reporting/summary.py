@@ -1,0 +1,171 @@
+"""The first screen: which method is best, by how much, at what cost. And where a method is worse than no training."""
+
+import math
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from common import counted
+from scripts.reporting.comparison import CONFIDENCE, SIGNED, differences
+from scripts.reporting.results import Results
+from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number, one_device, places, spread
+
+SHOWN = 12  # rows of the ranking
+
+
+@dataclass
+class Ranking:
+    """The configurations at one place and number of shots, the most accurate first.
+
+    `rows` has a row for each: configuration, accuracy (mean, per cent), gain over the unchanged model, ahead (of the
+    best), low and high (interval of that, or nan), seconds, memory (MiB), weights. `answers` are sentences.
+    """
+
+    title: str
+    rows: pd.DataFrame
+    sheet: Sheet
+    answers: list[str] = field(default_factory=list)
+
+
+def ranking(results: Results) -> Ranking | None:
+    """Return the ranking at the first of the places that tables show, after the number of shots that most
+    configurations were run with, the larger of equals; None if nothing was trained and tested on all classes."""
+    runs = results.tested[results.tested.classes == "all"]
+    if runs.empty:
+        return None
+    title, part, columns = places(runs, once=True)[0]
+    complete = {
+        (label, shots): values
+        for (label, shots), own in part.groupby(["configuration", "shots"], sort=False)
+        if (values := accuracies(own, columns)) is not None
+    }
+    counts = pd.Series([shots for _, shots in complete]).value_counts()
+    if counts.empty:
+        return None
+    shots = max(counts.index, key=lambda n: (counts[n], n))
+    at = part[part.shots == shots]
+    own = {label: values for (label, n), values in complete.items() if n == shots}
+    return _ranking(results, at, own, title, shots)
+
+
+def _ranking(results: Results, runs: pd.DataFrame, found: dict[str, pd.Series], title: str, shots: int) -> Ranking:
+    order = sorted(found, key=lambda label: -found[label].mean())
+    costs, device = one_device(runs)
+    rows, cells = [], []
+    for label in order:
+        own, cost = runs[runs.configuration == label], costs[costs.configuration == label]
+        zero_shot = pd.to_numeric(own.zero_shot_accuracy).groupby(own.tested_on).mean().mean()
+        row = {"configuration": label, "accuracy": found[label].mean(), "gain": found[label].mean() - zero_shot}
+        row |= _behind(results, order[0], label, shots, title) if label != order[0] else {}
+        for name, column in (
+            ("seconds", "train_seconds"),
+            ("memory", "peak_memory_mb"),
+            ("weights", "trainable_weights"),
+        ):
+            values = pd.to_numeric(cost[column]) if column in cost else pd.Series(dtype=float)
+            row[name] = values.groupby(cost.tested_on).mean().mean() if len(values) else math.nan
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=["configuration", "accuracy", "gain", "ahead", "low", "high", *NUMBERS])
+    for row in table.itertuples(index=False):
+        interval = "" if pd.isna(row.low) else f" ± {(row.high - row.low) / 2:.2f}"
+        cells.append(
+            [
+                Cell(row.configuration),
+                spread(found[row.configuration]),
+                number(row.gain, SIGNED),
+                number(row.ahead, f"{SIGNED}{interval}"),
+                *(number(getattr(row, name), shown) for name, shown in NUMBERS.items()),
+            ]
+        )
+    notes = [
+        f"{title[:1].upper()}{title[1:]}, {in_words(shots)}. Behind the best: the mean paired difference with half its "
+        f"{CONFIDENCE:.0%} interval, if there are several pairs of runs. Cost: on {_the(device)}.",
+    ]
+    if len(cells) > SHOWN:
+        notes.append(f"The first {SHOWN} of {len(cells)}; all are under Accuracy.")
+    header = ["method", "accuracy, %", "over zero-shot", "behind the best", "training", "memory", "trained weights"]
+    sheet = Sheet("Ranking", header, cells[:SHOWN], notes)
+    return Ranking(title, table, sheet, _answers(table, title, shots, device))
+
+
+NUMBERS = {"seconds": "{:,.1f} s", "memory": "{:,.0f} MiB", "weights": "{:,.0f}"}  # costs, and how they are shown
+
+
+def _behind(results: Results, best: str, label: str, shots: int, title: str) -> dict[str, float]:
+    """Return the mean paired difference of a configuration to the best one, and its interval."""
+    rows = differences(results, label, best)
+    rows = rows[rows.shots == shots]
+    place = title.replace("average of", "mean of")
+    own = rows[rows.data_set == place]
+    if own.empty:
+        return {"ahead": math.nan, "low": math.nan, "high": math.nan}
+    return {"ahead": own.difference.iloc[0], "low": own.low.iloc[0], "high": own.high.iloc[0]}
+
+
+def _answers(table: pd.DataFrame, title: str, shots: int, device: str) -> list[str]:
+    """Return in sentences which configuration is best, by how much, and at what cost."""
+    best = table.iloc[0]
+    where = (
+        f"{in_words(shots)} on {title}" if not title.startswith("average") else f"{in_words(shots)}, {title} datasets"
+    )
+    answers = [f"{best.configuration} is best after {where}: {best.accuracy:.2f} %, {_over(best.gain)} zero-shot."]
+    if len(table) > 1:
+        answers.append(_lead(table.iloc[1]))
+    if best.weights > 0:
+        cost = [NUMBERS[name].format(best[name]) for name in ("seconds", "memory") if not pd.isna(best[name])]
+        answers.append(f"It trains {counted(int(best.weights), 'weight')}: {' and '.join(cost)} on {_the(device)}.")
+    close = table[1:][(table[1:].high >= 0) & (table[1:].seconds < best.seconds / 2)]
+    if len(close):
+        cheap = close.loc[close.seconds.idxmin()]
+        answers.append(
+            f"{cheap.configuration} is not clearly worse ({cheap.accuracy:.2f} %) and takes "
+            f"{NUMBERS['seconds'].format(cheap.seconds)}."
+        )
+    return answers
+
+
+def _the(device: str) -> str:
+    return "the CPU" if device == "cpu" else device
+
+
+def _over(gain: float) -> str:
+    if pd.isna(gain):
+        return "not compared with"
+    return f"{abs(gain):.2f} points {'above' if gain >= 0 else 'below'}"
+
+
+def _lead(second: pd.Series) -> str:
+    """Return in a sentence how far the best configuration is ahead of the second."""
+    if pd.isna(second.ahead):
+        return f"Second: {second.configuration}, {second.accuracy:.2f} %, not run with the same images."
+    lead = f"Lead over {second.configuration}: {-second.ahead:.2f} points"
+    if pd.isna(second.low):
+        return f"{lead}, from one pair of runs, which says nothing of chance."
+    clear = "a clear difference" if second.high < 0 else "no clear difference"
+    return f"{lead} ({CONFIDENCE:.0%} interval {SIGNED.format(-second.high)} to {SIGNED.format(-second.low)}: {clear})."
+
+
+# --- below zero-shot
+
+
+def below_zero_shot_sheet(results: Results) -> Sheet | None:
+    """Return for each configuration and number of shots the datasets on which the mean accuracy over seeds is below
+    that of the unchanged model in the same runs; None if there is none."""
+    runs = results.tested[(results.tested.method != "zero_shot") & results.tested.zero_shot_accuracy.notna()]
+    runs = runs.assign(gain=runs.test_accuracy - runs.zero_shot_accuracy.astype(float))
+    shots, rows, total = sorted(runs.shots.unique()), [], 0
+    for label in results.labels(runs):
+        row = [Cell(label)]
+        for n in shots:
+            own = runs[(runs.configuration == label) & (runs.shots == n)]
+            gains = own.groupby("short_name", sort=False).gain.mean()
+            below = gains[gains < 0].sort_values()
+            total += len(below)
+            named = ", ".join(f"{name} {SIGNED.format(gain)}" for name, gain in below.items())
+            words = f"{len(below)} of {len(gains)}" + (f": {named}" if named else "")
+            row.append(Cell(words, len(below)) if len(gains) else Cell(MISSING))
+        rows.append(row)
+    if not total:
+        return None
+    notes = ["Datasets on which training made the model worse, with the difference in percentage points, over seeds."]
+    return Sheet("Below zero-shot", ["method", *map(in_words, shots)], rows, notes)
