@@ -5,13 +5,18 @@
 
 Needs requirements-all.txt. Files of the same names in the output folder are replaced:
 
-    index.html         everything on one page that loads nothing else: to read on a phone, to send
+    index.html         everything on one page that loads nothing else: to read on a phone, to send. It begins with which
+                       method is best, by how much, and at what cost
     runs.csv           tidy: one row a run with all recorded columns, and the configuration that it belongs to
-    tables.md, .tex    accuracies, mean and standard deviation over seeds, for each number of shots; accuracy and cost;
-                       for runs with --test_part val: which settings are best
+    tables.md, .tex    accuracies, mean and standard deviation over seeds, for each number of shots; datasets on which a
+                       method is below zero-shot; accuracy and cost, on one device; base to new, other datasets, domain
+                       shift; calibration and accuracy per class; for runs with --test_part val: which settings are best
     differences.csv    paired differences with confidence intervals: reporting/comparison.py explains them
     deviations.csv     measured minus published accuracy where the settings match: see reporting/published.yaml
-    figures/           PNG and SVG
+    figures/           PNG and SVG: accuracy against shots and cost, curves, reliability
+
+Calibration, classes and the images of the worst errors are from the runs' predictions.csv; the images are embedded,
+small, if the data are still where the runs found them.
 """
 
 import sys

@@ -11,52 +11,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from scipy import stats
+from support.report import Folder, texts
 from support.runs import call
 
 from scripts import report
 from scripts.reporting import comparison, figures
-from scripts.reporting.results import ELEVEN, PUBLISHED, read_results
+from scripts.reporting.results import ELEVEN, PUBLISHED
 from scripts.reporting.sheets import accuracy_tables, cost_tables, validation_tables
-
-SO = {"encoder": "both", "position": "all", "lr": 0.0002, "batch_size": 32, "early_stop_loss": 0.01, "min_area": 0.08}
-SO |= {"flip": True, "prune_first": False, "density_ratio": 5e-05, "t": 5, "eval_every": 0, "sampled_gradients": True}
-OWN = {"so": SO, "lora": {"lr": 0.0002, "rank": 2}, "adam": {"lr": 0.0002}, "zero_shot": {}}
-PER_SHOT = {"so": 2000, "lora": 500, "adam": 2000}
-
-
-class Folder:
-    """A results folder with made-up records."""
-
-    def __init__(self, path):
-        self.path = path
-        self.number = itertools.count(1)
-
-    def add(self, method="so", dataset="dtd", shots=4, seed=1, accuracy=50.0, curve=None, search=None, **changes):
-        number = next(self.number)
-        record = {
-            **{"run_id": f"run{number}", "method": method, "dataset": dataset, "backbone": "ViT-B/16"},
-            **{"shots": shots, "seed": seed, "test_accuracy": accuracy, "zero_shot_accuracy": 44.0 + number / 7},
-            **{"iterations": 7, "train_seconds": number / 3, "peak_memory_mb": 900.5, "trainable_weights": 100},
-            **{"changed_weights": 0 if method == "zero_shot" else 1000, "checkpoint_bytes": None},
-            **{"precision": "fp32", "draw": "released", "classes": "all", "prompts": "released"},
-            **{"template": "a photo of a {}.", "test_dataset": dataset, "root_path": None, "eval_only": False},
-            **{"split_sha256": f"{dataset} {shots} {seed}", "weights_sha256": "f" * 64, "git_commit": "abc"},
-            **{"torch_version": "2.6.0", "device": "cpu"},
-            **{"finished_at": f"2026-01-01T00:{number // 60:02}:{number % 60:02}"},
-            **OWN[method],
-            **({"total_iters": PER_SHOT[method] * shots} if method in PER_SHOT else {}),
-            **changes,
-        }
-        folder = self.path / record["run_id"]
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps(record))
-        if curve is not None:
-            pd.DataFrame(curve).to_csv(folder / "curve.csv", index=False)
-        if search is not None:
-            pd.DataFrame(search | {"val_accuracy": 1.0, "chosen": True}).to_csv(folder / "search.csv", index=False)
-
-    def read(self):
-        return read_results(self.path)
 
 
 @pytest.fixture
@@ -79,10 +40,6 @@ def make(results, tmp_path):
         return code, stdout, err, out
 
     return run
-
-
-def texts(sheet):
-    return {row[0].text: [cell.text for cell in row[1:]] for row in sheet.rows}
 
 
 # --- what belongs together
@@ -246,9 +203,19 @@ def test_costs_stand_beside_accuracies_of_all_shots(results):
             results.add("so", name, shots=shots, seed=seed, accuracy=accuracy, **cost, train_seconds=shots * seed)
     results.add("zero_shot", "digits", seed=1, shots=1, accuracy=70)
     of_eleven, digits = cost_tables(results.read())
-    assert digits.header == ["method", "1 shot", "16 shots", "trained", "changed", "optimizer", "training"]
-    so = ["2.12 ± 0.71", "11.50 ± 0.71", "9,000", "16,002", "2 kB", "24.0 s"]
-    assert texts(digits) == {"zero_shot": ["70.00 (n=1)", *"-----"], "so": so}
+    assert digits.header == [
+        "method",
+        "1 shot",
+        "16 shots",
+        "trained",
+        "changed",
+        "optimizer",
+        "training",
+        "test",
+        "memory",
+    ]
+    so = ["2.12 ± 0.71", "11.50 ± 0.71", "9,000", "16,002", "2 kB", "24.0 s", "-", "900 MiB"]
+    assert texts(digits) == {"zero_shot": ["70.00 (n=1)", *"-------"], "so": so}
     assert texts(of_eleven)["so"] == ["2.62 ± 0.71", "12.00 ± 0.71", *so[2:]]
     assert "2026-01-01; device cpu; torch 2.6.0; commit abc." in digits.notes[-1]
 
@@ -443,6 +410,7 @@ def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, 
         report.main(["results", "--out", out])
     files = sorted(str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*") if path.is_file())
     names = ("accuracy_against_changed_weights", "accuracy_against_memory", "accuracy_against_shots", "curves_1shot")
+    names += ("reliability",)
     images = [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert files == sorted(
         [*images, "deviations.csv", "differences.csv", "index.html", "runs.csv", "tables.md", "tables.tex"]
@@ -472,7 +440,7 @@ def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, 
     ids = re.findall(r'\bid="([^"]*)"', text)
     clips = re.findall(r"url\(#([^)]*)\)", text)
     assert len(set(ids)) == len(ids) and clips and {*clips, *(link[1:] for link in links if link[0] == "#")} <= {*ids}
-    assert text.count("<svg") == 4 * 2  # a legend and a panel each
+    assert text.count("<svg") == 5 * 2  # a legend and a panel each
     for name in tidy:
         for value in pd.read_csv("one/runs.csv", dtype=str)[name].dropna().unique():
             assert f'data-v="{value}"' in text or f"<dd>{value}</dd>" in text, (name, value)

@@ -30,6 +30,7 @@ DASHES = ("-", "--", "-.", (0, (1, 1)))
 INK = "#123456"  # colour of text and axes, which the page replaces by its own
 TRAINING_POINTS = 100  # longer training curves are averaged to so many; whole, they would make megabytes
 WIDEST = 4  # panels side by side
+FEWEST = 5  # images of a bin whose accuracy is shown
 
 Style = dict[str, str | tuple]
 Points = dict[str, list[tuple[float, pd.Series]]]  # by configuration: x, and accuracies, one for each seed
@@ -205,8 +206,9 @@ def reliability(results: Results, errors: Sequence[Errors]) -> list[Grid]:
         for one in errors
     }
     caption = (
-        f"Accuracy against confidence in {BINS} bins of equal width, over all seeds; a bin is shown if it has images. "
-        f"On the grey line the two are equal; below it a model is too sure. The {BEST} most accurate methods."
+        f"Accuracy against confidence in {BINS} bins of equal width, over all seeds, of the {BEST} best methods. "
+        f"Bins of fewer than {FEWEST} images are left out. On the grey line the two are equal; below it a model is too "
+        "sure."
     )
     shown = [label for one in errors for label in one.curves]
     return [Grid("reliability", "Reliability", caption, panels, _only(styles, shown))] if panels else []
@@ -215,7 +217,7 @@ def reliability(results: Results, errors: Sequence[Errors]) -> list[Grid]:
 def _draw_reliability(ax: Axes, curves: dict[str, Curve], styles: dict[str, Style]) -> None:
     ax.plot([0, 100], [0, 100], color="#8A8A8A", linewidth=0.8)
     for label, curve in curves.items():
-        full = curve.images > 0
+        full = curve.images >= FEWEST
         ax.plot(curve.confidence[full], curve.accuracy[full], **styles[label])
     ax.set_xlabel("confidence, %")
     ax.set_ylabel("accuracy, %")

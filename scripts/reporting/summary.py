@@ -111,9 +111,10 @@ def _answers(table: pd.DataFrame, title: str, shots: int, device: str) -> list[s
     answers = [f"{best.configuration} is best after {where}: {best.accuracy:.2f} %, {_over(best.gain)} zero-shot."]
     if len(table) > 1:
         answers.append(_lead(table.iloc[1]))
-    if best.weights > 0:
-        cost = [NUMBERS[name].format(best[name]) for name in ("seconds", "memory") if not pd.isna(best[name])]
-        answers.append(f"It trains {counted(int(best.weights), 'weight')}: {' and '.join(cost)} on {_the(device)}.")
+    cost = [NUMBERS[name].format(best[name]) for name in ("seconds", "memory") if not pd.isna(best[name])]
+    if cost:
+        weights = counted(int(best.weights), "weight") if best.weights > 0 else "no weights"
+        answers.append(f"It trains {weights}: {' and '.join(cost)} on {_the(device)}.")
     close = table[1:][(table[1:].high >= 0) & (table[1:].seconds < best.seconds / 2)]
     if len(close):
         cheap = close.loc[close.seconds.idxmin()]

@@ -27,8 +27,9 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     results = read_results(folder)
     pairs = comparison.chosen_pairs(results, compared)
     ranked, below = ranking(results), below_zero_shot_sheet(results)
-    whole = [sheet for sheet in accuracy_tables(results) if not sheet.title.endswith(EVALUATED)]
-    evaluated = [sheet for sheet in accuracy_tables(results) if sheet.title.endswith(EVALUATED)]
+    accuracies = accuracy_tables(results)
+    evaluated = [sheet for sheet in accuracies if sheet.title.endswith(EVALUATED)]
+    whole = [sheet for sheet in accuracies if sheet not in evaluated]
     transfers = [*base_to_new_tables(results), *transfer_tables(results)]
     tables = [*whole, *([below] if below else []), *cost_tables(results), *validation_tables(results)]
     errors, unread = read_errors(results, folder)
@@ -38,20 +39,13 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     deviations, unmatched = comparison.deviations(results)
     published = [*comparison.deviation_sheets(deviations), comparison.published_sheet()]
     grids, damaged = figures.grids(results, folder)
-    grids = [*grids, *figures.reliability(results, errors)]
-    drawn, images = [], {}
-    for grid in progress(grids, "figures", "figure"):
-        drawn.append((grid, *figures.inline(grid)))
-        images |= {f"{grid.name}.{kind}": figures.image(grid, kind) for kind in ("png", "svg")}
+    drawn, images = _drawn([*grids, *figures.reliability(results, errors)])
     runs_csv = results.tidy().to_csv(index=False)
     runs, constant = _runs_sheet(runs_csv)
     notes = [*results.notes, *damaged, *unread]
     for text in notes:
         note(text)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = _page(
         results=results,
         counted=counted,
         last=str(results.runs.finished_at.max())[:10],
@@ -87,6 +81,22 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     }
     for name, content in files.items():
         write_atomically(out / name, content)
+
+
+def _drawn(grids: Sequence[figures.Grid]) -> tuple[list[tuple], dict[str, bytes]]:
+    """Return each figure with its legend and panels for the page, and the image files by name."""
+    drawn, images = [], {}
+    for grid in progress(grids, "figures", "figure"):
+        drawn.append((grid, *figures.inline(grid)))
+        images |= {f"{grid.name}.{kind}": figures.image(grid, kind) for kind in ("png", "svg")}
+    return drawn, images
+
+
+def _page(**content: object) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content)
 
 
 def _runs_sheet(runs_csv: str) -> tuple[Sheet, dict[str, str]]:
