@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import itertools
 from argparse import SUPPRESS, BooleanOptionalAction
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from clip.delta import checkpoint_metadata
 from common import Parser, UserError, note
 from config_files import flags_of, read_config, sections, typed
 from methods import METHODS, saved_settings
-from settings import GROUPS, LENGTHS, Hparams, Settings, check_data, check_output, choose_device
+from settings import ALL, GROUPS, LENGTHS, SUPPORT, Hparams, Settings, check_data, check_output, choose_device
 
 QUICK_START = Path(__file__).resolve().parent / "configs" / "digits.yaml"
 
@@ -42,6 +43,13 @@ class Config:
         """Return what each single run is asked for: one, or one for each of --eval_datasets."""
         return [dataclasses.replace(self, settings=settings) for settings in self.settings.one_by_one()]
 
+    def for_images(self, task: datasets.Task) -> "Config":
+        """Return the same with `shots` in numbers: with --shots all, the training images of the largest class."""
+        if self.settings.draw != ALL or self.settings.eval_only:
+            return self
+        largest = max(Counter(item.label for item in task.train).values())
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, shots=largest))
+
     def candidates(self) -> list[Hparams]:
         """Return the hyperparameters that a search compares: all combinations of its values, the last name's varying
         fastest. Raise UserError if a value is out of range."""
@@ -59,6 +67,8 @@ class Config:
         left_out = {"force", "wait", *LENGTHS} - {in_force}
         values = {name: value for name, value in values.items() if name not in left_out}
         values |= {"template": list(self.settings.template)}
+        if self.settings.draw == ALL:
+            values["shots"] = ALL
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))  # a setting a line
 
 
@@ -80,6 +90,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         raise SystemExit(0)
     shows = given.pop("print_config", False)
     given |= _own_flags(given, method)
+    if given.get("draw") == ALL:
+        raise UserError("--draw all is written --shots all")
     if dataset == "digits":
         if "root_path" in given and not any("dataset" in layer for _, layer in layers):
             note("--root_path is not used by the embedded digits; for your own images add --dataset folder")
@@ -88,7 +100,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     if published.is_file():
         layers.insert(0, (f"published, {published.name}", read_config(published, method)))
     for_method = [(source, layer | layer.get("methods", {}).get(method, {})) for source, layer in layers]
-    chosen = {"methods": method, "by_shots": _last(for_method, "shots"), "datasets": dataset}
+    shots = _last(for_method, "shots")
+    chosen = {"methods": method, "by_shots": shots, "datasets": dataset}
     values = Layers(method)
     root_path, others = _last(layers, "root_path"), {}  # others: source -> the data that its values were chosen on
     for source, layer in layers:
@@ -102,10 +115,14 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     if source in others:
         note(f"{source}: its values were chosen on other images, those of {others[source]}; tuned_on is none")
     asked = values.config()
+    if shots == ALL and asked.settings.draw != ALL:
+        raise UserError(f"--shots all takes every image, and --draw {asked.settings.draw} a few; leave one of them out")
     config = _evaluated(_checked(asked), given) if asked.settings.eval_only else _checked(asked)
     if shows:
         if asked.settings.eval_only:
-            values.sources |= dict.fromkeys((*values.own, "tuned_on", "draw"), str(config.settings.weights_file))
+            values.sources |= dict.fromkeys(
+                (*values.own, "tuned_on", "draw", *SUPPORT), str(config.settings.weights_file)
+            )
         as_asked = {name: getattr(asked.settings, name) for name in ("device", "workers")}  # for other machines too
         shown = dataclasses.replace(config, settings=dataclasses.replace(config.settings, **as_asked))
         print(values.described(shown), end="")
@@ -139,7 +156,7 @@ class Layers:
 
     def add(self, source: str, layer: dict[str, Any]) -> None:
         """Put a layer on top of the others. A value replaces all ways of saying the same."""
-        layer = self._with_complements(source, layer)
+        layer = self._with_draw(self._with_complements(source, layer))
         for name, value in layer.items():
             same = self.kind.alternatives(name)
             if value is None and len(same) > 1:
@@ -159,6 +176,14 @@ class Layers:
                 if f.name in layer:
                     raise UserError(f"{source}: {other} and {f.name} set the same thing; give only one")
                 layer[f.name] = round(1 - layer.pop(other), 12)
+        return layer
+
+    def _with_draw(self, layer: dict[str, Any]) -> dict[str, Any]:
+        """Return the layer with `shots: all` as `draw: all`, which a layer with a number of shots ends."""
+        if layer.get("shots") == ALL:
+            return {"draw": ALL} | {name: value for name, value in layer.items() if name != "shots"}
+        if "shots" in layer and self.values.get("draw") == ALL:
+            return {"draw": Settings.draw} | layer
         return layer
 
     def config(self) -> Config:
@@ -226,7 +251,9 @@ def _evaluated(config: Config, given: dict[str, Any]) -> Config:
     hparams, trained = saved_settings(path, checkpoint_metadata(path))
     if trained["method"] != settings.method:
         raise UserError(f"{path} was trained with --method {trained['method']}; evaluate it with that")
-    known = {name: trained[name] for name in ("tuned_on", "draw")}
+    known = {name: trained[name] for name in ("tuned_on", "draw", *SUPPORT)}
+    if trained["draw"] == ALL:
+        known["shots"] = trained["shots"]
     if not {"prompts", "template"} & given.keys():
         known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
     return _checked(Config(dataclasses.replace(settings, **known), hparams, {}))

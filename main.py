@@ -38,6 +38,7 @@ from methods.adaptation import Adaptation
 from predictions import Predictions
 from records import rebuild_table
 from run_utils import Run
+from settings import ALL, MAX_SHOTS
 
 
 def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
@@ -57,16 +58,19 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
 def planned(config: Config) -> list[Run]:
     """Return the runs that are asked for, each with its data."""
     # All data first: they are checked faster than weights are loaded, or downloaded.
-    return [Run(single, read_data(single)) for single in config.one_by_one()]
+    read = [(single, read_data(single)) for single in config.one_by_one()]
+    return [Run(single.for_images(task), task) for single, task in read]
 
 
 def read_data(config: Config) -> Task:
     """Return the task of a run, with all of its images in place and prompts that CLIP can read."""
     settings = config.settings
+    every = settings.draw == ALL and not settings.eval_only
+    shots = MAX_SHOTS if every else settings.shots
     task = datasets.build(
         settings.test_dataset,
         settings.root_path,
-        settings.shots if config.trains or settings.split else None,  # without training only the test part is read
+        shots if config.trains or settings.split or every else None,  # without training only the test part is read
         settings.seed,
         settings.prompts,
         templates=settings.template,
@@ -76,6 +80,7 @@ def read_data(config: Config) -> Task:
         test_part=settings.test_part,
         reading=datasets.Reading(settings.max_megapixels, settings.white_level),
         own=settings.own_images,
+        support=settings.support if config.trains else datasets.Support(),
     )
     datasets.check_images_exist(task)
     if settings.temperature_scaling and config.trains and not task.val:

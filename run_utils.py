@@ -100,6 +100,11 @@ def run_identity(config: Config, images: int) -> str:
         for path in (Path(settings.arch or ""), Path(settings.backbone).with_name("open_clip_config.json")):
             if path.is_file():  # what the weights' conventions are known from
                 relevant[path.name] = file_sha256(path)
+    if settings.imbalance != "none":
+        relevant["imbalance"] = settings.imbalance
+        relevant |= {"imbalance_ratio": settings.imbalance_ratio} if settings.imbalance == "long_tail" else {}
+    if settings.label_noise:
+        relevant |= {"label_noise": settings.label_noise, "noise_kind": settings.noise_kind}
     if settings.ece_bins != Settings.ece_bins:
         relevant["ece_bins"] = settings.ece_bins
     if settings.arch is not None:
@@ -238,6 +243,8 @@ class Run:
     def metadata(self, hparams: Hparams, adapted: Predictions, temperature: float | None) -> dict[str, str]:
         """Return what a weight file says of its run, so that its use elsewhere needs no other file."""
         settings = dataclasses.asdict(self.settings) | dataclasses.asdict(hparams) | {"tuned_on": self.tuned_on}
+        if self.task.label_noise:
+            settings |= {"label_noise": self.task.label_noise, "noise_kind": self.task.noise_kind}
         about = {
             "run_id": self.id,
             "method": self.settings.method,
@@ -307,6 +314,7 @@ class Run:
             "searched": "; ".join(f"{n} of {', '.join(map(str, v))}" for n, v in self.config.search.items()) or None,
             **self._measured(adapted, zero_shot),
             **result,
+            **self._support(),
             "draw": self._draw(),
             "epochs": getattr(experiment.hparams, "epochs", None) if self.config.trains else None,
             "prompts": "own" if settings.template else settings.prompts,
@@ -338,6 +346,17 @@ class Run:
             **{f"scaled_{name}": value for name, value in scaled.items()},
             "base_accuracy": None,
             "harmonic_mean": None,
+        }
+
+    def _support(self) -> dict[str, str | float | None]:
+        """Return how the training images differ from equally many, rightly labelled ones of each class."""
+        settings = self.settings
+        of = self.task if self.config.trains else settings  # a recorded split may have wrong labels
+        return {
+            "imbalance": settings.imbalance,
+            "imbalance_ratio": settings.imbalance_ratio if settings.imbalance == "long_tail" else None,
+            "label_noise": of.label_noise,
+            "noise_kind": of.noise_kind if of.label_noise else None,
         }
 
     def _draw(self) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ def option(
     text: str,
     *,
     group: str = "method",
-    kind: type | None = None,
+    kind: Callable | None = None,
+    optional: bool | None = None,
     choices: Collection[str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -37,7 +38,8 @@ def option(
     """Return a dataclass field that is also a flag and a key of config files.
 
     `text` is its help, `group` the heading of --help that it stands under. `kind` is its type, by default that of
-    `default`; it is given where the value may also be None. `choices` or the four bounds say which values are allowed.
+    `default`; where it is given the value may also be None, unless `optional` is False. `choices` or the four bounds
+    say which values are allowed.
     `complement` names a second flag whose value is 1 minus this one.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
@@ -47,7 +49,7 @@ def option(
             "help": text,
             "group": group,
             "kind": kind or type(default),
-            "optional": kind is not None,
+            "optional": kind is not None if optional is None else optional,
             "choices": choices,
             "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
             "complement": complement,
@@ -90,7 +92,14 @@ class Options:
 
 
 OWN_IMAGES = tuple(f.name for f in dataclasses.fields(datasets.OwnImages))  # the flags for --dataset folder only
+SUPPORT = tuple(f.name for f in dataclasses.fields(datasets.Support))  # flags of the same names
+ALL = "all"  # --shots all: draw is then "all", and shots the images of the largest class
 MAX_SHOTS = 10_000  # no class of the datasets has more images; lists of repeats beyond it would fill the memory
+
+
+def number_or_all(text: str) -> int | str:
+    """Return a number of shots, or ALL."""
+    return ALL if text == ALL else int(text)
 
 
 @dataclass(frozen=True)
@@ -101,10 +110,25 @@ class Settings(Options):
 
     dataset: str = data("digits", "digits is embedded, folder is your images", choices=datasets.available_datasets())
     root_path: str = data("", "folder that holds the datasets ($DATA); for --dataset folder, your images")
-    shots: int = data(1, "labelled training images per class", at_least=1, at_most=MAX_SHOTS)
+    shots: int = data(
+        1,
+        "labelled training images per class; all: every training image",
+        kind=number_or_all,
+        optional=False,
+        at_least=1,
+        at_most=MAX_SHOTS,
+    )
     seed: int = data(3, "random seed of few-shot draw, image order, augmentation and method", at_least=0, below=2**63)
     draw: str = data("released", "few-shot draw as in SO's released code, or as in CoOp's", choices=datasets.ORDERS)
-    split: str | None = data(None, "train on the images in a run's split.json, or in CoOp's few-shot pickle", kind=str)
+    split: str | None = data(
+        None, "train on the images in a run's split.json, or in CoOp's, cross_modal's or 2SFS's few-shot file", kind=str
+    )
+    imbalance: str = data(
+        "none", "unequal classes: as in the training part, or exponentially smaller", choices=datasets.IMBALANCES
+    )
+    imbalance_ratio: float = data(10.0, "long_tail: images of the largest class / of the smallest", at_least=1)
+    label_noise: float = data(0.0, "share of training images that get a wrong label", at_least=0, below=1)
+    noise_kind: str = data("symmetric", "wrong labels: any other, or the next one", choices=datasets.NOISES)
     classes: str = data("all", "base or new: one half, for the base-to-new protocol", choices=datasets.CLASSES)
     test_part: str = data("test", "images to test on; val: all validation images", choices=("test", "val"))
     prompts: str = data("released", "'a photo of a {}.', or each dataset's own", choices=("released", "specific"))
@@ -156,6 +180,11 @@ class Settings(Options):
         return datasets.OwnImages(**{name: getattr(self, name) for name in OWN_IMAGES})
 
     @property
+    def support(self) -> datasets.Support:
+        """How the training images differ from equally many, rightly labelled ones of each class."""
+        return datasets.Support(**{name: getattr(self, name) for name in SUPPORT})
+
+    @property
     def test_dataset(self) -> str:
         """The dataset that is tested on: the one trained on or, in an evaluation elsewhere, another."""
         return self.eval_datasets or self.dataset
@@ -170,7 +199,8 @@ class Settings(Options):
             return None
         data = f"folder-{_data_name(self.root_path)}" if self.dataset == "folder" else self.dataset
         data += "" if self.classes == "all" else "-base"
-        folder = Path(self.save_path) / slug(self.backbone) / data / f"{self.shots}shots" / f"seed{self.seed}"
+        shots = ALL if self.draw == ALL else self.shots
+        folder = Path(self.save_path) / slug(self.backbone) / data / f"{shots}shots" / f"seed{self.seed}"
         return folder / f"{(self.filename or self.method).removesuffix('.safetensors')}.safetensors"
 
     def one_by_one(self) -> list["Settings"]:
@@ -207,6 +237,11 @@ def check_data(settings: Settings, trains: bool) -> None:
         )
     if datasets.is_test_only(settings.dataset) and settings.split:
         raise UserError(f"--split: {settings.dataset} has no training images to choose")
+    if settings.imbalance != "none" and (settings.split or settings.draw == ALL):
+        other = "--split" if settings.split else "--shots all"
+        raise UserError(f"--imbalance {settings.imbalance} and {other} both say which images to take; leave one out")
+    if settings.split and settings.draw == ALL:
+        raise UserError("--split says which images to take; give the --shots that it has instead of all")
     if settings.split and not Path(settings.split).expanduser().is_file():
         raise UserError(f"--split {settings.split} is not a file; every run that draws images writes a split.json")
     if settings.classes == "new" and trains:

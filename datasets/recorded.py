@@ -1,18 +1,26 @@
 """Recorded splits: a run writes its images as `split.json`, and `--split` trains on the same images again.
 
 The file is a JSON object with `dataset`, `class_names`, `split_sha256` and the parts `train` and `val`, for your own
-images also `test`, each a list of [path, label]. `test_part` is there if the validation part was evaluated. CoOp's
-`split_fewshot/shot_K-seed_S.pkl` is read too, without running code from it.
+images also `test`, each a list of [path, label]. `test_part` is there if the validation part was evaluated, and
+`label_noise` and `noise_kind` if labels are wrong on purpose. Support sets that others published are read too:
+
+- CoOp's `split_fewshot/shot_K-seed_S.pkl`, without running code from it;
+- cross_modal_adaptation's `indices/DATASET/shot_K-seed_S.json`;
+- 2SFS's `split_fewshot/shot_K-seed_S_train.jsonl`, with `..._val.jsonl` beside it, except for ImageNet.
 """
 
 import dataclasses
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .splits import check_path, parse_json
+from .splits import check_path, parse_json, read_text
 from .task import DatasetError, Item, Task
+
+TAKES = (
+    "--split takes the split.json of a run, CoOp's .pkl, cross_modal_adaptation's index .json or 2SFS's _train.jsonl"
+)
 
 
 def to_json(task: Task) -> str | None:
@@ -22,6 +30,8 @@ def to_json(task: Task) -> str | None:
     head = {"dataset": task.name, "class_names": task.class_names, "split_sha256": task.split_sha256}
     if task.test_part != "test":
         head["test_part"] = task.test_part
+    if task.label_noise:
+        head |= {"label_noise": task.label_noise, "noise_kind": task.noise_kind}
     fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
     for part in task.parts_to_record:
         rows = ",\n".join(json.dumps([item.path, item.label]) for item in getattr(task, part))
@@ -35,7 +45,7 @@ def replay(task: Task, path: Path) -> Task:
     Raises DatasetError if the file belongs to another dataset or other classes, if it was changed, or if parts that it
     does not list differ from those of the run that wrote it.
     """
-    content = parse_json(path, "--split takes the split.json of a run, or a .pkl file of CoOp")
+    content = parse_json(path, TAKES)
     if not isinstance(content, dict) or not {"dataset", "class_names", "split_sha256"} <= content.keys():
         raise DatasetError(f"--split {path} is not the split.json of a run; every run writes one into its folder")
     if content["dataset"] != task.name:
@@ -46,7 +56,8 @@ def replay(task: Task, path: Path) -> Task:
     if recorded_part != task.test_part:
         raise DatasetError(f"--split {path} was recorded with --test_part {recorded_part}; give the same one")
     parts = {part: _rows(content.get(part), f"--split {path}, {part}", task) for part in task.parts_to_record}
-    replayed = dataclasses.replace(task, **parts)
+    noise = {name: content[name] for name in ("label_noise", "noise_kind") if name in content}
+    replayed = dataclasses.replace(task, **parts, **noise)
     if replayed.split_sha256 != content["split_sha256"]:
         raise DatasetError(
             f"--split {path} was changed, or the {task.test_part} part of {task.name} was another when it was recorded"
@@ -69,7 +80,59 @@ def _rows(rows: object, where: str, task: Task) -> tuple[Item, ...]:
     return tuple(items)
 
 
-# --- CoOp's pickles
+# --- support sets of others
+
+Rows = dict[str, list[tuple[str, int]]]  # by part: path on the machine that wrote the file, and label
+
+
+def importer(path: Path) -> Callable[[Task, Path, Mapping[str, int]], Task] | None:
+    """Return the function that imports a support set that others published; None for a run's split.json."""
+    if path.suffix != ".json":
+        return {".pkl": import_coop, ".jsonl": import_jsonl}.get(path.suffix)
+    content = parse_json(path, TAKES)
+    train = content.get("train") if isinstance(content, dict) else None
+    return import_index if isinstance(train, dict) and isinstance(train.get("data"), list) else None
+
+
+def import_index(task: Task, path: Path, labels: Mapping[str, int]) -> Task:
+    """Return `task` with the images of an index file of cross_modal_adaptation; see `_with_rows`."""
+    content = parse_json(path, TAKES)
+    rows: Rows = {}
+    for part in ("train", "val"):
+        where, listed = f"--split {path}, {part}", content.get(part)
+        if not (isinstance(listed, dict) and isinstance(listed.get("data"), list)):
+            raise DatasetError(f"{where}: the list of images under data is missing; download it again")
+        rows[part] = _fields(listed["data"], "impath", "label", where)
+    return _with_rows(task, path, rows, labels)
+
+
+def _fields(rows: list, image: str, label: str, where: str) -> list[tuple[str, int]]:
+    """Return the two fields of each row, which is a JSON object. Raise DatasetError if one lacks them."""
+    for number, row in enumerate(rows):
+        if not (isinstance(row, dict) and type(row.get(image)) is str and type(row.get(label)) is int):
+            found = json.dumps(row)[:80]
+            raise DatasetError(f"{where}, row {number}: expected {image} (text) and {label} (number), found {found}")
+    return [(row[image], row[label]) for row in rows]
+
+
+def import_jsonl(task: Task, path: Path, labels: Mapping[str, int]) -> Task:
+    """Return `task` with the images of 2SFS's file `..._train.jsonl`, and of `..._val.jsonl` beside it, if that is
+    there; see `_with_rows`."""
+    if not path.name.endswith("_train.jsonl"):
+        raise DatasetError(f"--split {path}: name the file that ends in _train.jsonl; _val.jsonl is read beside it")
+    beside = path.with_name(path.name.replace("_train.jsonl", "_val.jsonl"))
+    rows: Rows = {"train": _jsonl_rows(path), "val": _jsonl_rows(beside) if beside.exists() else []}
+    return _with_rows(task, path, rows, labels)
+
+
+def _jsonl_rows(path: Path) -> list[tuple[str, int]]:
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise DatasetError(f"--split {path}, line {number} is not JSON; download it again") from None
+    return _fields(rows, "_impath", "_label", f"--split {path}")
 
 
 class _Datum:
@@ -86,24 +149,32 @@ class _DatumUnpickler(pickle.Unpickler):
 
 
 def import_coop(task: Task, path: Path, labels: Mapping[str, int]) -> Task:
-    """Return `task` with the images of CoOp's few-shot file `path` (`shot_K-seed_S.pkl`), instead of those drawn.
-
-    `labels` are the labels, by path, of all images that may be drawn. The file has the paths of the machine that wrote
-    it; of each, the longest end that is in `labels` is used. Raises DatasetError if the file is damaged, has another
-    content, or lists images that are not in `labels` with the same label.
-    """
+    """Return `task` with the images of CoOp's few-shot file `path` (`shot_K-seed_S.pkl`); see `_with_rows`."""
     try:
         with open(path, "rb") as file:
             content = _DatumUnpickler(file).load()
-        parts = {
-            part: tuple(Item(_known_end(d._impath, labels), d._label) for d in content.get(part, []))
-            for part in ("train", "val")
-        }
+        rows = {part: [(d._impath, d._label) for d in content.get(part, [])] for part in ("train", "val")}
+        return _with_rows(task, path, rows, labels)
+    except DatasetError:
+        raise
     except OSError as error:
         raise DatasetError(f"--split {path} cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(f"--split {path} is not a few-shot file of CoOp ({reason})") from error
+
+
+def _with_rows(task: Task, path: Path, rows: Rows, labels: Mapping[str, int]) -> Task:
+    """Return `task` with the images in `rows`, which the file `path` lists, instead of those drawn.
+
+    `labels` are the labels, by path, of all images that may be drawn. `rows` has the paths of the machine that wrote
+    the file; of each, the longest end that is in `labels` is used. Raises DatasetError for images that are not in
+    `labels` with the same label.
+    """
+    parts = {
+        part: tuple(Item(_known_end(image, labels), label) for image, label in of_part)
+        for part, of_part in rows.items()
+    }
     for item in (*parts["train"], *parts["val"]):
         if type(item.label) is not int or labels.get(item.path) != item.label:
             raise DatasetError(

@@ -30,7 +30,8 @@ class Task:
     `class_names` are in label order and keep their underscores; two classes may share a name. `templates` are format
     strings with one `{}`; the first is used for training. `train` and `val` are few-shot draws. `test` are the images
     that are evaluated: the whole test part of the dataset or, with `test_part` "val", its whole validation part.
-    `image_root` is None if the images are not files in a folder. `reading` says how their files are read.
+    `image_root` is None if the images are not files in a folder. `reading` says how their files are read. Of `train`
+    the share `label_noise` has wrong labels, of the kind `noise_kind` (`supports.py`).
     """
 
     name: str
@@ -42,6 +43,8 @@ class Task:
     image_root: Path | None
     test_part: str = "test"
     reading: Reading = USUAL
+    label_noise: float = 0.0
+    noise_kind: str | None = None
 
     # The parts that split.json lists. The test part of a published dataset needs no list: it is never drawn.
     parts_to_record = ("train", "val")

@@ -14,7 +14,7 @@ from clip import CLIP, WeightsError, delta, weights_sha256
 from common import UserError
 from datasets import Task
 from experiment import Experiment
-from settings import Hparams, Settings
+from settings import SUPPORT, Hparams, Settings
 
 from .adapters.matrices import LowRank
 
@@ -61,6 +61,7 @@ def saved_settings(path: Path, metadata: dict[str, str]) -> tuple[Hparams, dict]
         kind = METHODS[saved["method"]].Hparams
         own = {field.name: saved[field.name] for field in dataclasses.fields(kind) if field.name in saved}
         common = {name: saved[name] for name in ("method", "shots", "draw", "split", "prompts", "template", "tuned_on")}
+        common |= {name: saved.get(name, getattr(Settings, name)) for name in SUPPORT}
         return kind(**own).settled(common["shots"], images=0), common
     except (KeyError, TypeError, ValueError):
         raise WeightsError(f"{path} does not say how it was trained; save it again") from None

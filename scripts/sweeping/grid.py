@@ -13,7 +13,7 @@ from arguments import Config, parse
 from common import UserError
 from config_files import read_yaml
 from run_utils import run_identity
-from settings import Settings
+from settings import ALL, Settings
 
 LISTS = ("methods", "datasets", "shots", "seeds")
 KEYS = (*LISTS, "rows", "settings")
@@ -49,7 +49,7 @@ class Cell:
         if self.settings.force:
             return False
         try:
-            if self.epochs is None:  # then the identity is known without the data, which take longer to read
+            if self.epochs is None and self.settings.draw != ALL:  # known without the data, which take longer to read
                 known = [run_identity(single, images=1) for single in self.config.one_by_one()]
                 if not all(Path(self.settings.results_dir, name, "result.json").is_file() for name in known):
                     return False
