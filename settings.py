@@ -102,6 +102,9 @@ def number_or_all(text: str) -> int | str:
     return ALL if text == ALL else int(text)
 
 
+number_or_all.__name__ = "int or all"  # as messages call this type
+
+
 @dataclass(frozen=True)
 class Settings(Options):
     """The settings that every method shares. The names are those of the flags; nothing changes them after parsing."""
