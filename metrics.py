@@ -78,11 +78,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     its zero is found by bisection. If all T are equally good, as for one class, T is 1. If every image is right, the
     best T is 0: the lower limit is returned.
     """
+    logits = logits - logits.max(axis=1, keepdims=True)  # which changes no probability
     true = logits[np.arange(len(labels)), labels]
-    shifted = logits - logits.max(axis=1, keepdims=True)
 
     def slope(log_t: float) -> float:
-        weights = np.exp(shifted * np.exp(-log_t))
+        weights = np.exp(logits * np.exp(-log_t))
         return float(((weights * logits).sum(axis=1) / weights.sum(axis=1) - true).mean())
 
     low, high = np.log(TEMPERATURES)

@@ -46,7 +46,7 @@ def test_the_ranking_says_which_is_best_by_how_much_and_at_what_cost(results):
     assert second.ahead == pytest.approx(means[0]) and (best.seconds, best.weights) == (100, 5000)
     answers = " ".join(found.answers)
     assert "is best after 4 shots, average of 2 datasets: 82.50 %, 22.50 points above" in answers
-    assert "5,000 weights: 100.0 s and 900 MiB on the CPU" in answers
+    assert "5,000 weights: 100.0 s and 900 MiB on the CPU" in answers and "On digits, 4 shots: so" in answers
 
 
 @pytest.mark.parametrize("lead, words", [(5, "a clear difference"), (0.1, "no clear difference")])

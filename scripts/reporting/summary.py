@@ -10,7 +10,7 @@ from scripts.reporting.comparison import CONFIDENCE, SIGNED, differences
 from scripts.reporting.results import Results
 from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number, one_device, places, spread
 
-SHOWN = 12  # rows of the ranking
+SHOWN, OTHERS = 12, 4  # rows of the ranking, and other places with a sentence
 
 
 @dataclass
@@ -28,24 +28,35 @@ class Ranking:
 
 
 def ranking(results: Results) -> Ranking | None:
-    """Return the ranking at the first of the places that tables show, after the number of shots that most
-    configurations were run with, the larger of equals; None if nothing was trained and tested on all classes."""
+    """Return the ranking at the first of the places that tables show, with a sentence on each of the others; None if
+    nothing was trained and tested on all classes, or no configuration on all datasets of an average."""
     runs = results.tested[results.tested.classes == "all"]
-    if runs.empty:
+    found = [place for place in places(runs, once=True) if _complete(*place[1:])] if len(runs) else []
+    if not found:
         return None
-    title, part, columns = places(runs, once=True)[0]
-    complete = {
-        (label, shots): values
-        for (label, shots), own in part.groupby(["configuration", "shots"], sort=False)
-        if (values := accuracies(own, columns)) is not None
-    }
-    counts = pd.Series([shots for _, shots in complete]).value_counts()
-    if counts.empty:
-        return None
-    shots = max(counts.index, key=lambda n: (counts[n], n))
-    at = part[part.shots == shots]
-    own = {label: values for (label, n), values in complete.items() if n == shots}
-    return _ranking(results, at, own, title, shots)
+    title, part, columns = found[0]
+    shots, own = _complete(part, columns)
+    ranked = _ranking(results, part[part.shots == shots], own, title, shots)
+    ranked.answers += [_elsewhere(title, *_complete(part, columns)) for title, part, columns in found[1 : 1 + OTHERS]]
+    return ranked
+
+
+def _complete(runs: pd.DataFrame, columns: list[str]) -> tuple[int, dict[str, pd.Series]] | None:
+    """Return the number of shots that most configurations were run with on all datasets, the larger of equals, and the
+    accuracies of these by configuration, for each seed; None if there are none."""
+    found: dict[int, dict[str, pd.Series]] = {}
+    for (label, shots), own in runs.groupby(["configuration", "shots"], sort=False):
+        values = accuracies(own, columns)
+        if values is not None:
+            found.setdefault(int(shots), {})[label] = values
+    shots = max(found, key=lambda n: (len(found[n]), n), default=None)
+    return None if shots is None else (shots, found[shots])
+
+
+def _elsewhere(title: str, shots: int, found: dict[str, pd.Series]) -> str:
+    """Return in a sentence which configuration is best at another place."""
+    best = max(found, key=lambda label: found[label].mean())
+    return f"On {title}, {in_words(shots)}: {best}, {found[best].mean():.2f} %."
 
 
 def _ranking(results: Results, runs: pd.DataFrame, found: dict[str, pd.Series], title: str, shots: int) -> Ranking:
