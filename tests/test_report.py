@@ -79,6 +79,8 @@ def test_what_runs_measure_and_what_varies_with_the_dataset_does_not_part_them(r
     measured = {"train_seconds": 5.0, "changed_weights": 3, "optimizer_bytes": 9, "iterations": 3, "final_loss": 0.3}
     measured |= {"data_sha256": "a" * 64, "stopped_early": True, "peak_memory_mb": 3.0, "search_seconds": 1.0}
     measured |= {"checkpoint_bytes": 55, "git_commit": "def", "torch_version": "2.9", "nll": 1.0, "zero_shot_ece": 2.0}
+    measured |= {"imbalance": "none", "imbalance_ratio": None, "label_noise": 0.0, "noise_kind": None, "ece_bins": 15}
+    measured |= {"temperature": 1.5, "scaled_ece": 1.0, "base_accuracy": None}  # older records have none of these
     results.add(seed=2, device="NVIDIA A100", **measured)
     for dataset, template, iterations in (("dtd", "{} texture.", 80), ("eurosat", "satellite photo of {}.", 30)):
         results.add("adam", dataset, prompts="specific", template=template, epochs=10, total_iters=iterations)

@@ -35,15 +35,8 @@ MEASURED = {
     *("temperature", *SCALED, "base_accuracy", "harmonic_mean"),
 }
 PLACE = {"dataset", "test_dataset", "root_path", "shots", "seed"}  # the data of a run, and its repetition
-ALWAYS = (
-    "classes",
-    "draw",
-    "prompts",
-    "precision",
-    "eval_only",
-    "test_part",
-    "ece_bins",
-)  # settings that old records may lack
+# Settings that old records may lack: they had the defaults.
+ALWAYS = ("classes", "draw", "prompts", "precision", "eval_only", "test_part", "ece_bins", "imbalance", "label_noise")
 BUDGETS = ("epochs", "n_iters", "total_iters")
 
 

@@ -161,23 +161,24 @@ def _lead(second: pd.Series) -> str:
 
 
 def below_zero_shot_sheet(results: Results) -> Sheet | None:
-    """Return for each configuration and number of shots the datasets on which the mean accuracy over seeds is below
-    that of the unchanged model in the same runs; None if there is none."""
+    """Return the datasets on which the mean accuracy over seeds is below that of the unchanged model in the same runs,
+    for each configuration that has some, by number of shots; None if none has."""
     runs = results.tested[(results.tested.method != "zero_shot") & results.tested.zero_shot_accuracy.notna()]
     runs = runs.assign(gain=runs.test_accuracy - runs.zero_shot_accuracy.astype(float))
-    shots, rows, total = sorted(runs.shots.unique()), [], 0
+    shots, rows = sorted(runs.shots.unique()), []
     for label in results.labels(runs):
-        row = [Cell(label)]
-        for n in shots:
-            own = runs[(runs.configuration == label) & (runs.shots == n)]
-            gains = own.groupby("short_name", sort=False).gain.mean()
-            below = gains[gains < 0].sort_values()
-            total += len(below)
-            named = ", ".join(f"{name} {SIGNED.format(gain)}" for name, gain in below.items())
-            words = f"{len(below)} of {len(gains)}" + (f": {named}" if named else "")
-            row.append(Cell(words, len(below)) if len(gains) else Cell(MISSING))
-        rows.append(row)
-    if not total:
-        return None
+        cells = [_below(runs[(runs.configuration == label) & (runs.shots == n)]) for n in shots]
+        if any(cell.value for cell in cells):
+            rows.append([Cell(label), *cells])
     notes = ["Datasets on which training made the model worse, with the difference in percentage points, over seeds."]
-    return Sheet("Below zero-shot", ["method", *map(in_words, shots)], rows, notes)
+    return Sheet("Below zero-shot", ["method", *map(in_words, shots)], rows, notes) if rows else None
+
+
+def _below(runs: pd.DataFrame) -> Cell:
+    """Return the datasets on which the mean gain of one configuration's runs is negative."""
+    if runs.empty:
+        return Cell(MISSING)
+    gains = runs.groupby("short_name", sort=False).gain.mean()
+    below = gains[gains < 0].sort_values()
+    named = ", ".join(f"{name} {SIGNED.format(gain)}" for name, gain in below.items())
+    return Cell(f"{len(below)} of {len(gains)}" + (f": {named}" if named else ""), len(below))
