@@ -148,8 +148,8 @@ def test_errors_and_calibration_are_those_of_the_predictions(run_main, tmp_path)
     wrong = both[both.label != both.predicted].groupby(["label", "predicted"]).size().sort_values(ascending=False)
     first = errors.pairs[0]
     assert first.errors == wrong.iloc[0] == wrong[(first.label, first.predicted)]
-    assert len(errors.pairs) == min(8, len(wrong)) and first.images == (both.label == first.label).sum()
-    assert 1 <= len(first.pictures) <= 4 and first.pictures[0][0].startswith("data:image/jpeg;base64,")
+    assert len(errors.pairs) == min(8, len(wrong)) and first.tested == (both.label == first.label).sum()
+    assert 1 <= len(first.images) <= 4 and first.images[0][0].startswith("data:image/jpeg;base64,")
     records = pd.DataFrame([record for _, record in read.read().runs.iterrows()])
     scaled = records[records.method == "tip_adapter"].scaled_ece.mean()
     rows = texts(errors.calibration)
@@ -160,9 +160,7 @@ def test_errors_and_calibration_are_those_of_the_predictions(run_main, tmp_path)
     report.main([str(report_of.path), "--out", "report"])
     page = (tmp_path / "report" / "index.html").read_text()
     images = re.findall(r"<img src='([^']*)'", page)
-    assert (
-        images == [uri for pair in errors.pairs for uri, _ in pair.pictures] and "<strong>tip_adapter is best" in page
-    )
+    assert images == [uri for pair in errors.pairs for uri, _ in pair.images] and "<strong>tip_adapter is best" in page
 
 
 def test_damaged_predictions_are_named_and_images_that_are_not_here_too(results, tmp_path):
@@ -173,7 +171,7 @@ def test_damaged_predictions_are_named_and_images_that_are_not_here_too(results,
     results.add("lora", "dtd", accuracy=0)
     (results.path / "run2" / "predictions.csv").write_text("path,label\na,0\n")
     (errors,), notes = read_errors(results.read(), results.path)
-    assert len(notes) == 2 and "run2" in notes[0] and "gone" in notes[1] and not errors.pairs[0].pictures
+    assert len(notes) == 2 and "run2" in notes[0] and "gone" in notes[1] and not errors.pairs[0].images
     assert errors.pairs[0].names == ("0", "1")
     code, _, _, err = call(report.main, results.path, "--out", tmp_path / "out")
     assert code == 0 and "run2" in err

@@ -26,7 +26,7 @@ BINS = 15
 ZERO_SHOT = "zero-shot"  # the unchanged model's curve
 BEST = 8  # configurations with their own curve or column
 CLASSES = 120  # more classes have no whole table
-PAIRS, PICTURES, HEIGHT = 8, 4, 72  # confused pairs, images of each, and their height in pixels
+PAIRS, IMAGES, HEIGHT = 8, 4, 72  # confused pairs, images of each, and their height in pixels
 NEEDED = {"path", "label", "predicted", "probability", "zero_shot_predicted", "zero_shot_probability"}
 
 
@@ -43,16 +43,16 @@ class Curve:
 class Pair:
     """Two classes that the best configuration confuses: images of class `label` taken for class `predicted`.
 
-    `names` are those of the two, `errors` and `images` (all of the first class) are counted over all seeds. `pictures`
-    are the images of the most confident such errors: a data URI and a caption each.
+    `names` are those of the two; `errors`, and the images `tested` of the first class, are counted over all seeds.
+    `images` are those of the most confident such errors: a data URI and a caption each.
     """
 
     label: int
     predicted: int
     names: tuple[str, str]
     errors: int
-    images: int
-    pictures: list[tuple[str, str]] = field(default_factory=list)
+    tested: int
+    images: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -118,7 +118,7 @@ def _errors(
     best_runs = runs.run_id[runs.configuration == best]
     names = _class_names(folder / best_runs.iloc[0], of_label[best])
     pairs = _pairs(of_label[best], names)
-    notes = _add_pictures(pairs, of_label[best], folder / best_runs.iloc[0])
+    notes = _add_images(pairs, of_label[best], folder / best_runs.iloc[0])
     shots = int(runs.shots.max())
     classes = _class_sheet(title, shots, of_label, trained[:BEST], names)
     return Errors(title, shots, best, calibration_sheet(results, title, runs), classes, pairs, curves), notes
@@ -214,7 +214,7 @@ def _pairs(table: pd.DataFrame, names: list[str]) -> list[Pair]:
 # --- images
 
 
-def _add_pictures(pairs: list[Pair], table: pd.DataFrame, folder: Path) -> list[str]:
+def _add_images(pairs: list[Pair], table: pd.DataFrame, folder: Path) -> list[str]:
     """Give each pair its most confident errors as small images; return a note if they cannot be read here."""
     if not pairs:
         return []
@@ -223,9 +223,9 @@ def _add_pictures(pairs: list[Pair], table: pd.DataFrame, folder: Path) -> list[
         errors = table[table.label != table.predicted].sort_values("probability", ascending=False, kind="stable")
         for pair in pairs:
             own = errors[(errors.label == pair.label) & (errors.predicted == pair.predicted)]
-            for row in own.drop_duplicates("path")[:PICTURES].itertuples():
-                picture = _data_uri(task.read(Item(row.path, row.label)))
-                pair.pictures.append((picture, f"{row.path}: {pair.names[1]} with {row.probability:.0%}"))
+            for row in own.drop_duplicates("path")[:IMAGES].itertuples():
+                image = _data_uri(task.read(Item(row.path, row.label)))
+                pair.images.append((image, f"{row.path}: {pair.names[1]} with {row.probability:.0%}"))
     except (UserError, FileNotFoundError) as error:
         return [f"No images of errors in {folder.name}: {error}"]
     return []
