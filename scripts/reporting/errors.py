@@ -1,6 +1,6 @@
 """What the runs' predictions show: calibration, accuracy per class, confused classes, and images of the worst errors.
 
-Everything here is for one dataset after the largest number of shots that was run on it.
+Everything here is for one dataset after the number of shots that most configurations were run with on it.
 """
 
 import base64
@@ -19,7 +19,7 @@ from common import UserError, progress
 from config_files import flags_of, read_config
 from datasets import Item, Task
 from scripts.reporting.results import Results
-from scripts.reporting.sheets import Cell, Sheet, in_words, number, places, spread
+from scripts.reporting.sheets import Cell, Sheet, in_words, number, places, spread, usual_shots
 from settings import Settings
 
 BINS = 15
@@ -27,7 +27,7 @@ ZERO_SHOT = "zero-shot"  # the unchanged model's curve
 BEST = 8  # configurations with their own curve or column
 CLASSES = 120  # more classes have no whole table
 PAIRS, IMAGES, HEIGHT = 8, 4, 72  # confused pairs, images of each, and their height in pixels
-NEEDED = {"path", "label", "predicted", "probability", "zero_shot_predicted", "zero_shot_probability"}
+NEEDED = ["path", "label", "predicted", "probability", "zero_shot_predicted", "zero_shot_probability"]
 
 
 @dataclass
@@ -71,10 +71,11 @@ class Errors:
 def read_errors(results: Results, folder: Path) -> tuple[list[Errors], list[str]]:
     """Return what the predictions of the runs in `folder` show, by dataset, and notes on what cannot be read."""
     found, notes = [], []
-    for title, runs, columns in places(results.tested):
+    tested = results.tested[results.tested.classes == "all"]
+    for title, runs, columns in places(tested) if len(tested) else []:
         if len(columns) > 1:
             continue
-        at = runs[(runs.shots == runs.shots.max()) & (runs.classes == "all")]
+        at = runs[runs.shots == usual_shots(runs)]
         tables = {}
         for run_id in progress(at.run_id, f"predictions on {title}", "run"):
             try:
@@ -96,10 +97,7 @@ def _read_predictions(folder: Path) -> pd.DataFrame | None:
     """Return a run's predictions; None if it has none, as older runs. Raise ValueError or OSError for damaged ones."""
     for name in ("predictions.csv", "predictions.csv.gz"):
         if (folder / name).exists():
-            table = pd.read_csv(folder / name, keep_default_na=False)
-            if not set(table.columns) >= NEEDED:
-                raise ValueError("columns are missing")
-            return table
+            return pd.read_csv(folder / name, keep_default_na=False, usecols=NEEDED)
     return None
 
 

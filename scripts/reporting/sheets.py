@@ -86,6 +86,12 @@ def seeds(runs: pd.DataFrame) -> tuple[int, str]:
     return usual, text + (", or n where it says so." if uneven else ".")
 
 
+def usual_shots(runs: pd.DataFrame) -> int:
+    """Return the number of shots that most configurations were run with, the larger of equals."""
+    counts = runs.groupby("shots").configuration.nunique()
+    return int(max(counts.index, key=lambda shots: (counts[shots], shots)))
+
+
 # --- which datasets stand together
 
 

@@ -8,7 +8,18 @@ import pandas as pd
 from common import counted
 from scripts.reporting.comparison import CONFIDENCE, SIGNED, differences
 from scripts.reporting.results import Results
-from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number, one_device, places, spread
+from scripts.reporting.sheets import (
+    MISSING,
+    Cell,
+    Sheet,
+    accuracies,
+    in_words,
+    number,
+    one_device,
+    places,
+    spread,
+    usual_shots,
+)
 
 SHOWN, OTHERS = 12, 4  # rows of the ranking, and other places with a sentence
 
@@ -42,15 +53,15 @@ def ranking(results: Results) -> Ranking | None:
 
 
 def _complete(runs: pd.DataFrame, columns: list[str]) -> tuple[int, dict[str, pd.Series]] | None:
-    """Return the number of shots that most configurations were run with on all datasets, the larger of equals, and the
-    accuracies of these by configuration, for each seed; None if there are none."""
-    found: dict[int, dict[str, pd.Series]] = {}
-    for (label, shots), own in runs.groupby(["configuration", "shots"], sort=False):
-        values = accuracies(own, columns)
-        if values is not None:
-            found.setdefault(int(shots), {})[label] = values
-    shots = max(found, key=lambda n: (len(found[n]), n), default=None)
-    return None if shots is None else (shots, found[shots])
+    """Return the number of shots that most configurations were run with on all datasets, and the accuracies of these by
+    configuration, for each seed; None if there are none."""
+    cells = runs.groupby(["configuration", "shots"], sort=False)
+    whole = cells.filter(lambda own: set(own.tested_on) == set(columns))
+    if whole.empty:
+        return None
+    shots = usual_shots(whole)
+    at = whole[whole.shots == shots]
+    return shots, {label: accuracies(own, columns) for label, own in at.groupby("configuration", sort=False)}
 
 
 def _elsewhere(title: str, shots: int, found: dict[str, pd.Series]) -> str:
