@@ -156,7 +156,7 @@ class Layers:
 
     def add(self, source: str, layer: dict[str, Any]) -> None:
         """Put a layer on top of the others. A value replaces all ways of saying the same."""
-        layer = self._with_draw(self._with_complements(source, layer))
+        layer = self._with_draw(source, self._with_complements(source, layer))
         for name, value in layer.items():
             same = self.kind.alternatives(name)
             if value is None and len(same) > 1:
@@ -178,9 +178,10 @@ class Layers:
                 layer[f.name] = round(1 - layer.pop(other), 12)
         return layer
 
-    def _with_draw(self, layer: dict[str, Any]) -> dict[str, Any]:
+    def _with_draw(self, source: str, layer: dict[str, Any]) -> dict[str, Any]:
         """Return the layer with `shots: all` as `draw: all`, which a layer with a number of shots ends."""
         if layer.get("shots") == ALL:
+            self.sources["shots"] = source
             return {"draw": ALL} | {name: value for name, value in layer.items() if name != "shots"}
         if "shots" in layer and self.values.get("draw") == ALL:
             return {"draw": Settings.draw} | layer

@@ -122,7 +122,9 @@ class Settings(Options):
         at_most=MAX_SHOTS,
     )
     seed: int = data(3, "random seed of few-shot draw, image order, augmentation and method", at_least=0, below=2**63)
-    draw: str = data("released", "few-shot draw as in SO's released code, or as in CoOp's", choices=datasets.ORDERS)
+    draw: str = data(
+        "released", "few-shot draw as in SO's released code, or CoOp's; all: by --shots all", choices=datasets.ORDERS
+    )
     split: str | None = data(
         None, "train on the images in a run's split.json, or in CoOp's, cross_modal's or 2SFS's few-shot file", kind=str
     )
@@ -243,6 +245,10 @@ def check_data(settings: Settings, trains: bool) -> None:
     if settings.imbalance != "none" and (settings.split or settings.draw == ALL):
         other = "--split" if settings.split else "--shots all"
         raise UserError(f"--imbalance {settings.imbalance} and {other} both say which images to take; leave one out")
+    if settings.imbalance != "long_tail" and settings.imbalance_ratio != Settings.imbalance_ratio:
+        raise UserError("--imbalance_ratio is that of --imbalance long_tail; add this, or leave it out")
+    if not settings.label_noise and settings.noise_kind != Settings.noise_kind:
+        raise UserError("--noise_kind says how labels are wrong; add --label_noise, their share, or leave it out")
     if settings.split and settings.draw == ALL:
         raise UserError("--split says which images to take; give the --shots that it has instead of all")
     if settings.split and not Path(settings.split).expanduser().is_file():
