@@ -25,7 +25,7 @@ def macro_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 def nll(true_log_probability: np.ndarray) -> float:
     """Return the negative log-likelihood in nats: the mean of minus the log probability [N] of the true class."""
-    return float(-true_log_probability.mean())
+    return float(0.0 - true_log_probability.mean())  # never -0.0
 
 
 def brier(squared_error: np.ndarray) -> float:

@@ -117,11 +117,12 @@ def _summary(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """Return what Predictions has of each image of a batch, in its order from `predicted` on, where the logits are."""
     true = logits.gather(1, labels[:, None])
     largest, predicted = logits.max(dim=-1, keepdim=True)  # the first of equals
-    rank = 1 + (logits > true).sum(dim=-1)
-    tied = ((logits == true).sum(dim=-1) > 1).nonzero()[:, 0]
+    work = torch.empty_like(logits)  # sums of floats in one buffer: three times as fast as of booleans in new ones
+    rank = 1 + torch.gt(logits, true, out=work).sum(dim=-1).long()
+    tied = (torch.eq(logits, true, out=work).sum(dim=-1) > 1).nonzero()[:, 0]
     classes = torch.arange(logits.shape[1], device=logits.device)
     rank[tied] += ((logits[tied] == true[tied]) & (classes < labels[tied, None])).sum(dim=-1)
-    weights = (logits - largest).exp_()  # softmax without its denominator; the predicted class's is 1
+    weights = torch.sub(logits, largest, out=work).exp_()  # softmax without its denominator; 1 for the predicted class
     total, squares = weights.sum(dim=-1).double(), torch.linalg.vector_norm(weights, dim=-1).double().square()
     true_log_probability = (true - largest)[:, 0].double() - total.log()
     squared_error = squares / total.square() + 1 - 2 * true_log_probability.exp()
@@ -135,7 +136,7 @@ def files(task: Task, adapted: Predictions, zero_shot: Predictions) -> dict[str,
     long = len(text) > PLAIN_BYTES
     return {
         TABLE: None if long else text,
-        f"{TABLE}.gz": gzip.compress(text.encode(), compresslevel=4, mtime=0) if long else None,
+        f"{TABLE}.gz": gzip.compress(text.encode(), compresslevel=2, mtime=0) if long else None,
         "classes.csv": _class_table(task, adapted, zero_shot),
         LOGITS: None if adapted.logits is None else _logits(adapted, zero_shot),
     }

@@ -240,8 +240,11 @@ class Run:
 
             yield write
 
-    def metadata(self, hparams: Hparams, adapted: Predictions, temperature: float | None) -> dict[str, str]:
-        """Return what a weight file says of its run, so that its use elsewhere needs no other file."""
+    def metadata(
+        self, hparams: Hparams, adapted: Predictions | None = None, temperature: float | None = None
+    ) -> dict[str, str]:
+        """Return what a weight file says of its run, so that its use elsewhere needs no other file: also the accuracy
+        of what the adapted model said of the test images, and the temperature that was fitted, if they are given."""
         settings = dataclasses.asdict(self.settings) | dataclasses.asdict(hparams) | {"tuned_on": self.tuned_on}
         if self.task.label_noise:
             settings |= {"label_noise": self.task.label_noise, "noise_kind": self.task.noise_kind}
@@ -253,8 +256,8 @@ class Run:
             "class_names": json.dumps(self.task.class_names),
             "templates": json.dumps(self.task.templates),
             "test_sha256": self.task.test_sha256,
-            "test_accuracy": json.dumps(adapted.accuracy),
         }
+        about |= {} if adapted is None else {"test_accuracy": json.dumps(adapted.accuracy)}
         return about if temperature is None else about | {"temperature": json.dumps(temperature)}
 
     @property

@@ -11,9 +11,10 @@ from support.runs import experiment_of, in_folder, outcome, refused
 
 import clip
 import datasets
+import experiment as experiments
 import main as entry
+import predictions
 import train
-import utils
 from arguments import parse
 from common import UserError
 from datasets.digits import DigitsTask
@@ -152,9 +153,9 @@ def test_test_images_are_read_but_not_judged_before_the_choice(run_main, monkeyp
 
     monkeypatch.setattr(DigitsTask, "read", watched_read)
     monkeypatch.setattr(train, "search", watched_search)
-    judged, accuracy = [], utils.accuracy
+    judged, predict = [], predictions.predict
     monkeypatch.setattr(
-        utils, "accuracy", lambda *args: judged.append((len(args[2]), "chosen" in events)) or accuracy(*args)
+        experiments, "predict", lambda *args: judged.append((len(args[2]), "chosen" in events)) or predict(*args)
     )
     run_main(*QUICK, *GRID, "--eval_every", 1, "--cache_dir", "cache")
     before, after = events[: events.index("chosen")], events[events.index("chosen") :]
