@@ -54,8 +54,9 @@ class Experiment(Generic[H]):
         return self.model.device
 
     def autocast(self) -> torch.autocast:
-        """Return the context of forward passes: bf16 autocast or, for fp32, none. Weights are float32 either way."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        """Return the context of forward passes: autocast to bf16 or fp16, or none. Weights are always float32."""
+        dtype = torch.float16 if self.settings.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.settings.precision != "fp32")
 
     def training_batches(self, start: int = 0) -> DataLoader:
         """Return the augmented training batches from iteration `start` (counted from 0) to the end of training.

@@ -155,7 +155,7 @@ class Settings(Options):
     arch: str | None = model(
         None, "for a weight file whose shapes do not tell it: open_clip's name or config FILE.json, or openai", kind=str
     )
-    precision: str = model("fp32", "of the computation; weights are always float32", choices=("fp32", "bf16"))
+    precision: str = model("fp32", "of the computation; weights are always float32", choices=("fp32", "bf16", "fp16"))
 
     tuned_on: str = training("none", "only recorded: images you chose settings with", choices=("none", "val", "test"))
     save_every: int = training(1000, "iterations between checkpoints to resume from; 0: none", at_least=0)

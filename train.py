@@ -130,9 +130,15 @@ def adapt(experiment: Experiment) -> Adaptation:
 def prepare(experiment: Experiment, start: int = 0) -> tuple[Adaptation, Iterable | None]:
     """Return the method on this model, and the batches to train it with from iteration `start` on (counted from 0).
 
-    There are no batches where the training loop is not used. Raise DatasetError if a training image is damaged.
+    There are no batches where the training loop is not used. Raise DatasetError if a training image is damaged, and
+    UserError if the method cannot be trained in this precision.
     """
     adaptation = adapt(experiment)
+    if adaptation.scaler.is_enabled() and adaptation.instead_of_fp16:
+        raise UserError(
+            f"--precision fp16 does not work with these settings of {experiment.settings.method}, which uses gradients "
+            f"of the scaled loss; use {adaptation.instead_of_fp16}"
+        )
     return adaptation, None if adaptation.optimizer is None else adaptation.batches(start)
 
 
@@ -213,9 +219,10 @@ def _step(
         adaptation.optimizer.zero_grad()
     # The shares of an epoch's batches add up to 1: the penalty is counted once, the loss is the mean over images.
     share = len(labels) / len(experiment.task.train) if adaptation.full_batch else 1.0
-    (share * (loss + adaptation.penalty())).backward()
+    adaptation.scaler.scale(share * (loss + adaptation.penalty())).backward()
     if ends_epoch or not adaptation.full_batch:
-        adaptation.optimizer.step()
+        adaptation.scaler.step(adaptation.optimizer)
+        adaptation.scaler.update()
         if adaptation.scheduler is not None:
             adaptation.scheduler.step()
     correct = (logits.detach().argmax(dim=-1) == labels).sum()

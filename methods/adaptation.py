@@ -26,6 +26,9 @@ class Adaptation:
     # False if prompts must not share the computation of their common first words in training: a method that draws
     # something at random for every token (dropout).
     shares_prefix = True
+    # What to use instead of --precision fp16, for a method that uses gradients from which the optimizer's step does not
+    # take the scale of the loss.
+    instead_of_fp16: str | None = None
     # The random generators that the method draws from in training.
     generators: Sequence[torch.Generator] = ()
 
@@ -65,6 +68,12 @@ class Adaptation:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     # --- how it is trained
+
+    @cached_property
+    def scaler(self) -> torch.amp.GradScaler:
+        """What scales the loss with --precision fp16 if towers are trained, and does nothing otherwise."""
+        half = self.experiment.settings.precision == "fp16"
+        return torch.amp.GradScaler(self.model.device.type, enabled=half and (self.trains_images or self.trains_text))
 
     def build(self) -> None:
         """Compute from the training images what does not need the training loop. Called once, before training, and not
@@ -127,6 +136,7 @@ class Adaptation:
             "saved": self.saved.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "scaler": self.scaler.state_dict(),
             "generators": [generator.get_state() for generator in self.generators],
         }
 
@@ -136,5 +146,6 @@ class Adaptation:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
         for generator, drawn in zip(self.generators, state["generators"]):
             generator.set_state(drawn)

@@ -67,6 +67,12 @@ def select_blocks(model: CLIP, hparams: Blocks) -> dict[str, Block]:
     return {name: module for name, module in model.named_modules() if module in chosen}
 
 
+def reached(model: CLIP, blocks: dict[str, Block], index: int) -> list[str]:
+    """Return the towers, out of "vision" and "text", whose first block (`index` 0) or last (-1) is one of `blocks`."""
+    towers = {"text": model} | ({"vision": model.visual} if model.arch.is_vit else {})
+    return [name for name, tower in towers.items() if tower.transformer.resblocks[index] in blocks.values()]
+
+
 def select_matrices(model: CLIP, hparams: Blocks) -> dict[str, nn.Parameter]:
     """Freeze the model except the matrices that SO's paper trains, and return these by name.
 
@@ -87,28 +93,32 @@ def cosine_schedule(
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=lowest)
 
 
-def epoch_cosine(lr: float, epochs: int, per_epoch: int, warmup_lr: float) -> Callable[[int], float]:
+def epoch_cosine(lr: float, epochs: int, per_epoch: int, warmup_lr: float | None) -> Callable[[int], float]:
     """Return Dassl's schedule: a map from an iteration, counted from 0, to the factor on `lr`.
 
     The rate changes only between epochs of `per_epoch` iterations. Epoch 0 has `warmup_lr`; epoch e >= 1 has
-    lr (1 + cos(pi (e - 1) / epochs)) / 2, so the last epoch does not reach 0. (Dassl's own class depends on the version
-    of torch; this is what its published runs used.)
+    lr (1 + cos(pi (e - 1) / epochs)) / 2, so the last epoch does not reach 0. Without `warmup_lr` epoch e has
+    lr (1 + cos(pi e / epochs)) / 2. (Dassl's own class depends on the version of torch; this is what its published runs
+    used.)
     """
 
     def factor(iteration: int) -> float:
         epoch = iteration // per_epoch
+        if warmup_lr is None:
+            return (1 + math.cos(math.pi * epoch / epochs)) / 2
         return warmup_lr / lr if epoch == 0 else (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
     return factor
 
 
 def dassl_schedule(
-    optimizer: torch.optim.Optimizer, hparams: Loop, images: int
+    optimizer: torch.optim.Optimizer, hparams: Loop, images: int, warmup_lr: float | None = WARMUP_LR
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return Dassl's schedule (`epoch_cosine`) for a training set of so many images, with one epoch at WARMUP_LR."""
+    """Return Dassl's schedule (`epoch_cosine`) for a training set of so many images, with one epoch at `warmup_lr`, or
+    without warm-up."""
     per_epoch = hparams.batches_per_epoch(images)
     epochs = -(-hparams.total_iters // per_epoch)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, epoch_cosine(hparams.lr, epochs, per_epoch, WARMUP_LR))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, epoch_cosine(hparams.lr, epochs, per_epoch, warmup_lr))
 
 
 def whole_epochs(method: str, hparams: Loop, images: int) -> int:

@@ -43,6 +43,7 @@ class AdaLoRA(PeftAdapters):
     """AdaLoRA in the chosen blocks, trained with AdamW."""
 
     FORMAT = "clip-adalora-1"
+    instead_of_fp16 = "--precision bf16"  # the importance of ranks is read from gradients, also of skipped updates
 
     def __init__(self, experiment: Experiment[Hparams]):
         hparams = experiment.hparams
