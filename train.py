@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -170,6 +171,8 @@ def fit(
     next_save = done + save_every
     for row in result.curve:
         log(row)
+    if adaptation.scaler.is_enabled():  # torch takes a skipped first update for a wrong order of calls
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     per_epoch = hparams.batches_per_epoch(len(task.train))
     totals = torch.zeros(3, device=experiment.device)  # sums over an epoch: loss, correct, images
 

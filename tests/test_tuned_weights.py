@@ -1,7 +1,6 @@
 """LayerNorm and bias tuning, 2SFS, partial fine-tuning and SHiRA beside plain loops; their weights; 2SFS's classes."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -271,9 +270,10 @@ def test_new_classes_are_told_by_the_tuned_text_tower_and_trained_ones_by_their_
         task = datasets.build("digits", "", None, 3, classes=classes)
         text = utils.text_classifier(model, task.class_names, task.templates[:1])
         rows = text if classes == "new" else F.normalize(saved["classifier"])
+        items = task.test[::13]  # as tests/conftest.py thins them
         with torch.no_grad():
-            features = model.encode_image(torch.stack([preprocess(task.read(item)) for item in task.test]))
-        right = (features @ rows.to(features.dtype).T).argmax(1) == torch.tensor([item.label for item in task.test])
+            features = model.encode_image(torch.stack([preprocess(task.read(item)) for item in items]))
+        right = (features @ rows.T).argmax(1) == torch.tensor([item.label for item in items])
         assert record["test_accuracy"] == pytest.approx(100 * right.double().mean().item(), abs=1e-4)
 
 
@@ -290,8 +290,7 @@ def test_each_class_of_a_mixture_has_its_own_kind_of_row(tmp_path):
     tuned, classifier = utils.text_classifier(adaptation.model, ["zebra"], ["{}"]), adaptation.text_classifier()
     expected = torch.stack([tuned[0], classifier[NAMES.index("dog")], classifier[NAMES.index("cat")]])
     torch.testing.assert_close(other.text_classifier(), expected)
-    broken = json.dumps(["cat", "dog", "dog"])  # a name twice: nobody knows which row is meant
-    adaptation.saved.class_names = json.loads(broken)
+    adaptation.saved.class_names = ["cat", "dog", "dog"]  # a name twice: nobody knows which row is meant
     adaptation.saved.save(path, "a" * 64, {})
     other.saved.load(path, "a" * 64)
     assert other.trained.tolist() == [False, False, True]
