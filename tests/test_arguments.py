@@ -144,8 +144,8 @@ def test_help_shows_one_methods_flags_in_groups():
 @pytest.mark.parametrize(
     "argv, owners",
     [
-        (["--method", "lora", "--density_ratio", "0.1"], "so, so_ablation"),
-        (["--method", "lora", "--s", "0.1"], "so, so_ablation"),
+        (["--method", "lora", "--density_ratio", "0.1"], "so, shira, so_ablation"),
+        (["--method", "lora", "--s", "0.1"], "so, shira, so_ablation"),
         (["--rank", "4"], "lora, relora, dora, adalora"),
         (["--method", "zero_shot", "--probe_c", "1"], "linear_probe"),
     ],
