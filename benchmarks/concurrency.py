@@ -61,7 +61,7 @@ def read_table(results: Path) -> pd.DataFrame:
     table = pd.read_csv(results / "results.csv")
     assert len(table) and table.run_id.is_unique, "the table is empty or has a run twice"
     assert list(table.test_accuracy) == [seed / 8 for seed in table.seed], "wrong values"
-    assert table.columns[0] == "run_id" and table.columns[-1] == "finished_at" and table.finished_at.notna().all()
+    assert table.columns[0] == "run_id" and table.columns[-1] == LAST[-1] and table.finished_at.notna().all()
     return table
 
 
