@@ -24,7 +24,7 @@ from arguments import parse
 from benchmarks.step import ARCHITECTURES
 from benchmarks.timing import alternately
 from clip.arithmetic import Changes, Switch, combine, entries, interpolate, overlap
-from clip.delta import apply_changes, difference
+from clip.delta import apply_changes, difference, snapshot
 from clip.weights import save_weights
 from common import Parser, one_line_errors
 from datasets import Task
@@ -85,7 +85,8 @@ def switch(name: str, share: float, times: int) -> None:
     model = clip.CLIP(ARCHITECTURES[name]).eval().requires_grad_(False)
     for tensor in model.parameters():
         torch.nn.init.normal_(tensor, std=0.02)
-    matrices = select_matrices(model, Blocks())
+    select_matrices(model, Blocks())
+    matrices = snapshot(model)
     deltas = {
         label: {
             tensor: (indices := (torch.rand(weight.numel()) < share).nonzero().view(-1).int(), torch.rand(len(indices)))
@@ -93,6 +94,7 @@ def switch(name: str, share: float, times: int) -> None:
         }
         for label in ("one", "other")
     }
+    model.requires_grad_(False)
     models = Switch(model, deltas)
     states = [{tensor: value.clone() for tensor, value in model.state_dict().items()} for _ in range(2)]
     turn = iter(range(10**9))

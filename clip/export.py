@@ -1,0 +1,187 @@
+"""Writes a CLIP for other programs: OpenAI's, open_clip and Hugging Face's transformers."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import write_atomically
+
+from .files import WeightsError
+from .model import CLIP, Conventions
+from .preprocess import MEAN, STD
+from .weights import save_tensors
+
+# Hugging Face's names of what OpenAI names by the keys. In a block attention has three parts, and is mapped apart.
+_TOP = {
+    "logit_scale": "logit_scale",
+    "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+}
+_NORMS = {  # of a tower; Hugging Face misspells the first
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+    "ln_final": "text_model.final_layer_norm",
+}
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_IN_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours, Hugging Face's
+
+
+def save_openai(model: CLIP, path: Path) -> None:
+    """Write a state dict that OpenAI's `clip.load(path)` reads, in float32.
+
+    That program rounds most weights to half precision when it loads them. Raise WeightsError for a model whose
+    activation or head width is not OpenAI's, which that program could not know.
+    """
+    if model.arch.conventions != Conventions():
+        raise WeightsError(
+            "OpenAI's program knows only heads of width 64 and the quick GELU, which this model does not have; use "
+            "--to open_clip"
+        )
+    content = io.BytesIO()
+    torch.save(_weights(model), content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.getbuffer())
+
+
+def save_open_clip(model: CLIP, folder: Path) -> None:
+    """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, in float32.
+
+    Raise WeightsError for towers with different activations, which its config cannot say.
+    """
+    arch = model.arch
+    activation = _checked(model).vision_activation
+    if activation != arch.conventions.text_activation or activation == "gelu_tanh":
+        raise WeightsError("open_clip's config cannot say the activations of this model's towers; use --to huggingface")
+    conventions = arch.conventions
+    vision = {
+        "image_size": arch.resolution,
+        "layers": arch.vision_layers,
+        "width": arch.vision_width,
+        "patch_size": arch.patch_size,
+        "head_width": conventions.vision_head_width,
+    }
+    if arch.vision_mlp:
+        vision["mlp_ratio"] = arch.vision_mlp / arch.vision_width
+    text = {
+        "context_length": arch.context_length,
+        "vocab_size": arch.vocab_size,
+        "width": arch.text_width,
+        "heads": arch.text_width // conventions.text_head_width,
+        "layers": arch.text_layers,
+    }
+    if arch.text_mlp:
+        text["mlp_ratio"] = arch.text_mlp / arch.text_width
+    config = {"embed_dim": arch.embed_dim, "quick_gelu": activation == "quick_gelu"}
+    config |= {"vision_cfg": vision, "text_cfg": text}
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+    save_tensors(_weights(model), folder / "open_clip_model.safetensors", {"format": "pt"})
+
+
+def save_huggingface(model: CLIP, folder: Path) -> None:
+    """Write a folder that `transformers.CLIPModel.from_pretrained` reads, in float32, and its image processor's config.
+
+    The tokenizer is that of every CLIP of OpenAI's. Raise WeightsError for a ResNet, which CLIPModel has not.
+    """
+    arch, conventions = model.arch, _checked(model)
+    if not arch.is_vit:
+        raise WeightsError("Hugging Face's CLIPModel has no ResNet; use --to openai or open_clip")
+    vision = {
+        "hidden_size": arch.vision_width,
+        "intermediate_size": arch.vision_mlp or 4 * arch.vision_width,
+        "num_hidden_layers": arch.vision_layers,
+        "num_attention_heads": arch.vision_width // conventions.vision_head_width,
+        "image_size": arch.resolution,
+        "patch_size": arch.patch_size,
+        "hidden_act": _ACTIVATIONS[conventions.vision_activation],
+        "projection_dim": arch.embed_dim,
+    }
+    text = {
+        "hidden_size": arch.text_width,
+        "intermediate_size": arch.text_mlp or 4 * arch.text_width,
+        "num_hidden_layers": arch.text_layers,
+        "num_attention_heads": arch.text_width // conventions.text_head_width,
+        "max_position_embeddings": arch.context_length,
+        "vocab_size": arch.vocab_size,
+        "hidden_act": _ACTIVATIONS[conventions.text_activation],
+        "projection_dim": arch.embed_dim,
+        "bos_token_id": arch.vocab_size - 2,
+        "eos_token_id": arch.vocab_size - 1,  # the text embedding is that of the first token with this id
+        "pad_token_id": arch.vocab_size - 1,
+    }
+    config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": arch.embed_dim}
+    config |= {"torch_dtype": "float32", "vision_config": vision, "text_config": text}
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": arch.resolution},
+        "crop_size": {"height": arch.resolution, "width": arch.resolution},
+        "image_mean": MEAN,
+        "image_std": STD,
+        "resample": 3,  # bicubic
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", processor)
+    save_tensors(huggingface_names(_weights(model)), folder / "model.safetensors", {"format": "pt"})
+
+
+def huggingface_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a CLIP with a ViT by the names of Hugging Face's CLIPModel."""
+    found = {}
+    for name, tensor in weights.items():
+        block = _IN_BLOCK.fullmatch(name)
+        if name in _TOP:  # OpenAI multiplies by the projections from the right
+            found[_TOP[name]] = tensor.T.contiguous() if name in ("visual.proj", "text_projection") else tensor
+        elif not block:
+            norm, _, kind = name.rpartition(".")
+            found[f"{_NORMS[norm]}.{kind}"] = tensor
+        else:
+            tower, number, layer, kind = block.groups()
+            prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}."
+            if layer == "attn.in_proj":
+                for part, third in zip("qkv", tensor.chunk(3)):
+                    found[f"{prefix}self_attn.{part}_proj.{kind}"] = third.contiguous()
+            else:
+                found[f"{prefix}{_BLOCK[layer]}.{kind}"] = tensor
+    return found
+
+
+def _checked(model: CLIP) -> Conventions:
+    """Return the model's conventions. Raise WeightsError if they say more than the width of heads and the activations,
+    which is all that the configs here can say."""
+    found = model.arch.conventions
+    said = Conventions(
+        vision_activation=found.vision_activation,
+        text_activation=found.text_activation,
+        vision_head_width=found.vision_head_width,
+        text_head_width=found.text_head_width,
+    )
+    if found != said:
+        raise WeightsError(f"{model.origin}: a model of this kind cannot be exported; use a CLIP built like OpenAI's")
+    return found
+
+
+def _weights(model: CLIP) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,129 @@
+"""Exported models, read back by the programs they are for, give the same features."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import transformers
+from open_clip.openai import load_openai_model
+from support.fabricate import picture
+from support.runs import call, error_of, in_folder, refused
+from support.weights import RESNET, VIT, small_clip
+from test_contracts import quick
+
+import clip
+import main as entry
+from clip.export import save_huggingface, save_open_clip, save_openai
+from methods import merge_file
+from scripts import export
+
+PROMPTS = clip.tokenize(["a photo of a cat.", "two"])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Weight files of short runs, by method."""
+    folder, found = tmp_path_factory.mktemp("saved"), {}
+    for method in ("so", "lora", "coop"):
+        flags = (*quick(method, 3), *in_folder(folder), "--filename", method, "--cache_dir", folder / "cache")
+        assert call(entry.main, *flags)[0] == 0
+        (found[method],) = folder.rglob(f"{method}.safetensors")
+    return found
+
+
+@pytest.fixture
+def adapted(saved):
+    """A CLIP adapted by SO, and features of an image and of two prompts."""
+    model, preprocess = clip.load("tiny")
+    return merge_file(model, saved["so"]), picture(1, 2, (50, 70)), preprocess
+
+
+@torch.no_grad()
+def features(model, image, tokens=PROMPTS) -> tuple[torch.Tensor, torch.Tensor]:
+    return model.encode_image(image), model.encode_text(tokens)
+
+
+def assert_close(found, expected, tolerance: float = 1e-5) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_openai(saved, adapted, tmp_path):
+    model, image, preprocess = adapted
+    assert call(export.main, "--weights", saved["so"], "--to", "openai", "--out", tmp_path / "a" / "clip.pt")[0] == 0
+    content = torch.load(tmp_path / "a" / "clip.pt", weights_only=True)
+    assert all(torch.equal(content[name], tensor) for name, tensor in model.state_dict().items())
+    assert content.keys() == model.state_dict().keys()
+    other = load_openai_model(str(tmp_path / "a" / "clip.pt"), precision="fp32", device="cpu")
+    other.load_state_dict(content)  # in float32: the program rounds to half precision
+    batch = preprocess(image)[None]
+    assert_close(features(other.eval(), batch), features(model, batch))
+
+
+def test_open_clip(saved, adapted, tmp_path):
+    model, image, preprocess = adapted
+    assert call(export.main, "--weights", saved["so"], "--to", "open_clip", "--out", tmp_path / "oc")[0] == 0
+    other, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'oc'}")
+    torch.testing.assert_close(transform(image), preprocess(image), atol=1e-6, rtol=0)
+    batch = preprocess(image)[None]
+    assert_close(features(other.eval(), batch), features(model, batch))
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'oc'}")(["two"]), clip.tokenize(["two"]))
+
+
+@torch.no_grad()
+def huggingface_features(folder: Path, batch, tokens=PROMPTS) -> tuple[torch.Tensor, torch.Tensor]:
+    other, about = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not about["missing_keys"] and not about["unexpected_keys"]
+    found = other.eval().get_image_features(pixel_values=batch), other.get_text_features(input_ids=tokens)
+    return tuple(getattr(each, "pooler_output", each) for each in found)  # of transformers 5, or 4
+
+
+def test_huggingface(saved, adapted, tmp_path):
+    _, image, preprocess = adapted
+    model = merge_file(clip.load("tiny")[0], saved["lora"])
+    assert call(export.main, "--weights", saved["lora"], "--to", "huggingface", "--out", tmp_path / "hf")[0] == 0
+    batch = preprocess(image)[None]
+    assert_close(huggingface_features(tmp_path / "hf", batch), features(model, batch))
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "hf")
+    found = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found, batch, atol=0.05, rtol=0)  # it rounds to whole pixels
+
+
+OTHER = clip.model.Conventions("gelu", "gelu", vision_head_width=16, text_head_width=32)
+
+
+def test_other_activations_heads_and_widths(tmp_path):
+    arch = dataclasses.replace(VIT, conventions=OTHER, vision_mlp=160, text_mlp=96)
+    model = small_clip(arch).requires_grad_(False)
+    batch, tokens = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 77).long()
+    tokens[0, :3], tokens[1, :5] = torch.tensor([62, 5, 63]), torch.tensor([62, 9, 8, 7, 63])
+    save_open_clip(model, tmp_path / "oc")
+    save_huggingface(model, tmp_path / "hf")
+    other = open_clip.create_model(f"local-dir:{tmp_path / 'oc'}").eval()
+    assert_close(features(other, batch, tokens), features(model, batch, tokens))
+    assert_close(huggingface_features(tmp_path / "hf", batch, tokens), features(model, batch, tokens))
+    assert "open_clip" in error_of(clip.WeightsError, save_openai, model, tmp_path / "clip.pt")
+    assert not (tmp_path / "clip.pt").exists()
+
+
+def test_a_resnet(tmp_path):
+    model = small_clip(dataclasses.replace(RESNET, context_length=77)).requires_grad_(False)
+    save_open_clip(model, tmp_path / "oc")
+    assert json.loads((tmp_path / "oc" / "open_clip_config.json").read_text())["model_cfg"]["embed_dim"] == 16
+    other = open_clip.create_model(f"local-dir:{tmp_path / 'oc'}").eval()
+    batch, tokens = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 77).long()
+    tokens[0, :3] = torch.tensor([62, 5, 63])
+    assert_close(features(other, batch, tokens), features(model, batch, tokens))
+    assert "ResNet" in error_of(clip.WeightsError, save_huggingface, model, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("weights", "out"), [("coop", "x"), ("none.safetensors", "x"), ("so", "there")])
+def test_mistakes(saved, weights, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there").touch()
+    flags = ("--weights", saved.get(weights, weights), "--to", "openai", "--out", out)
+    line = refused(call(export.main, *flags), ["there"])
+    assert (out if out == "there" else weights) in line
