@@ -66,7 +66,7 @@ class Experiment(Generic[H]):
         hparams, settings = self.hparams, self.settings
         return datasets.training_loader(
             self.task,
-            train_transform(self.model.arch.resolution, hparams.min_area, hparams.flip),
+            train_transform(self.model.preprocessing, hparams.min_area, hparams.flip),
             hparams.batch_size,
             hparams.total_iters,
             settings.seed,
@@ -120,7 +120,7 @@ class Experiment(Generic[H]):
 
         They come from the cache on disk if another run computed them on such a machine.
         """
-        transform = train_transform(self.model.arch.resolution, self.hparams.min_area, self.hparams.flip)
+        transform = train_transform(self.model.preprocessing, self.hparams.min_area, self.hparams.flip)
         processor = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else torch.get_num_threads()
         about = repr(transform), self.settings.precision, self.device.type, f"{processor}", f"{self.settings.seed}"
         key = ("augmented", self.task.train, views, self.hparams.min_area, self.hparams.flip)
@@ -171,6 +171,11 @@ class Experiment(Generic[H]):
             self.seconds_spared += kept[1]
         self.features[key], self.seconds[key] = kept
         return self.features[key]
+
+    def cosine_logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Return CLIP's logits [B, C]: the cosines of unit image features [B, E] and unit text features [C, E], times
+        the model's factor."""
+        return self.model.logit_factor * image_features @ text_features.T
 
     def text_classifier(self, templates: Sequence[str]) -> Tensor:
         """Return unit text features [C, E]: for each class the mean over the templates, by the model as it is now."""

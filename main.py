@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -85,9 +84,10 @@ def read_data(config: Config) -> Task:
     datasets.check_images_exist(task)
     if settings.temperature_scaling and config.trains and not task.val:
         raise UserError(f"{task.name} has no val images to fit a temperature on; leave --temperature_scaling out")
+    tokenize = clip.tokenizer_of(settings.backbone, settings.arch)
     for template in task.templates:
         try:
-            utils.tokenize_classes(task.class_names, template)
+            utils.tokenize_classes(tokenize, task.class_names, template)
         except ValueError as error:
             raise UserError(f"{error}; shorten the class name or the --template") from None
     return task
@@ -135,8 +135,7 @@ def do_now(run: Run) -> dict:
     run_utils.make_reproducible(run.settings.seed)
     run_utils.use_device(run.settings.device)
     experiment = Experiment.load(run.settings, run.hparams, run.task)
-    if Path(run.settings.backbone).is_file():
-        print(f"{run.settings.backbone}: {clip.describe(experiment.model)}")
+    print(f"{run.settings.backbone}: {clip.describe(experiment.model)}")
     if run.config.trains:
         return train_and_test(run, experiment)
     return evaluate_saved(run, experiment) if run.settings.eval_only else test_zero_shot(run, experiment)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from filelock import Timeout
 
+import clip
 import datasets
 import metrics
 import predictions
@@ -95,11 +96,7 @@ def run_identity(config: Config, images: int) -> str:
         if "classnames" in said:
             said["classnames"] = file_sha256(Path(settings.classnames).expanduser())
         relevant |= said
-    if Path(settings.backbone).is_file():
-        relevant["backbone"] = file_sha256(settings.backbone)
-        for path in (Path(settings.arch or ""), Path(settings.backbone).with_name("open_clip_config.json")):
-            if path.is_file():  # what the weights' conventions are known from
-                relevant[path.name] = file_sha256(path)
+    relevant |= clip.identity(settings.backbone, settings.arch)
     if settings.imbalance != "none":
         relevant["imbalance"] = settings.imbalance
         relevant |= {"imbalance_ratio": settings.imbalance_ratio} if settings.imbalance == "long_tail" else {}
@@ -107,8 +104,6 @@ def run_identity(config: Config, images: int) -> str:
         relevant |= {"label_noise": settings.label_noise, "noise_kind": settings.noise_kind}
     if settings.ece_bins != Settings.ece_bins:
         relevant["ece_bins"] = settings.ece_bins
-    if settings.arch is not None:
-        relevant["arch"] = settings.arch
     if settings.split:
         relevant["split"] = file_sha256(Path(settings.split).expanduser())
     if settings.eval_only:  # the weights decide, not where they are

@@ -222,9 +222,10 @@ def _data_name(root_path: str) -> str:
 
 
 def slug(backbone: str) -> str:
-    """Return a backbone's name, or its file's, as part of a file name."""
-    name = Path(backbone).stem if Path(backbone).suffix else backbone
-    return name.replace("/", "-").replace("@", "-")
+    """Return a backbone's name, or that of its file or folder, as part of a file name."""
+    path = Path(backbone.removeprefix("local-dir:")).expanduser()
+    name = path.stem if path.is_file() else path.resolve().name if path.is_dir() else backbone
+    return re.sub(r"[/@:]", "-", name)
 
 
 def check_data(settings: Settings, trains: bool) -> None:

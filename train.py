@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
-import utils
 from common import UserError, counted, note, progress
 from experiment import Experiment
 from methods import METHODS
@@ -73,7 +72,7 @@ class Stopwatch:
 def zero_shot(experiment: Experiment) -> Predictions:
     """Return what the unchanged model says of the test images, with text features averaged over all templates."""
     classifier = experiment.text_classifier(experiment.task.templates)
-    return experiment.predictions(experiment.test_features(), lambda part: utils.cosine_logits(part, classifier))
+    return experiment.predictions(experiment.test_features(), lambda part: experiment.cosine_logits(part, classifier))
 
 
 def predict(experiment: Experiment, adaptation: Adaptation, temperature: float | None = None) -> Predictions:

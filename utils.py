@@ -4,7 +4,7 @@ Shapes: B images, C classes, E embedding size, P prompts.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,29 +15,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import clip
-from clip.layouts import PackedPrompts
+from clip.layouts import Prompts
 from clip.weights import save_tensors
 from common import note, progress
 
-LOGIT_FACTOR = 100.0  # logits are 100 x cosine, as published, not the model's own logit_scale
 PROMPTS_AT_ONCE = 256  # without gradients, to bound memory
 
 
-def tokenize_classes(class_names: Sequence[str], template: str) -> Tensor:
-    """Return token ids [C, 77] of `template` filled with each class name; underscores become spaces."""
-    return clip.tokenize([template.format(name.replace("_", " ")) for name in class_names])
+def tokenize_classes(tokenize: Callable[[Sequence[str]], Tensor], class_names: Sequence[str], template: str) -> Tensor:
+    """Return token ids [C, context] of `template` filled with each class name; underscores become spaces.
+
+    `tokenize` is a model's, from texts to ids. Raise ValueError for a prompt that is too long.
+    """
+    return tokenize([template.format(name.replace("_", " ")) for name in class_names])
 
 
-def encode_text(model: clip.CLIP, prompts: Tensor | PackedPrompts, vectors: Tensor | None = None) -> Tensor:
-    """Return unit text features [P, E] in float32 of token ids [P, 77] or packed prompts, with gradients where the
-    weights have them. `vectors` [V, D] stand in the places that the packed prompts keep for them."""
+def encode_text(model: clip.CLIP, prompts: Tensor | Prompts, vectors: Tensor | None = None) -> Tensor:
+    """Return unit text features [P, E] in float32 of token ids [P, context] or prompts, with gradients where the
+    weights have them. `vectors` [V, D] stand in the places that the prompts keep for them."""
     return F.normalize(model.encode_text(prompts, vectors).float(), dim=-1)
 
 
 @torch.no_grad()
 def text_embeddings(model: clip.CLIP, class_names: Sequence[str], template: str) -> Tensor:
     """Return text features [C, E] in float32, as the encoder gives them, of `template` with each class name."""
-    tokens = tokenize_classes(class_names, template)
+    tokens = tokenize_classes(model.tokenize, class_names, template)
     return torch.cat([model.encode_text(part).float() for part in tokens.split(PROMPTS_AT_ONCE)])
 
 
@@ -52,7 +54,7 @@ def text_classifier(model: clip.CLIP, class_names: Sequence[str], templates: Seq
     text features over the templates, normalised again."""
     total = 0
     for template in templates:
-        tokens = tokenize_classes(class_names, template)
+        tokens = tokenize_classes(model.tokenize, class_names, template)
         total = total + torch.cat([encode_text(model, part) for part in tokens.split(PROMPTS_AT_ONCE)])
     return F.normalize(total, dim=-1)
 
@@ -61,11 +63,6 @@ def text_classifier(model: clip.CLIP, class_names: Sequence[str], templates: Seq
 def image_features(model: clip.CLIP, loader: DataLoader, label: str) -> Tensor:
     """Return unit features [N, E] in float32, in main memory, of all the loader's images in order."""
     return torch.cat([encode_image(model, images).cpu() for images, _ in progress(loader, label)])
-
-
-def cosine_logits(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Return CLIP's logits [B, C]: 100 x the cosines of unit image features [B, E] and unit text features [C, E]."""
-    return LOGIT_FACTOR * image_features @ text_features.T
 
 
 def cache_file(folder: str, *key: str) -> Path:

@@ -67,7 +67,7 @@ class Side:
     def step(self) -> float:
         """Do one step and return its loss."""
         image, text = (F.normalize(embeddings.float(), dim=-1) for embeddings in self.features())
-        loss = F.cross_entropy(utils.LOGIT_FACTOR * image @ text.T, self.labels)
+        loss = F.cross_entropy(100 * image @ text.T, self.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -85,7 +85,7 @@ def side(name: str, args: Namespace) -> Side:
     R = model.arch.resolution
     images = torch.randn(args.batch_size, 3, R, R, generator=generator).to(device)
     labels = torch.randint(args.classes, (args.batch_size,), generator=generator).to(device)
-    tokens = utils.tokenize_classes(class_names(args.classes), "a photo of a {}.").to(device)
+    tokens = utils.tokenize_classes(model.tokenize, class_names(args.classes), "a photo of a {}.").to(device)
     if name == "plain":
         optimizer = DenseSO(params, lr=2e-4, density_ratio=5e-5, T=5)
         return Side(params, optimizer, lambda: (encode_image(model, images), encode_text(model, tokens)), labels)

@@ -7,13 +7,11 @@ config of open_clip's beside the weights; other weights are rejected.
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
-from typing import Any
 
+from .configs import Card
 from .files import WeightsError
 from .model import CLIP, Architecture, Conventions
-from .preprocess import MEAN, STD
 
 # Models with OpenAI's names and the numbers that open_clip publishes for them. Vision: width, layers, width of a head;
 # text: width, layers (its heads have 64).
@@ -64,19 +62,18 @@ PUBLISHED = {
 TINY = (32, 8, 128, 4, 64, 2)
 
 
-def with_conventions(arch: Architecture, source: Path, asked: str | None) -> tuple[Architecture, str]:
+def with_conventions(
+    arch: Architecture, source: Path, asked: str | None = None, card: Card | None = None
+) -> tuple[Architecture, str]:
     """Return the architecture with its conventions, and in a few words where they are from.
 
-    `asked` is --arch: a name of NAMED, perhaps with `-quickgelu`; "openai"; or a JSON file of open_clip's. Raise
-    WeightsError if the conventions are not known, or belong to other shapes.
+    `card` is what a config says. Without one `asked` is --arch: an architecture, perhaps with `-quickgelu`, or
+    "openai". Raise WeightsError if the conventions are not known, or belong to other shapes.
     """
-    beside = source.parent / "open_clip_config.json"
-    if asked is not None and asked.endswith(".json"):
-        conventions, where = _of_config(Path(asked).expanduser()), f"--arch {asked}"
+    if card is not None:
+        conventions, where = card.conventions, card.where
     elif asked is not None:
         conventions, where = _of_name(arch, asked, source), f"--arch {asked}"
-    elif beside.is_file():
-        conventions, where = _of_config(beside), beside.name
     else:
         conventions, where = _of_shapes(arch, source)
     arch = dataclasses.replace(arch, conventions=conventions)
@@ -90,15 +87,19 @@ def with_conventions(arch: Architecture, source: Path, asked: str | None) -> tup
 
 
 def describe(model: CLIP) -> str:
-    """Return in one line what kind of CLIP this is, and where the conventions of its file are known from."""
+    """Return in one line what kind of CLIP this is, and where what no tensor tells is known from."""
     arch, conventions = model.arch, model.arch.conventions
     tower = f"ViT of width {arch.vision_width}" if arch.is_vit else f"ResNet of width {arch.vision_width}"
-    names = {"quick_gelu": "quick GELU", "gelu": "GELU", "gelu_tanh": "GELU by tanh"}
     heads = conventions.vision_head_width
+    packed = "causal, packed" if conventions.causal else "not causal, padded"
     return (
-        f"{tower}, {arch.attention_width // heads} heads of {heads}, {arch.resolution} pixels, text of width "
-        f"{arch.text_width}, {names[conventions.text_activation]} (known from: {model.origin})"
+        f"{tower}, {arch.attention_width // heads} heads of {heads}, {arch.resolution} pixels, "
+        f"{_SPELLED[conventions.vision_activation]}; text of width {arch.text_width}, {packed}, "
+        f"{_SPELLED[conventions.text_activation]} (known from: {model.origin})"
     )
+
+
+_SPELLED = {"quick_gelu": "quick GELU", "gelu": "GELU", "gelu_tanh": "GELU by tanh"}
 
 
 def _of_shapes(arch: Architecture, source: Path) -> tuple[Conventions, str]:
@@ -141,52 +142,3 @@ def _of_name(arch: Architecture, asked: str, source: Path) -> Conventions:
         )
     activation = "quick_gelu" if asked.endswith(QUICK) else "gelu"
     return Conventions(activation, activation, vision_head_width=head)
-
-
-# --- open_clip's configs
-
-# What the tensors tell, and what has no effect here.
-_TOLD = {"embed_dim", "image_size", "layers", "width", "patch_size", "mlp_ratio", "context_length", "vocab_size"}
-_NO_EFFECT = {"patch_dropout", "output_tokens", "pad_id", "init_logit_scale", "custom_text", "dropout"}
-_USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "final_ln_after_pool": (True, False)}
-
-
-def _of_config(path: Path) -> Conventions:
-    """Return the conventions in a model config of open_clip, or in the open_clip_config.json of a model's folder."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror}; name a config of open_clip") from None
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON ({error})") from None
-    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    vision, text = (config.get(name) if isinstance(config, dict) else None for name in ("vision_cfg", "text_cfg"))
-    if not isinstance(vision, dict) or not isinstance(text, dict):
-        raise WeightsError(f"{path} is not a config of open_clip: it has no vision_cfg and text_cfg")
-    _check_keys({key: value for key, value in config.items() if not key.endswith("_cfg")}, {"quick_gelu"}, path)
-    _check_keys(vision, {"head_width"}, path)
-    _check_keys(text, {"heads"}, path)
-    _check_preprocessing(content.get("preprocess_cfg") or {}, path)
-    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    try:
-        text_head_width = text["width"] // text["heads"]
-        return Conventions(activation, activation, int(vision.get("head_width", 64)), text_head_width)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise WeightsError(f"{path} does not say the width and the number of heads of its towers") from None
-
-
-def _check_keys(part: dict[str, Any], read: set[str], path: Path) -> None:
-    """Raise WeightsError for a setting that changes what a tower computes and is not computed here."""
-    for key, value in part.items():
-        usual = value in _USUAL.get(key, (None, False))
-        if key not in _TOLD | _NO_EFFECT | read and not usual:
-            found = f"{key} {json.dumps(value)[:60]}"
-            raise WeightsError(f"{path}: {found} is not computed by this program; use another model")
-
-
-def _check_preprocessing(part: dict[str, Any], path: Path) -> None:
-    """Raise WeightsError if images must be prepared in another way than OpenAI's."""
-    usual = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
-    for key, value in part.items():
-        if key in usual and value != usual[key]:
-            raise WeightsError(f"{path}: images with {key} {value} are not prepared by this program; use another model")

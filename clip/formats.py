@@ -4,6 +4,7 @@ The result has OpenAI's names. Nothing is guessed: two CLIPs in one file, or ten
 rejected by name.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from common import counted, note
 
 from .files import Inert, Stored, WeightsError, read_file, resolve
+from .huggingface import EMBEDDINGS, TEXT, VISION, openai_names
 
 # OpenAI's archives hold three integers beside the weights; some exports hold the constant causal mask.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
@@ -23,16 +25,34 @@ _ANCHOR = "token_embedding.weight"  # every CLIP with OpenAI's names has it, onc
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return by OpenAI's name, as stored, the tensors of the CLIP in a weight file.
+    """Return by OpenAI's name the tensors of the CLIP in a weight file, or in the files that an index of shards lists.
 
     Read are safetensors, PyTorch's archives (also TorchScript and whole pickled modules) and its older format; the
     state dict may lie below one or two of WRAPPINGS, and its names may have prefixes, such as those of DataParallel and
     torch.compile. What lies beside it, such as an optimizer's state, is left out. No code from the file is run. Raise
     WeightsError that says what the file is.
     """
-    found = _tensors(read_file(path), path)
+    found = {}
+    for file in _shards(path) if path.name.endswith(".index.json") else [path]:
+        held = _tensors(read_file(file), file)
+        found |= held if file == path else resolve(held, file)
     tensors = {name: value for name, value in found.items() if name.split(".")[-1] not in NOT_WEIGHTS}
-    return resolve(_without_prefix(tensors, path), path)
+    tensors = resolve(_without_prefix(tensors, path), path)
+    if f"{EMBEDDINGS}{_ANCHOR}" in tensors:
+        tensors = openai_names(tensors, path)
+    for name in ("logit_scale", "logit_bias"):
+        if name in tensors and tensors[name].shape == (1,):  # as some programs save it
+            tensors[name] = tensors[name].reshape(())
+    return tensors
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index of Hugging Face's lists."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise WeightsError(f"{index} is not an index of weight files; name a weight file") from None
+    return [index.with_name(str(name)) for name in sorted(names)]
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor | Stored]:
@@ -87,7 +107,7 @@ def _without_prefix(tensors: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     if not anchors:
         raise WeightsError(f"{path} is not a CLIP with OpenAI's names; it holds {', '.join(list(tensors)[:3])}")
-    prefix = anchors[0]
+    prefix = anchors[0].removesuffix(EMBEDDINGS)
     is_custom = prefix.endswith("text.") and f"{prefix.removesuffix('text.')}visual.conv1.weight" in tensors
     text = "text." if is_custom else ""  # open_clip's CustomTextCLIP
     prefix = prefix.removesuffix(text)
@@ -118,16 +138,17 @@ def what_model(tensors: dict[str, Any]) -> str | None:
         return f"Long-CLIP, whose second positional embedding this program does not compute; {_OPENAI}"
     if has("visual.trunk."):
         return f"a CLIP of open_clip's with an image tower of timm, such as SigLIP, not read here; {_OPENAI}"
-    if has("vision_model.", "text_model."):
-        kind = "SiglipModel" if has("logit_bias") or has("vision_model.head.probe") else "CLIPModel"
-        return f"Hugging Face's {kind}, whose names are not read here; {_OPENAI}"
+    if has(VISION, TEXT) and has("logit_bias"):
+        return f"Hugging Face's SiglipModel, not read here; {_OPENAI}"
+    if has(VISION, TEXT) and not has(f"{EMBEDDINGS}{_ANCHOR}"):
+        return f"a model of Hugging Face's with another text tower than CLIP's, not read here; {_OPENAI}"
     if has("text_decoder.") or has("visual.attn_pool.") or has("visual_encoder."):
         return f"a model with a text decoder (CoCa, BLIP), not a CLIP; {_OPENAI}"
     if has("prompt_learner.") or names in (["ctx"], ["prompt"]):
         return f"a learned prompt, not a whole CLIP; {_OPENAI}"
     if has("visual.") and not has(_ANCHOR):
         return None if has("text_projection") else f"only the image tower of a CLIP; {_OPENAI}"
-    if has(_ANCHOR, "text_projection") and not has("visual."):
+    if has(_ANCHOR, "text_projection") and not has("visual.") and not has(VISION):
         return f"only the text tower of a CLIP; {_OPENAI}"
     if has("layer1.0.conv1.weight", "fc.weight") and not has("visual."):
         return f"a ResNet classifier, not a CLIP; {_OPENAI}"

@@ -1,9 +1,10 @@
 """How the tokens of a batch are arranged, and which tokens attention lets each of them see.
 
-A transformer block leaves three things to a layout, `Images` or `PackedPrompts`: `attend` is attention among all tokens
-[..., D], `used` picks the token of each image or prompt that the embedding is computed from, [..., D] to [B, D], and
-`attend_used` is attention with only those tokens' queries [B, D]. Everything else in a block works on each token
-separately. Notation: B images or prompts, T tokens, D width, H heads.
+A transformer block leaves three things to a layout, such as `Images` or `PackedPrompts`: `attend` is attention among
+all tokens [..., D], `used` picks the token of each image or prompt that the embedding is computed from, [..., D] to
+[B, D], and `attend_used` is attention with only those tokens' queries [B, D]. Everything else in a block works on
+each token separately. A layout that `pools` has no such token: `used` is a mean of several, after the whole last block.
+Notation: B images or prompts, T tokens, D width, H heads.
 """
 
 import torch
@@ -34,6 +35,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_c
 class Images:
     """Image tokens [B, T, D]. Each token sees all tokens of its image; the first, the class token, is used."""
 
+    pools = False
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         q, k, v = (split_heads(x, heads) for x in (q, k, v))
         return _join_heads(_attention(q, k, v))
@@ -45,35 +48,96 @@ class Images:
         return self.attend(q.unsqueeze(1), k, v, heads).squeeze(1)
 
 
-IMAGES = Images()
+class MeanImages(Images):
+    """The same, with the mean of the patches' tokens in place of the class token's."""
+
+    pools = True
+
+    def used(self, x: Tensor) -> Tensor:
+        return x[:, 1:].mean(dim=1)
 
 
-class PackedPrompts:
+IMAGES, MEAN_IMAGES = Images(), MeanImages()
+
+
+class Prompts:
+    """What both kinds of prompts have: token ids, their positions, and the places of learned vectors (as in CoOp).
+
+    `ids` are [T] or [B, T], `positions` index the positional embeddings. `vector_places` are the places, among all
+    tokens in order, that learned vectors take, and `vector_rows` are the vectors.
+    """
+
+    pools = False
+    ids: Tensor
+    positions: Tensor
+    vector_places: Tensor
+    vector_rows: Tensor
+
+    def _place_vectors(self, rows: Tensor) -> None:
+        """Set the places from `rows`, which has for each token the vector in its place, or -1."""
+        rows = rows.flatten()
+        self.vector_places = (rows >= 0).nonzero().view(-1)
+        self.vector_rows = rows[self.vector_places]
+
+    def to(self, device: torch.device) -> "Prompts":
+        """Move the indices to `device`, in place, and return self."""
+        if self.ids.device != device:
+            for name, value in vars(self).items():
+                if isinstance(value, Tensor):
+                    setattr(self, name, value.to(device))
+        return self
+
+
+class PaddedPrompts(Prompts, Images):
+    """Prompts of a text tower in which every token sees all others, padding included: activations [B, T, D].
+
+    Nothing can be left out then, and a common beginning has other activations in every prompt.
+    """
+
+    def __init__(self, tokens: Tensor, ends: Tensor, vector_at: Tensor | None = None):
+        """`tokens`, `vector_at` [B, T]: see `PackedPrompts`. `ends` [B]: the tokens that embeddings come from."""
+        self.ids, self.ends = tokens, ends
+        self.positions = torch.arange(tokens.shape[1], device=tokens.device)
+        self.rows = torch.arange(len(tokens), device=tokens.device)
+        self._place_vectors(torch.full_like(tokens, -1) if vector_at is None else vector_at)
+
+    def used(self, x: Tensor) -> Tensor:
+        return x[self.rows, self.ends]
+
+
+class PackedPrompts(Prompts):
     """Prompts without padding and with their common beginning only once: token ids [T], then activations [T, D].
 
-    Text attention is causal, and the embedding is computed from the end-of-text token, whose id is the largest. So the
-    tokens after it do not matter, and a beginning that all prompts share ("<start> a photo of a") has the same
-    activations in all of them. The T tokens are this prefix, then the rest of each prompt up to its end. ImageNet's
-    1000 class names take 4,170 tokens instead of 77,000 in padded prompts.
+    Text attention is causal, and the embedding is computed from one token, the prompt's end; in CLIP it is the
+    end-of-text token. So the tokens after it do not matter, and a beginning that all prompts share ("<start> a photo of
+    a") has the same activations in all of them. The T tokens are this prefix, then the rest of each prompt up to its
+    end. ImageNet's 1000 class names take 4,170 tokens instead of 77,000 in padded prompts.
 
     Only attention needs separate prompts: it pads their rests to the longest, [B, S], and removes the padding again.
 
     Learned prompt vectors (as in CoOp) may replace tokens: `vector_at` says where, and `CLIP.encode_text` gets them.
     """
 
-    def __init__(self, tokens: Tensor, share_prefix: bool = True, vector_at: Tensor | None = None):
+    def __init__(
+        self,
+        tokens: Tensor,
+        share_prefix: bool = True,
+        vector_at: Tensor | None = None,
+        ends: Tensor | None = None,
+    ):
         """Pack one prompt or more.
 
         `tokens` [B, context]: int64 ids as `clip.tokenize` makes them. `share_prefix`: False where dropout makes the
         activations of a common beginning differ. `vector_at` [B, context], int64: -1 where a token keeps its own
         embedding, else the row of the learned vector that replaces it; its token is a placeholder, such as that of "X".
-        A beginning is shared where tokens and `vector_at` agree.
+        A beginning is shared where tokens and `vector_at` agree. `ends` [B]: the place of each prompt's end, by default
+        that of its largest id, CLIP's end-of-text token.
         """
-        lengths = tokens.argmax(dim=1) + 1  # [B], end-of-text included
+        lengths = (tokens.argmax(dim=1) if ends is None else ends) + 1  # [B], the end included
         vector_at = torch.full_like(tokens, -1) if vector_at is None else vector_at
         same = ((tokens == tokens[0]) & (vector_at == vector_at[0])).all(dim=0)
         shared = same.cumprod(dim=0).sum()
-        # Every prompt keeps its end-of-text token.
+        # Every prompt keeps its end.
         self.prefix = int(min(shared, lengths.min() - 1)) if share_prefix else 0
         rests = lengths - self.prefix
         self.shape = len(tokens), int(rests.max())  # B, S
@@ -85,23 +149,13 @@ class PackedPrompts:
 
         self.ids = pack(tokens)
         self.positions = pack(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
-        rows = pack(vector_at)
-        self.vector_places = (rows >= 0).nonzero().view(-1)  # which of the T tokens vectors replace
-        self.vector_rows = rows[self.vector_places]  # the vectors that replace them
+        self._place_vectors(pack(vector_at))
         self.slots = is_token.view(-1).nonzero().view(-1)  # [T - prefix], each token's place in the padded [B * S]
-        self.ends = self.prefix + rests.cumsum(dim=0) - 1  # [B], each prompt's end-of-text token among the T
+        self.ends = self.prefix + rests.cumsum(dim=0) - 1  # [B], each prompt's end among the T
         # Which keys (prefix, then padded rest) a query sees. Padding is last, so no token sees it.
         keys = torch.arange(self.prefix + self.shape[1], device=tokens.device)
         self.causal = keys <= self.prefix + columns[:, None]  # [S, prefix + S]
         self.until_end = (keys < lengths[:, None])[:, None, None]  # [B, 1, 1, prefix + S]
-
-    def to(self, device: torch.device) -> "PackedPrompts":
-        """Move the indices to `device`, in place, and return self."""
-        if self.ids.device != device:
-            for name, value in vars(self).items():
-                if isinstance(value, Tensor):
-                    setattr(self, name, value.to(device))
-        return self
 
     def _pad(self, x: Tensor, heads: int) -> Tensor:  # rests of [T, D] -> [B, H, S, D/H]
         B, S = self.shape
@@ -130,4 +184,4 @@ class PackedPrompts:
         return _join_heads(_attention(q, keys, values, self.until_end)).squeeze(1)
 
 
-Layout = Images | PackedPrompts
+Layout = Images | Prompts

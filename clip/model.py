@@ -6,26 +6,51 @@ Notation in shape comments: B images or prompts, T tokens, D width, H heads, E e
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layouts import IMAGES, Layout, PackedPrompts, split_heads
+from .layouts import IMAGES, MEAN_IMAGES, Layout, PackedPrompts, PaddedPrompts, Prompts, split_heads
+from .preprocess import Preprocessing
+from .tokenizer import ClipTokenizer
 
 
 @dataclass(frozen=True)
 class Conventions:
     """What no shape tells about a CLIP; the defaults are OpenAI's. `clip/conventions.py` knows those of other models.
 
-    Activations are those of the MLPs: "quick_gelu", "gelu" or "gelu_tanh".
+    Activations are those of the MLPs: "quick_gelu", "gelu" or "gelu_tanh". The image embedding is computed from the
+    class token ("token") or from the mean of the patches' ("mean"), the text embedding from the token of the largest id
+    ("argmax"), from the first `eos_id` ("eos") or from the last place of the context ("last"). Without `causal`, every
+    text token sees all others, padding included. `text_projection` is a "matrix", "linear" (with a bias) or "none".
+    Which tensors there must be stands here too, so that a file that lacks some is noticed.
     """
 
     vision_activation: str = "quick_gelu"
     text_activation: str = "quick_gelu"
     vision_head_width: int = 64
     text_head_width: int = 64
+    vision_pool: str = "token"
+    ln_pre: bool = True
+    vision_scaled: bool = False  # LayerScale after attention and MLP
+    text_scaled: bool = False
+    causal: bool = True
+    text_pool: str = "argmax"
+    eos_id: int | None = None
+    text_projection: str = "matrix"
+    vision_eps: float = 1e-5  # of LayerNorms
+    text_eps: float = 1e-5
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        """Return for token ids [B, T] the place [B] that each text embedding is computed from."""
+        if self.text_pool == "eos":
+            return (tokens == self.eos_id).int().argmax(dim=1)
+        if self.text_pool == "last":
+            return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+        return tokens.argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,7 @@ class Architecture:
     text_layers: int
     vision_mlp: int | None = None  # width of the MLPs; None: four times that of the tower
     text_mlp: int | None = None
+    logit_bias: bool = False  # added to all logits, so that no accuracy and no gradient sees it
     conventions: Conventions = Conventions()
 
     @property
@@ -85,13 +111,26 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_tanh": lambda: nn
 
 @dataclass(frozen=True)
 class Tower:
-    """The numbers of a transformer. `mlp` is the width of its MLPs."""
+    """The numbers of a transformer. `mlp` is the width of its MLPs; `scaled`: it has LayerScale."""
 
     width: int
     layers: int
     heads: int
     mlp: int
     activation: str
+    scaled: bool = False
+    eps: float = 1e-5
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each of D features, of a residual branch [..., D]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Attention(nn.Module):
@@ -152,27 +191,29 @@ class Block(nn.Module):
     def __init__(self, tower: Tower):
         super().__init__()
         width, mlp = tower.width, tower.mlp
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, tower.eps)
         self.attn = Attention(width, tower.heads)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ls_1 = LayerScale(width) if tower.scaled else nn.Identity()
+        self.ln_2 = nn.LayerNorm(width, tower.eps)
         self.mlp = nn.Sequential(
             OrderedDict(c_fc=nn.Linear(width, mlp), gelu=ACTIVATIONS[tower.activation](), c_proj=nn.Linear(mlp, width))
         )
+        self.ls_2 = LayerScale(width) if tower.scaled else nn.Identity()
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        x = x + self.attn(self.ln_1(x), layout)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.ls_1(self.attn(self.ln_1(x), layout))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
     def forward_used(self, x: Tensor, layout: Layout) -> Tensor:
         """Map all tokens [..., D] to the output [B, D] of the used token of each image or prompt."""
-        x = layout.used(x) + self.attn.forward_used(self.ln_1(x), layout)
-        return x + self.mlp(self.ln_2(x))
+        x = layout.used(x) + self.ls_1(self.attn.forward_used(self.ln_1(x), layout))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, from all tokens [..., D] to the used token [B, D] of each image or prompt.
+    """A stack of blocks, from all tokens [..., D] to the used token [B, D] of each image or prompt, or their mean.
 
-    For the other tokens the last block computes only keys and values: nothing else of them is needed.
+    For the tokens that are not used the last block computes only keys and values: nothing else of them is needed.
     """
 
     def __init__(self, tower: Tower):
@@ -191,13 +232,15 @@ class Transformer(nn.Module):
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, layout)
-        return last.forward_used(x, layout)
+        return layout.used(last(x, layout)) if layout.pools else last.forward_used(x, layout)
 
 
 class VisionTransformer(nn.Module):
-    """An image tower from [B, 3, R, R] to embeddings [B, E], computed from the class token."""
+    """An image tower from [B, 3, R, R] to embeddings [B, E], computed from the class token or the patches' mean."""
 
-    def __init__(self, resolution: int, patch_size: int, tower: Tower, embed_dim: int):
+    def __init__(
+        self, resolution: int, patch_size: int, tower: Tower, embed_dim: int, ln_pre: bool = True, pool: str = "token"
+    ):
         super().__init__()
         width = tower.width
         scale = width**-0.5
@@ -205,16 +248,17 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width, tower.eps) if ln_pre else nn.Identity()
         self.transformer = Transformer(tower)
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width, tower.eps)
+        self.layout = MEAN_IMAGES if pool == "mean" else IMAGES
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, D]
         class_token = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # [B, T, D]
-        x = self.transformer(self.ln_pre(x), IMAGES)
+        x = self.transformer(self.ln_pre(x), self.layout)
         return self.ln_post(x) @ self.proj
 
 
@@ -299,26 +343,42 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers. A new instance has random weights, as for training from scratch; `clip.load` replaces them."""
+    """Both towers. A new instance has random weights, as for training from scratch; `clip.load` replaces them.
+
+    `tokenize` maps texts to token ids [N, context], `preprocessing` says how images become its input, `origin` where
+    its conventions are known from. `logit_factor` is what cosines are multiplied by: 100, as in what was published with
+    OpenAI's models; models with other conventions have their own, exp(logit_scale).
+    """
 
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch
+        self.tokenize: Callable[[Sequence[str]], Tensor] = ClipTokenizer(arch.context_length)
+        self.preprocessing = Preprocessing(arch.resolution)
+        self.origin = "its class"
+        self.logit_factor = 100.0
+        self.visual = image_tower(arch)
         conventions, width = arch.conventions, arch.text_width
-        heads = arch.attention_width // conventions.vision_head_width
-        if arch.is_vit:
-            mlp = arch.vision_mlp or 4 * arch.vision_width
-            tower = Tower(arch.vision_width, arch.vision_layers, heads, mlp, conventions.vision_activation)
-            self.visual = VisionTransformer(arch.resolution, arch.patch_size, tower, arch.embed_dim)
-        else:
-            self.visual = ModifiedResNet(arch.resolution, arch.vision_width, arch.vision_layers, heads, arch.embed_dim)
-        heads, mlp = width // conventions.text_head_width, arch.text_mlp or 4 * width
-        self.transformer = Transformer(Tower(width, arch.text_layers, heads, mlp, conventions.text_activation))
+        tower = Tower(
+            width,
+            arch.text_layers,
+            width // conventions.text_head_width,
+            arch.text_mlp or 4 * width,
+            conventions.text_activation,
+            conventions.text_scaled,
+            conventions.text_eps,
+        )
+        self.transformer = Transformer(tower)
         self.token_embedding = nn.Embedding(arch.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(arch.context_length, width))
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, arch.embed_dim))
+        self.ln_final = nn.LayerNorm(width, tower.eps)
+        if conventions.text_projection == "matrix":
+            self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, arch.embed_dim))
+        elif conventions.text_projection == "linear":
+            self.text_projection = nn.Linear(width, arch.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        if arch.logit_bias:
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @property
@@ -329,18 +389,51 @@ class CLIP(nn.Module):
         """Map preprocessed images [B, 3, R, R] to embeddings [B, E], not normalised."""
         return self.visual(images)
 
-    def encode_text(self, tokens: Tensor | PackedPrompts, vectors: Tensor | None = None) -> Tensor:
-        """Map token ids [B, context] from `clip.tokenize` to embeddings [B, E], not normalised.
+    def prompts(self, tokens: Tensor, share_prefix: bool = True, vector_at: Tensor | None = None) -> Prompts:
+        """Return prompts for `encode_text` of token ids [B, context]: packed, unless each token sees all others.
 
-        Pack prompts that are encoded again and again only once: `PackedPrompts(tokens)`. `vectors` [V, D] replace the
-        embeddings of some tokens, as the prompts' `vector_at` says; positional embeddings are added afterwards.
+        The arguments are those of `PackedPrompts`. Make the prompts that are encoded again and again only once.
         """
-        prompts = tokens if isinstance(tokens, PackedPrompts) else PackedPrompts(tokens)
+        ends = self.arch.conventions.ends(tokens)
+        if not self.arch.conventions.causal:
+            return PaddedPrompts(tokens, ends, vector_at)
+        return PackedPrompts(tokens, share_prefix, vector_at, ends)
+
+    def encode_text(self, tokens: Tensor | Prompts, vectors: Tensor | None = None) -> Tensor:
+        """Map token ids [B, context] from `tokenize`, or `prompts` of them, to embeddings [B, E], not normalised.
+
+        `vectors` [V, D] replace the embeddings of some tokens, as the prompts' `vector_at` says; positional embeddings
+        are added afterwards.
+        """
+        prompts = self.prompts(tokens) if isinstance(tokens, Tensor) else tokens
         prompts = prompts.to(self.device)
-        x = self.token_embedding(prompts.ids)  # [T, D]
+        x = self.token_embedding(prompts.ids)  # [T, D], or [B, T, D] if padded
         if (vectors is None) != (len(prompts.vector_places) == 0):
             raise ValueError("learned vectors need prompts with vector_at, and such prompts need vectors")
         if vectors is not None:
-            x = x.index_copy(0, prompts.vector_places, vectors[prompts.vector_rows])
+            x = x.flatten(0, -2).index_copy(0, prompts.vector_places, vectors[prompts.vector_rows]).view_as(x)
         x = x + self.positional_embedding[prompts.positions]
-        return self.ln_final(self.transformer(x, prompts)) @ self.text_projection
+        x = self.ln_final(self.transformer(x, prompts))
+        if self.arch.conventions.text_projection == "matrix":
+            return x @ self.text_projection
+        return self.text_projection(x) if self.arch.conventions.text_projection == "linear" else x
+
+
+def image_tower(arch: Architecture) -> VisionTransformer | ModifiedResNet:
+    """Return the image tower of an architecture, with random weights."""
+    conventions = arch.conventions
+    heads = arch.attention_width // conventions.vision_head_width
+    if not arch.is_vit:
+        return ModifiedResNet(arch.resolution, arch.vision_width, arch.vision_layers, heads, arch.embed_dim)
+    tower = Tower(
+        arch.vision_width,
+        arch.vision_layers,
+        heads,
+        arch.vision_mlp or 4 * arch.vision_width,
+        conventions.vision_activation,
+        conventions.vision_scaled,
+        conventions.vision_eps,
+    )
+    return VisionTransformer(
+        arch.resolution, arch.patch_size, tower, arch.embed_dim, conventions.ln_pre, conventions.vision_pool
+    )

@@ -1,28 +1,48 @@
-"""From RGB PIL images to CLIP's input tensors [3, resolution, resolution]."""
+"""From RGB PIL images to a CLIP's input tensors [3, size, size]."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import float32
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a CLIP's images are prepared; the defaults are OpenAI's.
+
+    `size`: pixels of each side. `mean`, `std`: of red, green and blue between 0 and 1. `interpolation`: "bicubic" or
+    "bilinear". `resize` for tests: "shortest" scales the shorter side to `size` and crops the centre, "squash" scales
+    both sides.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    interpolation: str = "bicubic"
+    resize: str = "shortest"
+
+    def to_tensor(self) -> list[Callable]:
+        from torchvision.transforms import v2
+
+        return [v2.PILToTensor(), v2.ToDtype(float32, scale=True), v2.Normalize(self.mean, self.std)]
+
+
 # torchvision takes a second to import, so the functions import it when they are called.
 
 
-def _to_tensor() -> list[Callable]:
-    from torchvision.transforms import v2
-
-    return [v2.PILToTensor(), v2.ToDtype(float32, scale=True), v2.Normalize(MEAN, STD)]
-
-
-def test_transform(resolution: int) -> Callable:
-    """Return OpenAI's preprocessing: shorter side to `resolution` pixels (bicubic), centre crop, normalisation."""
+def test_transform(preprocessing: Preprocessing) -> Callable:
+    """Return the transform of test images: resized, cropped in the centre if need be, normalised."""
     from torchvision.transforms import InterpolationMode, v2
 
-    return v2.Compose(
-        [v2.Resize(resolution, InterpolationMode.BICUBIC), v2.CenterCrop(resolution), v2.RGB(), *_to_tensor()]
-    )
+    size, interpolation = preprocessing.size, InterpolationMode(preprocessing.interpolation)
+    if preprocessing.resize == "squash":
+        resized = [v2.Resize((size, size), interpolation)]
+    else:
+        resized = [v2.Resize(size, interpolation), v2.CenterCrop(size)]
+    return v2.Compose([*resized, v2.RGB(), *preprocessing.to_tensor()])
 
 
 def mirror(transform: Callable) -> Callable:
@@ -32,13 +52,14 @@ def mirror(transform: Callable) -> Callable:
     return v2.Compose([transform, v2.functional.horizontal_flip])
 
 
-def train_transform(resolution: int, min_area: float = 0.08, flip: bool = True) -> Callable:
-    """Return the published augmentation: a random crop, resized to `resolution` pixels (bicubic), and a flip.
+def train_transform(preprocessing: Preprocessing, min_area: float = 0.08, flip: bool = True) -> Callable:
+    """Return the published augmentation: a random crop, resized, and a flip.
 
     The crop covers a random part of the image's area between `min_area` and 1. Every other image is flipped
     horizontally, unless `flip` is False, for images such as digits.
     """
     from torchvision.transforms import InterpolationMode, v2
 
-    crop = v2.RandomResizedCrop(resolution, scale=(min_area, 1.0), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose([crop, *([v2.RandomHorizontalFlip()] if flip else []), v2.RGB(), *_to_tensor()])
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    crop = v2.RandomResizedCrop(preprocessing.size, scale=(min_area, 1.0), interpolation=interpolation)
+    return v2.Compose([crop, *([v2.RandomHorizontalFlip()] if flip else []), v2.RGB(), *preprocessing.to_tensor()])

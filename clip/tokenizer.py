@@ -1,4 +1,4 @@
-"""CLIP's byte-level BPE tokenizer: text to token ids, and back.
+"""CLIP's byte-level BPE tokenizer: text to token ids, and back. Those of other models, by `transformers`.
 
 The merge list `bpe_simple_vocab_16e6.txt.gz` is OpenAI's (MIT licence, see LICENSE).
 """
@@ -6,12 +6,15 @@ The merge list `bpe_simple_vocab_16e6.txt.gz` is OpenAI's (MIT licence, see LICE
 import gzip
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .files import WeightsError
 
 CONTEXT_LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -113,3 +116,66 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
             ids = [*ids[: context_length - 1], bpe.ids[END]]
         row[: len(ids)] = torch.tensor(ids)
     return result
+
+
+@dataclass(frozen=True)
+class OtherTokenizer:
+    """A tokenizer of Hugging Face's `transformers`, for models with a vocabulary that is not CLIP's.
+
+    `source` is a folder or a name on the Hub. `clean`: how open_clip cleans texts before, "lower", "whitespace" or
+    "canonicalize"; empty: not at all. `strip_separator`: the separator's id becomes 0, as in CLIPA.
+    """
+
+    source: str
+    context_length: int
+    clean: str = ""
+    strip_separator: bool = False
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids, int64 [number of texts, context_length], padded. Raise ValueError for a text that is too
+        long, WeightsError if the tokenizer is not to be had."""
+        tokenizer = _of_transformers(self.source)
+        cleaned = [_cleaned(text, self.clean) for text in texts]
+        rows = tokenizer(cleaned, padding="max_length", max_length=self.context_length, truncation=False).input_ids
+        for text, row in zip(texts, rows):
+            if len(row) > self.context_length:
+                raise ValueError(f"the text {text!r} has {len(row)} tokens; this model takes {self.context_length}")
+        ids = torch.tensor(rows)
+        return ids.masked_fill(ids == tokenizer.sep_token_id, 0) if self.strip_separator else ids
+
+
+def _cleaned(text: str, how: str) -> str:
+    if not how:
+        return text
+    from open_clip.tokenizer import get_clean_fn  # optional
+
+    return get_clean_fn(how)(text)
+
+
+@lru_cache(maxsize=2)
+def _of_transformers(source: str):
+    try:
+        from transformers import AutoTokenizer  # optional
+    except ImportError:
+        raise WeightsError(
+            f"the tokenizer {source} needs transformers: pip install transformers sentencepiece"
+        ) from None
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # no network, no such name, a package that it needs
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"the tokenizer {source} is not to be had ({reason}); download it on a machine with network, "
+            "with the same HF_HOME"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """CLIP's tokenizer for a model of this context length."""
+
+    context_length: int = CONTEXT_LENGTH
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids, int64 [number of texts, context_length]. Raise ValueError for a text that is too long."""
+        return tokenize(texts, self.context_length)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from common import replacing
 
+from .configs import CLIP_VOCABULARY, Card
 from .conventions import with_conventions
 from .files import WeightsError
 from .model import CLIP, Architecture, Conventions
-
-VOCABULARY = 49408  # tokens of CLIP's tokenizer
+from .preprocess import Preprocessing
+from .tokenizer import ClipTokenizer
 
 
 def read_architecture(weights: dict[str, Tensor]) -> Architecture:
@@ -40,6 +42,7 @@ def read_architecture(weights: dict[str, Tensor]) -> Architecture:
             vision_layers=count("visual.transformer.resblocks."),
             patch_size=patch_size,
             vision_mlp=mlp("visual.", shape("visual.conv1.weight")[0]),
+            embed_dim=shape("visual.proj")[1],
         )
     else:
         side = math.isqrt(shape("visual.attnpool.positional_embedding")[0] - 1)
@@ -48,25 +51,31 @@ def read_architecture(weights: dict[str, Tensor]) -> Architecture:
             vision_width=shape("visual.layer1.0.conv1.weight")[0],
             vision_layers=tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
             patch_size=None,
+            embed_dim=shape("visual.attnpool.c_proj.weight")[0],
         )
     return Architecture(
-        embed_dim=shape("text_projection")[1],
         context_length=shape("positional_embedding")[0],
         vocab_size=shape("token_embedding.weight")[0],
         text_width=shape("ln_final.weight")[0],
         text_layers=count("transformer.resblocks."),
         text_mlp=mlp("", shape("ln_final.weight")[0]),
+        logit_bias="logit_bias" in weights,
         **vision,
     )
 
 
 def build_model(
-    weights: dict[str, Tensor], source: Path, device: str | torch.device = "cpu", asked: str | None = None
+    weights: dict[str, Tensor],
+    source: Path,
+    device: str | torch.device = "cpu",
+    asked: str | None = None,
+    card: Card | None = None,
 ) -> CLIP:
-    """Return the CLIP of these weights, in float32. Its `origin` says where its conventions are known from.
+    """Return the CLIP of these weights, in float32, with what belongs to it.
 
-    `asked` is --arch. Raise WeightsError, naming their `source`, if they fit no CLIP, if its conventions are not known
-    or if a weight is no finite number.
+    `asked` is --arch, `card` what a config says. The model's `origin` says where its conventions are known from. Raise
+    WeightsError, naming the weights' `source`, if they fit no CLIP, if its conventions are not known or if a weight is
+    no finite number.
     """
     try:
         arch = read_architecture(weights)
@@ -74,12 +83,13 @@ def build_model(
         raise WeightsError(f"{source} is not a CLIP with OpenAI's names: {error} is missing") from None
     except (IndexError, ValueError) as error:
         raise WeightsError(f"{source} is not a CLIP: a tensor has an impossible shape ({error})") from None
-    if arch.vocab_size > VOCABULARY:
+    tokenizer = card.tokenizer if card else None
+    if tokenizer is None and arch.vocab_size > CLIP_VOCABULARY:
         raise WeightsError(
-            f"{source} has a vocabulary of {arch.vocab_size} tokens, that of another tokenizer; only CLIP's, of "
-            f"{VOCABULARY}, is read here"
+            f"{source} has a vocabulary of {arch.vocab_size} tokens, that of another tokenizer than CLIP's, of "
+            f"{CLIP_VOCABULARY}; put the model's config and tokenizer beside it and name the folder, or use --arch"
         )
-    arch, origin = with_conventions(arch, source, asked)
+    arch, origin = with_conventions(arch, source, asked, card)
     with torch.device("meta"):  # allocate nothing: the weights replace all of it
         model = CLIP(arch)
 
@@ -96,7 +106,23 @@ def build_model(
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(f"{source} does not fit the architecture of its shapes: {reason}") from None
     model.origin = origin
+    if arch.conventions != Conventions():
+        model.logit_factor = model.logit_scale.exp().item()
+    model.tokenize = tokenizer or ClipTokenizer(arch.context_length)
+    model.preprocessing = _preprocessing(card, arch, source)
     return model.eval()
+
+
+def _preprocessing(card: Card | None, arch: Architecture, source: Path) -> Preprocessing:
+    """Return how images are prepared for a model of this resolution. Raise WeightsError if its config says another."""
+    if card is None:
+        return Preprocessing(arch.resolution)
+    if card.preprocessing.size not in (0, arch.resolution):
+        raise WeightsError(
+            f"{source} has a model for {arch.resolution} pixels, but {card.where} prepares images of "
+            f"{card.preprocessing.size}; correct the config"
+        )
+    return replace(card.preprocessing, size=arch.resolution)
 
 
 def save_weights(model: CLIP, path: str | Path, half: bool = False) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from clip.layouts import PackedPrompts
+from clip.layouts import Prompts
 from experiment import Experiment
 
 from .saving import Delta, Saved
@@ -90,10 +90,11 @@ class Adaptation:
             return utils.encode_image(self.model, images)
 
     @cached_property
-    def prompts(self) -> PackedPrompts:
+    def prompts(self) -> Prompts:
         """The classes' prompts for training: the task's first template."""
-        tokens = utils.tokenize_classes(self.experiment.task.class_names, self.experiment.task.templates[0])
-        return PackedPrompts(tokens, self.shares_prefix).to(self.model.device)
+        task = self.experiment.task
+        tokens = utils.tokenize_classes(self.model.tokenize, task.class_names, task.templates[0])
+        return self.model.prompts(tokens, self.shares_prefix).to(self.model.device)
 
     @cached_property
     def _frozen_text(self) -> Tensor:
@@ -115,7 +116,7 @@ class Adaptation:
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Return logits [B, C] of unit image features [B, E] and unit text features [C, E]: CLIP's, unless a method has
         a classifier of its own."""
-        return utils.cosine_logits(image_features, text_features)
+        return self.experiment.cosine_logits(image_features, text_features)
 
     def penalty(self) -> Tensor | float:
         """Return what is added to the cross-entropy before backward. The recorded loss is without it."""

@@ -28,24 +28,28 @@ MODES = ["RGBA", "L", "P", "LA", "1", "CMYK"]
 
 @pytest.mark.parametrize("resolution", [224, 48])
 def test_equals_open_clip(resolution):
-    ours = preprocess.test_transform(resolution)
+    ours = preprocess.test_transform(preprocess.Preprocessing(resolution))
     theirs = open_clip.image_transform(resolution, is_train=False)
     for image in [image_of(*size) for size in SIZES] + [image_of(61, 83, mode) for mode in MODES]:
         pixels = ours(image)
         assert pixels.shape == (3, resolution, resolution) and pixels.dtype == torch.float32
         assert (pixels - theirs(image)).abs().max() < 1e-6
-        assert preprocess.train_transform(resolution)(image).shape == (3, resolution, resolution)
+        assert preprocess.train_transform(preprocess.Preprocessing(resolution))(image).shape == (
+            3,
+            resolution,
+            resolution,
+        )
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 @pytest.mark.parametrize("make", [preprocess.test_transform, preprocess.train_transform])
 def test_normalisation_by_hand(make, level):
-    pixels = make(16)(Image.new("RGB", (20, 30), (level, level, level)))
+    pixels = make(preprocess.Preprocessing(16))(Image.new("RGB", (20, 30), (level, level, level)))
     assert torch.allclose(pixels, ((level / 255 - MEAN) / STD).expand(3, 16, 16), atol=1e-6)
 
 
 def test_augmentation_is_random_and_follows_the_seed():
-    transform, image = preprocess.train_transform(64), image_of(150, 101)
+    transform, image = preprocess.train_transform(preprocess.Preprocessing(64)), image_of(150, 101)
 
     def draw(seed):
         torch.manual_seed(seed)
@@ -75,16 +79,16 @@ def crops(transform, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_flips():
-    _, flipped = crops(preprocess.train_transform(32), 100)
+    _, flipped = crops(preprocess.train_transform(preprocess.Preprocessing(32)), 100)
     assert 30 < flipped.sum() < 70
-    _, flipped = crops(preprocess.train_transform(32, flip=False), 100)
+    _, flipped = crops(preprocess.train_transform(preprocess.Preprocessing(32), flip=False), 100)
     assert not flipped.any()
 
 
 def test_crop_area():
-    area, _ = crops(preprocess.train_transform(64), 200)
+    area, _ = crops(preprocess.train_transform(preprocess.Preprocessing(64)), 200)
     assert 0.06 < area.min() < 0.15 and area.max() > 0.9
-    area, _ = crops(preprocess.train_transform(64, min_area=0.5), 200)
+    area, _ = crops(preprocess.train_transform(preprocess.Preprocessing(64), min_area=0.5), 200)
     assert 0.45 < area.min() < 0.6 and area.max() > 0.9
-    area, _ = crops(preprocess.train_transform(64, min_area=1.0), 20)
+    area, _ = crops(preprocess.train_transform(preprocess.Preprocessing(64), min_area=1.0), 20)
     assert area.min() > 0.9

@@ -220,9 +220,10 @@ def test_wrong_state_dicts(tensors, named, tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    for name in ("ViT-B/17", "vit-b/16", "tiny.safetensors", tmp_path, tmp_path / "none.pt"):
+    for name in ("ViT-B/17", "vit-b/16", "tiny.safetensors", tmp_path / "none.pt"):
         message = error_of(name)
         assert all(known in message for known in ("tiny", *clip.available_models()))
+    assert "open_clip_config.json" in error_of(tmp_path)
 
 
 # --- files as people have them
@@ -401,10 +402,12 @@ def clip_error(path, arch=None) -> str:
         ("vision_cfg", "timm_model_name", "vit_base_patch16_siglip_224"),
         ("vision_cfg", "attentional_pool", True),
         ("vision_cfg", "pool_type", "avg"),
-        ("vision_cfg", "ls_init_value", 1e-4),
-        ("text_cfg", "no_causal_mask", True),
-        ("text_cfg", "pool_type", "last"),
-        ("text_cfg", "hf_tokenizer_name", "bert-base-uncased"),
+        ("vision_cfg", "pos_embed_type", "sin_cos_2d"),
+        ("vision_cfg", "act_kwargs", {"inplace": True}),
+        ("text_cfg", "embed_cls", True),
+        ("text_cfg", "pool_type", "first"),
+        ("text_cfg", "norm_kwargs", {"bias": False}),
+        ("text_cfg", "hf_model_name", "xlm-roberta-base"),
         ("text_cfg", "something_new", "value"),
     ],
 )

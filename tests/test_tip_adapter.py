@@ -11,9 +11,8 @@ from torch.nn.functional import normalize
 
 import clip
 import datasets
-import utils
 from arguments import parse
-from clip.preprocess import train_transform
+from clip.preprocess import Preprocessing, train_transform
 from common import UserError
 from datasets import Item
 from methods.heads.tip_adapter_f import Hparams
@@ -44,7 +43,7 @@ def test_logits_by_hand():
     dog = 0 + 2 * (math.exp(-3 * 0.04) + math.exp(-3 * 0.4))
     assert logits(tip_alpha=2.0, tip_beta=3.0) == pytest.approx([cat, dog], rel=1e-5)
     assert logits()[0] == pytest.approx(80 + math.exp(-5.5 * 0.2), rel=1e-6)  # alpha 1, beta 5.5
-    assert logits(tip_alpha=0.0) == utils.cosine_logits(features, text)[0].tolist()
+    assert logits(tip_alpha=0.0) == (100 * features @ text.T)[0].tolist()
 
 
 def test_a_saved_cache_brings_its_labels(tmp_path):
@@ -66,7 +65,7 @@ def test_keys_are_unit_means_of_the_encoders_own_features(task):
     options = {"cache_passes": 3, "min_area": 0.4, "flip": True, "seed": 5}
     adapter = prepared("tip_adapter", task, clip.load("tiny")[0], **options)
     adapter.build()
-    views = datasets.augmented_loader(task, train_transform(32, 0.4, True), 1, 3, seed=5, workers=0)
+    views = datasets.augmented_loader(task, train_transform(Preprocessing(32), 0.4, True), 1, 3, seed=5, workers=0)
     features = torch.cat([adapter.model.encode_image(images) for images, _ in views]).view(3, 10, -1)
     torch.testing.assert_close(adapter.keys, normalize(features.mean(dim=0), dim=-1), rtol=0, atol=1e-5)
     of_unit_length = normalize(normalize(features, dim=-1).mean(dim=0), dim=-1)

@@ -270,7 +270,9 @@ TEMPLATES = ("a scan of {}.", "{}, a texture.", "{}")
 def test_zero_shot_averages_all_templates_and_training_takes_the_first(run_main, monkeypatch):
     fabricate("dtd", Path("data"), classes=3)
     asked, tokenize = [], utils.tokenize_classes
-    monkeypatch.setattr(utils, "tokenize_classes", lambda names, t: asked.append(t) or tokenize(names, t))
+    monkeypatch.setattr(
+        utils, "tokenize_classes", lambda to_ids, names, t: asked.append(t) or tokenize(to_ids, names, t)
+    )
     flags = [word for template in TEMPLATES for word in ("--template", template)]
     _, record, _, _ = run_main(*DTD, *flags)
     # checked, then zero-shot, then training, then the adapted model

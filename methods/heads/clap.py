@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils
 from common import UserError
 from experiment import Experiment
 
@@ -37,7 +36,7 @@ class CLAP(Prototypes):
         text = F.normalize(self.start, dim=-1)
         sums = torch.zeros_like(self.start[:, 0])
         for features, labels in zip(self.pool.split(AT_ONCE), self.labels.split(AT_ONCE)):
-            probabilities = utils.cosine_logits(self.image_features(features), text).softmax(dim=-1)
+            probabilities = self.experiment.cosine_logits(self.image_features(features), text).softmax(dim=-1)
             sums.index_add_(0, labels, probabilities.gather(1, labels[:, None])[:, 0])
         counts = self.labels.bincount(minlength=len(sums))
         if not counts.all():

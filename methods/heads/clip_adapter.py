@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import utils
 from experiment import Experiment
 from settings import option, with_default
 
@@ -70,7 +69,7 @@ class CLIPAdapter(CachedHead):
         ratio = self.experiment.hparams.adapter_ratio
         adapted = F.relu(F.relu(image_features @ self.down.T) @ self.up.T)
         blended = ratio * adapted + (1 - ratio) * image_features
-        return utils.cosine_logits(F.normalize(blended, dim=-1), text_features)
+        return self.experiment.cosine_logits(F.normalize(blended, dim=-1), text_features)
 
 
 def linear_start(outputs: int, inputs: int, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils
 from clip.delta import read_adapted
 from common import UserError
 from experiment import Experiment
@@ -60,7 +59,9 @@ class GDA(Head):
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         gaussian = image_features @ self.weight.T + self.bias
-        return utils.cosine_logits(image_features, text_features) + self.experiment.hparams.gda_alpha * gaussian
+        return (
+            self.experiment.cosine_logits(image_features, text_features) + self.experiment.hparams.gda_alpha * gaussian
+        )
 
     def build(self) -> None:
         """Fit the classifier to augmented views of the training images. Raise UserError if a class has too few."""

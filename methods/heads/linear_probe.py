@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import utils
 from common import UserError, note
 from experiment import Experiment
 from settings import Hparams as Base
@@ -52,7 +51,7 @@ class LinearProbe(Head):
         super().__init__(experiment, {"weight": self.weight, "bias": self.bias}, by_class=True)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        return utils.cosine_logits(image_features, self.weight) + self.bias
+        return self.experiment.cosine_logits(image_features, self.weight) + self.bias
 
     def build(self) -> None:
         """Fit the probe to the training images. Raise UserError if a class has none, or if there is only one class."""
@@ -62,16 +61,18 @@ class LinearProbe(Head):
             raise UserError("linear_probe needs at least two classes, all with training images; use another --method")
         features = self.experiment.train_features()
         text = self.text_classifier().cpu() if hparams.text_init else None
-        weight, bias = fit_probe(features, labels, hparams.probe_c, hparams.probe_iters, text)
+        weight, bias = fit_probe(
+            features, labels, hparams.probe_c, hparams.probe_iters, text, self.experiment.model.logit_factor
+        )
         with torch.no_grad():
             self.weight.copy_(weight)
             self.bias.copy_(bias)
 
 
 def fit_probe(
-    features: Tensor, labels: list[int], c: float, iterations: int, start: Tensor | None
+    features: Tensor, labels: list[int], c: float, iterations: int, start: Tensor | None, factor: float = 100.0
 ) -> tuple[Tensor, Tensor]:
-    """Return weight [C, E] and bias [C] of the logistic regression on 100 x `features` [N, E], labels 0 to C - 1.
+    """Return weight [C, E] and bias [C] of the logistic regression on `factor` x `features` [N, E], labels 0 to C - 1.
 
     `start` [C, E], if given, is where the solver begins. A note says when it has not converged.
     """
@@ -85,7 +86,7 @@ def fit_probe(
         probe.intercept_ = np.zeros(len(probe.coef_))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        probe.fit(utils.LOGIT_FACTOR * features.double().numpy(), labels)
+        probe.fit(factor * features.double().numpy(), labels)
     if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
         reason = f"stopped after {probe.n_iter_[0]} iterations without convergence"
         note(f"the linear probe {reason}; --probe_iters allows more")

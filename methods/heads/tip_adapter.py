@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils
 from experiment import Experiment
 from settings import Hparams as Base
 from settings import Views, option
@@ -61,7 +60,9 @@ class TipAdapter(Head):
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         hparams = self.experiment.hparams
         affinities = torch.exp(-hparams.tip_beta * (1 - image_features @ self.keys.T))  # [B, N]
-        return utils.cosine_logits(image_features, text_features) + hparams.tip_alpha * affinities @ self.values
+        return (
+            self.experiment.cosine_logits(image_features, text_features) + hparams.tip_alpha * affinities @ self.values
+        )
 
     @torch.no_grad()
     def build(self) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from clip.layouts import PackedPrompts
+from clip.layouts import Prompts
 from clip.tokenizer import END, START, tokenizer
 from common import UserError
 from experiment import Experiment
@@ -88,7 +88,7 @@ class CoOp(Adaptation):
         _ = self.prompts  # class names that are too long are found now
 
     @cached_property
-    def prompts(self) -> PackedPrompts:
+    def prompts(self) -> Prompts:
         """The classes' prompts, with the places of the vectors."""
         task, hparams = self.experiment.task, self.experiment.hparams
         ids, places = zip(
@@ -97,7 +97,8 @@ class CoOp(Adaptation):
                 for label, name in enumerate(task.class_names)
             )
         )
-        return PackedPrompts(torch.tensor(ids), vector_at=torch.tensor(places)).to(self.experiment.device)
+        prompts = self.model.prompts(torch.tensor(ids), vector_at=torch.tensor(places))
+        return prompts.to(self.experiment.device)
 
     def _prompt(self, name: str, first: int) -> tuple[list[int], list[int]]:
         """Return a prompt's token ids and, for each token, the row of the vector in its place or -1, to full length.

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import clip
 import train
-from clip.preprocess import test_transform
+from clip.preprocess import Preprocessing, test_transform
 from common import UserError
 from datasets import Item, Task
 from experiment import Experiment
@@ -106,4 +106,4 @@ def experiment_of(method: str, task: Task = TASK, model: clip.CLIP | None = None
     settings = Settings(**{"method": method, "backbone": "tiny", "device": "cpu", "workers": 0, **values})
     hparams = kind(**own).settled(settings.shots, len(task.train))
     model = clip.load("tiny")[0] if model is None else model
-    return Experiment(settings, hparams, task, model, test_transform(32), clip.weights_sha256(model))
+    return Experiment(settings, hparams, task, model, test_transform(Preprocessing(32)), clip.weights_sha256(model))
