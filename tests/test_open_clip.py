@@ -1,4 +1,4 @@
-"""Models of open_clip's and Hugging Face's beside the packages that define them: features, preprocessing, tokenizers."""
+"""Models of open_clip's and Hugging Face's beside these packages: features, preprocessing, tokenizers, names."""
 
 import copy
 import json
@@ -8,10 +8,15 @@ import open_clip
 import pytest
 import torch
 from open_clip.factory import get_model_config
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
 import clip
-from clip import sources
+from clip import preprocess, sources
+from clip.preprocess import Preprocessing
+from clip.tokenizer import OtherTokenizer
 
 CONFIGS = {name: get_model_config(name) for name in open_clip.list_models()}
 FOREIGN = ("timm_model_name", "hf_model_name")
@@ -130,3 +135,193 @@ def test_every_tag_has_its_config_or_is_rejected_by_name():
         assert (card.tokenizer is not None) == ("hf_tokenizer_name" in config["text_cfg"])
         computed += 1
     assert computed >= 108
+
+
+@pytest.mark.parametrize("written", ["ViT-B-16:LAION2B-s34b-b88k", "ViT-B-16/laion2b_s34b_b88k"])
+def test_a_tag_may_be_written_in_several_ways(written, monkeypatch):
+    assert sources.identity(written, None)["backbone"] == "ViT-B-16/laion2b_s34b_b88k"
+
+
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("ViT-B-16", "ViT-B-16/datacomp_xl_s13b_b90k"),
+        ("ViT-B-16/nothing", "ViT-B-16/openai"),
+        ("ViT-B_16/openai", "ViT-B/16"),
+        ("coca_ViT-B-32/laion2b_s13b_b90k", "CoCa"),
+        ("xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k", "hf_model_name"),
+        ("local-dir:/nowhere", "/nowhere"),
+    ],
+)
+def test_names_that_are_rejected(name, named):
+    with pytest.raises(clip.WeightsError, match=named) as caught:
+        clip.load(name)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_a_tag_is_downloaded_and_loaded(tmp_path, monkeypatch):
+    """The download itself is the Hub's client; here it is replaced."""
+    config = reduced(CONFIGS["ViT-L-14"])
+    folder = folder_of(randomised(open_clip.CLIP(**config)), config, tmp_path / "model")
+    file = folder / "open_clip_pytorch_model.bin"
+    asked = []
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda about: asked.append(about) or str(file))
+    monkeypatch.setattr(sources, "open_clip_config", lambda name: config if name == "ViT-L-14" else None)
+    model, transform = clip.load("ViT-L-14/laion2b_s32b_b82k")
+    assert asked[0]["hf_hub"].startswith("laion/CLIP-ViT-L-14") and model.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert transform(Image.new("RGB", (90, 60))).shape == (3, 42, 42) and model.preprocessing.size == 42
+    assert clip.load(file, arch="ViT-L-14/laion2b_s32b_b82k")[0].preprocessing == model.preprocessing
+
+
+# --- preprocessing and tokenizers
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+@pytest.mark.parametrize("size", [(90, 60), (31, 77), (40, 40)])
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_images_are_prepared_as_open_clip_does(mode, size, resize, interpolation):
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (size[1], size[0], 4), generator=generator, dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy(), "RGBA").convert(mode)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    about = open_clip.transform.PreprocessCfg(40, "RGB", mean, std, interpolation, resize)
+    expected = open_clip.transform.image_transform_v2(about, is_train=False)(image)
+    found = preprocess.test_transform(Preprocessing(40, mean, std, interpolation, resize))(image)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def save_tokenizer(folder, words: int = 60) -> PreTrainedTokenizerFast:
+    """Write a tokenizer of whole words, with the special tokens of BERT's."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *(f"w{i}" for i in range(words))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.mark.parametrize("clean, strip", [("whitespace", False), ("canonicalize", True)])
+def test_other_tokenizers_equal_open_clips_and_do_not_cut_texts(clean, strip, tmp_path):
+    save_tokenizer(tmp_path)
+    theirs = open_clip.tokenizer.HFTokenizer(str(tmp_path), 12, clean=clean, strip_sep_token=strip)
+    ours = OtherTokenizer(str(tmp_path), 12, clean, strip)
+    generator = torch.Generator().manual_seed(0)
+    texts = ["W1, w2_w3.", ""]
+    texts += [" ".join(f"w{i}" for i in torch.randint(0, 70, (n % 10,), generator=generator)) for n in range(2000)]
+    assert torch.equal(ours(texts), theirs(texts))
+    with pytest.raises(ValueError, match="w1 w1"):
+        ours(["w1 " * 11])
+
+
+# --- Hugging Face's folders
+
+SHAPES = {  # hidden width, heads, MLP, text width, text heads, text MLP, projection
+    "usual": (128, 2, 512, 128, 2, 512, 96),
+    "odd heads": (96, 4, 100, 72, 2, 500, 64),
+    "wide heads": (72, 2, 288, 64, 2, 256, 24),
+}
+
+
+def clip_folder(folder, shape=SHAPES["usual"], act="quick_gelu", eos=99, vocabulary=100, **options) -> CLIPModel:
+    width, heads, mlp, text_width, text_heads, text_mlp, projection = shape
+    common = {"hidden_act": act, "num_hidden_layers": 2}
+    vision = common | {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": mlp}
+    vision |= {"image_size": 32, "patch_size": 8}
+    text = common | {"hidden_size": text_width, "num_attention_heads": text_heads, "intermediate_size": text_mlp}
+    text |= {"vocab_size": vocabulary, "eos_token_id": eos, "bos_token_id": 98, "max_position_embeddings": 77}
+    model = randomised(CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)))
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def features_of(model: CLIPModel, images, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        image, text = model.get_image_features(pixel_values=images), model.get_text_features(input_ids=tokens)
+    return tuple(getattr(x, "pooler_output", x) for x in (image, text))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("act, eos", [("quick_gelu", 99), ("gelu", 2), ("gelu_new", 7)])
+def test_folders_of_clip_models_equal_transformers(shape, act, eos, tmp_path):
+    reference = clip_folder(tmp_path, shape, act, eos)
+    save_tokenizer(tmp_path)
+    model, _ = clip.load(tmp_path)
+    tokens = torch.randint(10, 98, (3, 77), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0], tokens[0, 5], tokens[1, 9], tokens[2, 76] = 98, *(3 * [eos if eos != 2 else 99])
+    images = torch.randn(2, 3, 32, 32)
+    for found, true in zip(
+        (model.encode_image(images), model.encode_text(tokens)), features_of(reference, images, tokens)
+    ):
+        assert torch.allclose(found, true, atol=1e-5, rtol=1e-5)
+    assert (model.arch.conventions.text_pool == "eos") == (eos == 7)
+
+
+@pytest.mark.parametrize("how", ["shards", "bin", "prefix", "bare file and --arch"])
+def test_clip_models_are_found_however_they_are_saved(how, tmp_path):
+    reference = clip_folder(tmp_path, max_shard_size="300KB" if how == "shards" else "5GB")
+    save_tokenizer(tmp_path)
+    name, arch = tmp_path, None
+    if how != "shards":
+        (tmp_path / "model.safetensors").unlink()
+    if how == "bin":
+        torch.save(reference.state_dict(), tmp_path / "pytorch_model.bin")
+    elif how == "prefix":
+        torch.save({f"clip.{name}": value for name, value in reference.state_dict().items()}, tmp_path / "w.pt")
+    elif how.startswith("bare"):
+        (tmp_path / "elsewhere").mkdir()
+        name, arch = tmp_path / "elsewhere" / "w.pt", "openai"
+        torch.save({"state_dict": reference.state_dict()}, name)
+    images = torch.randn(2, 3, 32, 32)
+    found = clip.load(name, arch=arch)[0].encode_image(images)
+    assert torch.allclose(found, features_of(reference, images, torch.tensor([[98, 99]]))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "swish"}, {"model_type": "siglip2"}])
+def test_configs_of_other_models_are_rejected(change, tmp_path):
+    clip_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config if "model_type" in change else config["text_config"]).update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(clip.WeightsError, match=next(iter(change.values()))):
+        clip.load(tmp_path)
+
+
+def test_images_are_prepared_as_the_folder_says(tmp_path):
+    clip_folder(tmp_path)
+    save_tokenizer(tmp_path)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.5] * 3, resample=2
+    )
+    processor.save_pretrained(tmp_path)
+    image = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).convert("RGB")
+    found = clip.load(tmp_path)[1](image)
+    assert torch.allclose(found, processor(image, return_tensors="pt").pixel_values[0], atol=0.02)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 40}, "crop_size": 32}')
+    with pytest.raises(clip.WeightsError, match="crop_size"):
+        clip.load(tmp_path)
+
+
+# --- runs
+
+
+def test_runs_of_a_folder(run_main, tmp_path):
+    """A CLIPModel with CLIP's vocabulary is adapted like any other; its config belongs to the run's identity."""
+    clip_folder(tmp_path / "my.model", eos=49407, vocabulary=49408)
+    flags = ("--backbone", tmp_path / "my.model", "--shots", 1, "--total_iters", 2, "--batch_size", 4)
+    code, record, out, _ = run_main(*flags)
+    assert code == 0 and "my.model" in record["run_id"] and "packed" in out and record["changed_weights"] > 0
+    config = json.loads((tmp_path / "my.model/config.json").read_text())
+    config["text_config"]["hidden_act"] = "gelu"
+    (tmp_path / "my.model/config.json").write_text(json.dumps(config))
+    _, other, _, _ = run_main(*flags)
+    assert other["run_id"] != record["run_id"] and other["weights_sha256"] != record["weights_sha256"]
+
+
+def test_coop_needs_clips_own_tokens(run_main, tmp_path):
+    clip_folder(tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    assert run_main("--backbone", tmp_path / "m", "--method", "coop", "--shots", 1)[0] == 2

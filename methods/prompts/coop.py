@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import utils
 from clip.layouts import Prompts
-from clip.tokenizer import END, START, tokenizer
+from clip.tokenizer import END, START, ClipTokenizer, tokenizer
 from common import UserError
 from experiment import Experiment
 from settings import Training, option, with_default
@@ -67,6 +67,8 @@ class Hparams(Training):
 class CoOp(Adaptation):
     def __init__(self, experiment: Experiment[Hparams]):
         model, hparams = experiment.model, experiment.hparams
+        if not isinstance(model.tokenize, ClipTokenizer):
+            raise UserError(f"coop needs CLIP's own tokenizer, which {experiment.settings.backbone} does not have")
         model.requires_grad_(False)
         classes = len(experiment.task.class_names)
         if hparams.ctx_init:
