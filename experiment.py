@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import clip
 import datasets
 import utils
+from clip import trunks
 from clip.preprocess import mirror, train_transform
 from common import progress
 from datasets import Item, Task
@@ -160,6 +161,7 @@ class Experiment(Generic[H]):
             return self.features[key]
         path = kept = None
         if about:
+            about = (*about, trunks.version()) if self.model.arch.conventions.trunk is not None else about
             path = utils.cache_file(self.settings.cache_dir, self.base_sha256, self.task.fingerprint(items), *about)
             kept = utils.load_features(path)
         if kept is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import WeightsError
-from .model import Conventions
+from .model import Conventions, Trunk
 from .preprocess import MEAN, STD, Preprocessing
 from .tokenizer import OtherTokenizer
 
@@ -20,8 +20,8 @@ from .tokenizer import OtherTokenizer
 class Card:
     """What a config says of a CLIP, and no tensor tells.
 
-    `preprocessing` has the size 0 if the config does not say it. `tokenizer` None: CLIP's. `trunk`: the settings of a
-    timm image tower, by open_clip's names. `where` names the config in messages.
+    `preprocessing` has the size 0 if the config does not say it. `tokenizer` None: CLIP's. `where` names the config in
+    messages.
     """
 
     conventions: Conventions
@@ -29,7 +29,6 @@ class Card:
     preprocessing: Preprocessing = field(default_factory=lambda: Preprocessing(size=0))
     tokenizer: OtherTokenizer | None = None
     context_length: int = 77
-    trunk: dict[str, Any] | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,6 +59,8 @@ _READ = {
 }
 _READ["vision_cfg"] |= {"act_kwargs", "norm_kwargs"}
 _READ["text_cfg"] |= {"act_kwargs", "norm_kwargs", "ls_init_value", "hf_tokenizer_name", "tokenizer_kwargs"}
+_READ["vision_cfg"] |= {f"timm_{key}" for key in ("model_name", "pool", "proj", "proj_bias")}
+_NO_EFFECT |= {"timm_model_pretrained", "timm_drop", "timm_drop_path"}  # of training, or of weights that are replaced
 _TEXT_POOLS = ("argmax", "eos", "last")
 
 
@@ -99,6 +100,7 @@ def open_clip_card(
             text_projection=_text_projection(text, where),
             vision_eps=_eps(vision, where),
             text_eps=_eps(text, where),
+            trunk=_trunk(vision, config),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         raise WeightsError(f"{where} does not say the width and the number of heads of its towers") from None
@@ -154,6 +156,19 @@ def _text_projection(text: dict[str, Any], where: str) -> str:
     if _one_of(text, "proj_type", ("linear", "none"), where) == "none":
         return "none"
     return "linear" if text.get("proj_bias") else "matrix"
+
+
+def _trunk(vision: dict[str, Any], config: dict[str, Any]) -> Trunk | None:
+    if not vision.get("timm_model_name"):
+        return None
+    return Trunk(
+        vision["timm_model_name"],
+        vision.get("timm_pool", "avg"),
+        vision.get("timm_proj", "linear"),
+        bool(vision.get("timm_proj_bias")),
+        int(vision.get("image_size", 224)),
+        int(config["embed_dim"]),
+    )
 
 
 def _preprocessing(part: dict[str, Any], where: str) -> Preprocessing:

@@ -89,14 +89,20 @@ def with_conventions(
 def describe(model: CLIP) -> str:
     """Return in one line what kind of CLIP this is, and where what no tensor tells is known from."""
     arch, conventions = model.arch, model.arch.conventions
-    tower = f"ViT of width {arch.vision_width}" if arch.is_vit else f"ResNet of width {arch.vision_width}"
-    heads = conventions.vision_head_width
     packed = "causal, packed" if conventions.causal else "not causal, padded"
     return (
-        f"{tower}, {arch.attention_width // heads} heads of {heads}, {arch.resolution} pixels, "
-        f"{_SPELLED[conventions.vision_activation]}; text of width {arch.text_width}, {packed}, "
+        f"{_image_tower(arch)}, {arch.resolution} pixels; text of width {arch.text_width}, {packed}, "
         f"{_SPELLED[conventions.text_activation]} (known from: {model.origin})"
     )
+
+
+def _image_tower(arch: Architecture) -> str:
+    conventions = arch.conventions
+    if conventions.trunk is not None:
+        return f"timm's {conventions.trunk.name}"
+    heads = conventions.vision_head_width
+    attention = f"width {arch.vision_width}, {arch.attention_width // heads} heads of {heads}"
+    return f"ViT of {attention}, {_SPELLED[conventions.vision_activation]}" if arch.is_vit else f"ResNet of {attention}"
 
 
 _SPELLED = {"quick_gelu": "quick GELU", "gelu": "GELU", "gelu_tanh": "GELU by tanh"}

@@ -108,7 +108,8 @@ def _without_prefix(tensors: dict[str, Any], path: Path) -> dict[str, Any]:
     if not anchors:
         raise WeightsError(f"{path} is not a CLIP with OpenAI's names; it holds {', '.join(list(tensors)[:3])}")
     prefix = anchors[0].removesuffix(EMBEDDINGS)
-    is_custom = prefix.endswith("text.") and f"{prefix.removesuffix('text.')}visual.conv1.weight" in tensors
+    visual = f"{prefix.removesuffix('text.')}visual."
+    is_custom = prefix.endswith("text.") and any(name.startswith(visual) for name in tensors)
     text = "text." if is_custom else ""  # open_clip's CustomTextCLIP
     prefix = prefix.removesuffix(text)
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -136,8 +137,6 @@ def what_model(tensors: dict[str, Any]) -> str | None:
         return f"a file of LoRA matrices, not a whole CLIP; merge them into the model they belong to, then {_OPENAI}"
     if has("positional_embedding_res"):
         return f"Long-CLIP, whose second positional embedding this program does not compute; {_OPENAI}"
-    if has("visual.trunk."):
-        return f"a CLIP of open_clip's with an image tower of timm, such as SigLIP, not read here; {_OPENAI}"
     if has(VISION, TEXT) and has("logit_bias"):
         return f"Hugging Face's SiglipModel, not read here; {_OPENAI}"
     if has(VISION, TEXT) and not has(f"{EMBEDDINGS}{_ANCHOR}"):

@@ -13,9 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layouts import IMAGES, MEAN_IMAGES, Layout, PackedPrompts, PaddedPrompts, Prompts, split_heads
+from .layouts import IMAGES, MEAN_IMAGES, Layout, PackedPrompts, PaddedPrompts, Prompts
 from .preprocess import Preprocessing
+from .resnet import ModifiedResNet
 from .tokenizer import ClipTokenizer
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """An image tower of timm's, as open_clip's configs name it; `resolution` in pixels, `embed_dim` of the CLIP."""
+
+    name: str
+    pool: str
+    proj: str | None
+    proj_bias: bool
+    resolution: int
+    embed_dim: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,8 @@ class Conventions:
     class token ("token") or from the mean of the patches' ("mean"), the text embedding from the token of the largest id
     ("argmax"), from the first `eos_id` ("eos") or from the last place of the context ("last"). Without `causal`, every
     text token sees all others, padding included. `text_projection` is a "matrix", "linear" (with a bias) or "none".
-    Which tensors there must be stands here too, so that a file that lacks some is noticed.
+    With a `trunk` the image tower is timm's, and what is said of images here has no meaning. Which tensors there must
+    be stands here too, so that a file that lacks some is noticed.
     """
 
     vision_activation: str = "quick_gelu"
@@ -43,6 +57,7 @@ class Conventions:
     text_projection: str = "matrix"
     vision_eps: float = 1e-5  # of LayerNorms
     text_eps: float = 1e-5
+    trunk: Trunk | None = None
 
     def ends(self, tokens: Tensor) -> Tensor:
         """Return for token ids [B, T] the place [B] that each text embedding is computed from."""
@@ -58,7 +73,7 @@ class Architecture:
     """The numbers in which CLIPs differ; `clip.weights.read_architecture` derives them from shapes.
 
     A ViT has an integer `vision_layers` and a `patch_size`. A modified ResNet has a tuple of four block counts and
-    `patch_size` None.
+    `patch_size` None. With a tower of timm's, `vision_width` and `vision_layers` are 0.
     """
 
     embed_dim: int
@@ -262,86 +277,6 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x) @ self.proj
 
 
-class Bottleneck(nn.Module):
-    """A ResNet bottleneck with average pools for strides, before the last convolution and on the shortcut."""
-
-    expansion = 4
-
-    def __init__(self, inplanes: int, planes: int, stride: int):
-        super().__init__()
-        outplanes = planes * self.expansion
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outplanes)
-        self.downsample = None
-        if stride > 1 or inplanes != outplanes:
-            self.downsample = nn.Sequential()
-            self.downsample.add_module("-1", nn.AvgPool2d(stride))
-            self.downsample.add_module("0", nn.Conv2d(inplanes, outplanes, 1, bias=False))
-            self.downsample.add_module("1", nn.BatchNorm2d(outplanes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(self.avgpool(x))) + shortcut)
-
-
-class AttentionPool(nn.Module):
-    """Attention pooling of a feature map [B, D, R, R] into [B, E]; the only query is the mean token."""
-
-    def __init__(self, side: int, width: int, heads: int, embed_dim: int):
-        super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) / width**0.5)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.c_proj = nn.Linear(width, embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(2).transpose(1, 2)  # [B, R*R, D]
-        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # [B, T, D]
-
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (split_heads(y, self.heads) for y in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, 1, D/H]
-        return self.c_proj(x.flatten(1))
-
-
-class ModifiedResNet(nn.Module):
-    """CLIP's ResNet: three convolutions, four stages with average pools for strides, attention pooling."""
-
-    def __init__(self, resolution: int, width: int, layers: tuple[int, ...], heads: int, embed_dim: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
-        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
-        self.avgpool = nn.AvgPool2d(2)
-        inplanes = width
-        for index, blocks in enumerate(layers):
-            planes, stride = width * 2**index, 1 if index == 0 else 2
-            stage = [Bottleneck(inplanes, planes, stride)]
-            inplanes = planes * Bottleneck.expansion
-            stage += [Bottleneck(inplanes, planes, 1) for _ in range(blocks - 1)]
-            setattr(self, f"layer{index + 1}", nn.Sequential(*stage))
-        self.attnpool = AttentionPool(resolution // 32, inplanes, heads, embed_dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(images)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = self.avgpool(F.relu(self.bn3(self.conv3(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.attnpool(x)
-
-
 class CLIP(nn.Module):
     """Both towers. A new instance has random weights, as for training from scratch; `clip.load` replaces them.
 
@@ -350,14 +285,15 @@ class CLIP(nn.Module):
     OpenAI's models; models with other conventions have their own, exp(logit_scale).
     """
 
-    def __init__(self, arch: Architecture):
+    def __init__(self, arch: Architecture, visual: nn.Module | None = None):
+        """`visual` is the image tower of an architecture with a trunk (`clip/trunks.py`)."""
         super().__init__()
         self.arch = arch
         self.tokenize: Callable[[Sequence[str]], Tensor] = ClipTokenizer(arch.context_length)
         self.preprocessing = Preprocessing(arch.resolution)
         self.origin = "its class"
         self.logit_factor = 100.0
-        self.visual = image_tower(arch)
+        self.visual = visual or image_tower(arch)
         conventions, width = arch.conventions, arch.text_width
         tower = Tower(
             width,

@@ -11,16 +11,20 @@ from torch import Tensor
 
 from common import replacing
 
+from . import trunks
 from .configs import CLIP_VOCABULARY, Card
 from .conventions import with_conventions
 from .files import WeightsError
-from .model import CLIP, Architecture, Conventions
+from .model import CLIP, Architecture, Conventions, Trunk
 from .preprocess import Preprocessing
 from .tokenizer import ClipTokenizer
 
 
-def read_architecture(weights: dict[str, Tensor]) -> Architecture:
-    """Return the architecture of these tensors. Raise KeyError, IndexError or ValueError if they are not a CLIP's."""
+def read_architecture(weights: dict[str, Tensor], trunk: Trunk | None = None) -> Architecture:
+    """Return the architecture of these tensors; `trunk` if the image tower is timm's.
+
+    Raise KeyError, IndexError or ValueError if they are not a CLIP's.
+    """
 
     def count(prefix: str) -> int:
         depth = prefix.count(".")
@@ -33,7 +37,11 @@ def read_architecture(weights: dict[str, Tensor]) -> Architecture:
         found = shape(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight")[0]
         return None if found == 4 * width else found
 
-    if any(name.startswith("visual.transformer.") for name in weights):
+    if trunk is not None:
+        vision = dict(
+            resolution=trunk.resolution, vision_width=0, vision_layers=0, patch_size=None, embed_dim=trunk.embed_dim
+        )
+    elif any(name.startswith("visual.transformer.") for name in weights):
         patch_size = shape("visual.conv1.weight")[-1]
         side = math.isqrt(shape("visual.positional_embedding")[0] - 1)
         vision = dict(
@@ -77,8 +85,11 @@ def build_model(
     WeightsError, naming the weights' `source`, if they fit no CLIP, if its conventions are not known or if a weight is
     no finite number.
     """
+    trunk = card.conventions.trunk if card else None
+    if trunk is None and any(name.startswith("visual.trunk.") for name in weights):
+        raise WeightsError(f"{source} does not tell which of timm's image towers it has; give its name as --arch")
     try:
-        arch = read_architecture(weights)
+        arch = read_architecture(weights, trunk)
     except KeyError as error:
         raise WeightsError(f"{source} is not a CLIP with OpenAI's names: {error} is missing") from None
     except (IndexError, ValueError) as error:
@@ -90,8 +101,9 @@ def build_model(
             f"{CLIP_VOCABULARY}; put the model's config and tokenizer beside it and name the folder, or use --arch"
         )
     arch, origin = with_conventions(arch, source, asked, card)
+    visual = None if trunk is None else trunks.build(trunk).to(device)
     with torch.device("meta"):  # allocate nothing: the weights replace all of it
-        model = CLIP(arch)
+        model = CLIP(arch, visual)
 
     def own(tensor: Tensor) -> Tensor:  # row-major, because deltas index rows, whatever the layout in the file
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype

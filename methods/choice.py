@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from clip import CLIP
-from clip.model import Block
+from clip import CLIP, parts
 from common import UserError
 from settings import Hparams, Loop, Training, option
 
@@ -54,17 +53,27 @@ def chosen_blocks(position: str, layers: int) -> range:
     return blocks
 
 
-def select_blocks(model: CLIP, hparams: Blocks) -> dict[str, Block]:
+def select_blocks(model: CLIP, hparams: Blocks) -> dict[str, nn.Module]:
     """Freeze the model, and return the chosen blocks of the chosen towers by name."""
-    towers = {"vision": model.visual, "text": model}
-    if hparams.encoder != "text" and not model.arch.is_vit:
-        raise UserError("a ResNet image encoder has no transformer blocks to adapt; use --encoder text")
     model.requires_grad_(False)
-    chosen = set()
-    for name in ("text", "vision") if hparams.encoder == "both" else (hparams.encoder,):
-        blocks = towers[name].transformer.resblocks
-        chosen |= {blocks[index] for index in chosen_blocks(hparams.position, len(blocks))}
-    return {name: module for name, module in model.named_modules() if module in chosen}
+    chosen = {}
+    for tower in ("vision", "text") if hparams.encoder == "both" else (hparams.encoder,):
+        blocks = list(parts.blocks(model, tower).items())
+        chosen |= dict(blocks[index] for index in chosen_blocks(hparams.position, len(blocks)))
+    return chosen
+
+
+def select_attention(model: CLIP, hparams: Blocks) -> dict[str, nn.Module]:
+    """Freeze the model, and return those of the chosen blocks that have attention, by name.
+
+    Raise UserError if a chosen tower has none.
+    """
+    blocks = {name: block for name, block in select_blocks(model, hparams).items() if any(parts.attention(block))}
+    for tower in ("vision", "text") if hparams.encoder == "both" else (hparams.encoder,):
+        if not blocks.keys() & parts.blocks(model, tower).keys():
+            other = "text" if tower == "vision" else "vision"
+            raise UserError(f"the chosen blocks of the {tower} tower have no attention to adapt; use --encoder {other}")
+    return blocks
 
 
 def reached(model: CLIP, blocks: dict[str, Block], index: int) -> list[str]:
@@ -77,11 +86,13 @@ def select_matrices(model: CLIP, hparams: Blocks) -> dict[str, nn.Parameter]:
     """Freeze the model except the matrices that SO's paper trains, and return these by name.
 
     In the chosen blocks of the chosen towers they are the attention's input projection (query, key and value stacked)
-    and output projection, and the two matrices of the MLP: 96 tensors, 122,683,392 weights in ViT-B/16.
+    and output projection, and the two matrices of the MLP: 96 tensors, 122,683,392 weights in ViT-B/16. Image towers
+    that the paper does not have are our choice (`parts.matrices`): the convolutions of a ResNet's bottlenecks, and in
+    timm's blocks all linear layers and convolutions of 1 x 1.
     """
     for block in select_blocks(model, hparams).values():
-        for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-            linear.weight.requires_grad_(True)
+        for layer in parts.matrices(block):
+            layer.weight.requires_grad_(True)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

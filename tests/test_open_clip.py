@@ -6,17 +6,22 @@ import math
 
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip.factory import get_model_config
 from PIL import Image
+from support.training import filled, prepared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
 import clip
-from clip import preprocess, sources
+from clip import parts, preprocess, sources
 from clip.preprocess import Preprocessing
 from clip.tokenizer import OtherTokenizer
+from common import UserError
+from methods.choice import Blocks, select_matrices
+from optimizers import SO, attach
 
 CONFIGS = {name: get_model_config(name) for name in open_clip.list_models()}
 FOREIGN = ("timm_model_name", "hf_model_name")
@@ -109,6 +114,101 @@ def test_native_towers_equal_open_clips(name, custom, tmp_path):
         100 if model.arch.conventions == clip.model.Conventions() else pytest.approx(math.exp(3.7), rel=1e-5)
     )
     assert ("packed" in clip.describe(model)) == packs
+
+
+# --- image towers of timm's
+
+FAMILIES = {  # a config of each family, and what makes it small: arguments of timm's, and the images' size
+    "SigLIP": ("ViT-B-16-SigLIP", {"depth": 1, "img_size": 32}, 32),
+    "SigLIP 2": ("ViT-B-16-SigLIP2-256", {"depth": 1, "img_size": 32}, 32),
+    "EVA01": ("EVA01-g-14", {"depth": 1, "img_size": 28, "embed_dim": 128, "num_heads": 2}, 28),
+    "EVA02": ("EVA02-B-16", {"depth": 1, "img_size": 32}, 32),
+    "MobileCLIP-B": ("MobileCLIP-B", {"depth": 1, "img_size": 32}, 32),
+    "MobileCLIP-S": ("MobileCLIP-S1", {"layers": (1, 1, 1, 1)}, 64),
+    "PE-Core": ("PE-Core-T-16-384", {"depth": 1, "img_size": 32}, 32),
+    "ConvNeXt": ("convnext_base", {"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 96)}, 64),
+    "ConvNeXt, MLP": ("convnext_large_d", {"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 96)}, 64),
+    "ViTamin": ("ViTamin-S", {"depth": 1, "img_size": 64}, 64),
+    "Swin": ("swin_base_patch4_window7_224", {"depths": (1, 1, 1, 1)}, 224),
+}
+CANNOT = {"ConvNeXt": ["lora"], "ConvNeXt, MLP": ["lora"], "MobileCLIP-S": ["dora"]}  # attention; convolutions
+
+
+@pytest.fixture(params=FAMILIES)
+def trunk(request, monkeypatch, tmp_path):
+    """A small model of open_clip's with such a tower, the same model here, and the family's name."""
+    name, small, size = FAMILIES[request.param]
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *names, **options: create(*names, **options, **small))
+    config = reduced(CONFIGS[name])
+    config["vision_cfg"]["image_size"] = size
+    if config["vision_cfg"]["timm_proj"] == "none":
+        config["embed_dim"] = 768  # the tower's own width
+    custom = config.pop("custom_text", False)
+    config["text_cfg"].pop("hf_tokenizer_name", None)
+    reference = randomised((open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config))
+    model, _ = clip.load(folder_of(reference, config, tmp_path / "model"))
+    return request.param, config, reference, model
+
+
+def test_towers_of_timm(trunk, monkeypatch):
+    family, config, reference, model = trunk
+    tokens, size = tokens_for(config), config["vision_cfg"]["image_size"]
+    assert_equal_features(model, reference, size, tokens)
+    assert not model.training and "timm" in clip.describe(model)
+    assert not any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    assert (parts.projection(model) is None) == family.startswith("SigLIP")
+
+    # SO with sampled gradients beside SO with dense ones, in float64.
+    images, labels = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([0, 1])
+    found = []
+    for sampled in (False, True):
+        adapted = copy.deepcopy(model).double()
+        parameters = select_matrices(adapted, Blocks())
+        optimizer = SO(parameters.values(), lr=1e-3, density_ratio=0.01, T=2)
+        attached = attach(adapted, optimizer, dense_above=1) if sampled else None
+        prompts, losses = adapted.prompts(tokens[:2]), []
+        for _ in range(4):
+            features = [
+                nn.functional.normalize(x) for x in (adapted.encode_image(images), adapted.encode_text(prompts))
+            ]
+            loss = nn.functional.cross_entropy(10 * features[0] @ features[1].T, labels)
+            loss.backward()
+            if sampled:  # no linear layer of a block is passed by
+                dense = [p for name, p in parameters.items() if p.grad is not None and p.ndim == 2]
+                assert not dense and attached.replaced
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-12) and len(set(found[0])) == 4
+    assert any(name.startswith("visual.") for name in parameters)
+
+
+def test_lora_and_dora_on_towers_of_timm(trunk):
+    family, config, _, model = trunk
+    size = config["vision_cfg"]["image_size"]
+    for method in ("lora", "dora"):
+        if method in CANNOT.get(family, []):
+            with pytest.raises(UserError, match="--encoder text"):
+                prepared(method, model=copy.deepcopy(model))
+            continue
+        adaptation = filled(prepared(method, model=copy.deepcopy(model).double(), dropout=0.0))
+        images = torch.randn(2, 3, size, size, dtype=torch.float64)
+        features = adaptation.model.encode_image(images)
+        features.square().sum().backward()
+        used = [name for name, p in adaptation.parameters.items() if name.startswith("visual.")]
+        assert used and all(adaptation.parameters[name].grad.abs().sum() > 0 for name in used)
+        with torch.no_grad():
+            merged = adaptation.model.encode_image(images)
+            plain = adaptation.merge().encode_image(images)
+        assert torch.allclose(merged, features, rtol=1e-9) and torch.allclose(merged, plain, rtol=1e-12)
+
+
+def test_a_file_with_a_tower_of_timm_needs_its_name(trunk, tmp_path):
+    torch.save(trunk[2].state_dict(), tmp_path / "w.pt")
+    with pytest.raises(clip.WeightsError, match="--arch"):
+        clip.load(tmp_path / "w.pt")
 
 
 # --- tags

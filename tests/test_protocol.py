@@ -21,6 +21,7 @@ import datasets
 import train
 import utils
 from clip.layouts import PackedPrompts
+from clip.preprocess import Preprocessing
 from clip.preprocess import test_transform as transform_of
 from experiment import Experiment
 from methods.adaptation import Adaptation
@@ -31,6 +32,8 @@ from settings import Settings
 TEMPLATES = ("a photo of a {}.", "{} texture.", "the number {}, drawn by hand.")
 IMAGES = 24
 NAMES = ("traffic_light", "zebra", "very_old_oak_tree")
+
+TRANSFORM = transform_of(Preprocessing(32))
 
 
 @pytest.fixture
@@ -84,7 +87,8 @@ def test_many_prompts_are_encoded_in_parts_in_order():
         return table[tokens].mean(dim=1)
 
     names = [f"thing {number}" for number in range(2 * utils.PROMPTS_AT_ONCE + 1)]
-    classifier = utils.text_classifier(SimpleNamespace(encode_text=encode_text), names, ["a {}."])
+    model = SimpleNamespace(encode_text=encode_text, tokenize=clip.tokenize)
+    classifier = utils.text_classifier(model, names, ["a {}."])
     prompts = clip.tokenize([f"a {name}." for name in names])
     torch.testing.assert_close(classifier.double(), normalised(table[prompts].mean(dim=1)), rtol=0, atol=1e-6)
     assert sum(sizes) == len(names) and max(sizes) <= utils.PROMPTS_AT_ONCE == 256
@@ -180,7 +184,7 @@ def test_zero_shot_uses_all_templates_and_the_end_the_first(files, task, model, 
     assert features.dtype == torch.float32 and not features.requires_grad
     torch.testing.assert_close(features.norm(dim=1), torch.ones(IMAGES))
     if precision == "fp32":
-        assert accuracies == [slow_accuracy(model, task, transform_of(32), used) for used in (TEMPLATES, TEMPLATES[:1])]
+        assert accuracies == [slow_accuracy(model, task, TRANSFORM, used) for used in (TEMPLATES, TEMPLATES[:1])]
 
 
 @pytest.mark.parametrize("tower", ["text", "vision"])
@@ -218,7 +222,7 @@ def change_path(task):
 
 CHANGES = {
     "weights": lambda task: {"base_sha256": "1" * 64},
-    "preprocessing": lambda task: {"preprocess": v2.Compose([v2.Resize((32, 32)), *transform_of(32).transforms[2:]])},
+    "preprocessing": lambda task: {"preprocess": v2.Compose([v2.Resize((32, 32)), *TRANSFORM.transforms[2:]])},
     "precision": lambda task: {"precision": "bf16"},
     "order": lambda task: {"task": dataclasses.replace(task, test=task.test[::-1])},
     "time": lambda task: write_again(task, seconds=1),
@@ -273,6 +277,8 @@ def test_an_unwritable_cache_is_a_note(zero_shot, tmp_path, capsys):
 
 class Given(nn.Module):
     """Image features are the images; text features are the rows of a matrix. Two classes."""
+
+    tokenize, prompts, logit_factor = staticmethod(clip.tokenize), staticmethod(PackedPrompts), 100
 
     def __init__(self):
         super().__init__()

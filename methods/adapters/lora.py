@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip.parts import attention
 from common import UserError
 from experiment import Experiment
 from settings import option
 
-from ..choice import cosine_schedule, select_blocks
+from ..choice import cosine_schedule, select_attention
 from .matrices import WEIGHT_DECAY, Adapters, LowRank, SeededDropout
 
 
@@ -78,9 +79,10 @@ class Branches:
         parts = self.parts if parts is None else parts
         start = self.parts.index(parts) * self.height
         rows = slice(start, start + len(parts) * self.height)
+        bias = None if self.layer.bias is None else self.layer.bias[rows]
         if not torch.is_grad_enabled():
-            return F.linear(x, self.merged()[rows], self.layer.bias[rows])
-        y = F.linear(x, self.layer.weight[rows], self.layer.bias[rows])
+            return F.linear(x, self.merged()[rows], bias)
+        y = F.linear(x, self.layer.weight[rows], bias)
         inner = [F.linear(self.dropout(x), self.A[part]) for part in parts if part in self.A]
         return y + F.linear(torch.cat(inner, dim=-1), self.scaled_B(parts)) if inner else y
 
@@ -98,12 +100,8 @@ class LoRA(Adapters):
         scaling = hparams.alpha / math.sqrt(hparams.rank)
         chosen = hparams.lora_on.split(",")
         self.branches, self.replaced, parameters = [], [], {}
-        for name, block in select_blocks(experiment.model, hparams).items():
-            attn = block.attn
-            for layer, parts, owner, method in (
-                (attn.in_proj, "qkv", attn, "project"),
-                (attn.out_proj, "o", attn.out_proj, "forward"),
-            ):
+        for name, block in select_attention(experiment.model, hparams).items():
+            for layer, parts, owner, method in attention(block):
                 if not set(parts) & set(chosen):
                     continue
                 branches = Branches(layer, parts, chosen, hparams.rank, scaling, dropout)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip.model import Block
+from clip.parts import matrices
 from common import UserError
 from experiment import Experiment
 
@@ -38,8 +40,11 @@ class PeftAdapters(Adapters):
     def __init__(self, experiment: Experiment[LowRank], tuner: type, config: object):
         model, dropout, seed = experiment.model, experiment.hparams.dropout, experiment.settings.seed
         blocks = select_blocks(model, experiment.hparams)
-        kinds = ("attn.in_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
-        names = [f"{block}.{kind}" for block in blocks for kind in kinds]
+        layers = {layer for block in blocks.values() for layer in matrices(block)}
+        names = [name for name, module in model.named_modules() if module in layers]
+        if any(isinstance(layer, nn.Conv2d) for layer in layers):
+            method = experiment.settings.method
+            raise UserError(f"{method} adapts linear layers, and the image tower has convolutions; use --encoder text")
         # A pattern for whole names. Given a list, peft also takes layers whose names only end in one of the list: for
         # the text tower's transformer... the image tower's visual.transformer... too.
         config.target_modules = "|".join(re.escape(name) for name in names)
@@ -53,7 +58,7 @@ class PeftAdapters(Adapters):
             if dropout > 0:
                 layer.lora_dropout[ADAPTER] = SeededDropout(dropout, generator)
             layer.forward = partial(_forward, layer)
-        self.attentions = [block.attn for block in blocks.values()]
+        self.attentions = [block.attn for block in blocks.values() if isinstance(block, Block)]
         for attention in self.attentions:
             attention.project = partial(_project, attention)
         # AdaLoRA's constants, which peft makes trainable where it moves them to another device or type, stay frozen.
@@ -83,7 +88,8 @@ def _project(attention: nn.Module, x: Tensor, parts: str) -> Tensor:
 def _forward(layer: nn.Module, x: Tensor, rows: slice = slice(None)) -> Tensor:
     """Return a peft layer's output [..., out] for x [..., in], or only these `rows` of it."""
     if not torch.is_grad_enabled():
-        return F.linear(x, merged(layer)[rows], layer.base_layer.bias[rows])
+        bias = layer.base_layer.bias
+        return F.linear(x, merged(layer)[rows], None if bias is None else bias[rows])
     return type(layer).forward(layer, x)[..., rows]
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clip import parts
+from common import UserError
 from experiment import Experiment
 from settings import Training, option, with_default
 
@@ -57,7 +59,11 @@ class ProLIP(Adaptation):
 def prepare(experiment: Experiment[Hparams]) -> ProLIP:
     model, hparams = experiment.model, experiment.hparams
     epochs = whole_epochs("prolip", hparams, len(experiment.task.train))
-    name = "visual.proj" if model.arch.is_vit else "visual.attnpool.c_proj.weight"
+    name = parts.projection(model)
+    if name is None:
+        raise UserError(
+            f"prolip needs a projection at the end of the image tower, and {experiment.settings.backbone} has none"
+        )
     projection = model.get_parameter(name)
     model.requires_grad_(False)
     projection.requires_grad_(True)
