@@ -1,19 +1,31 @@
 """What methods share: chosen blocks, schedules, what is trained and how it is saved."""
 
+import copy
+import dataclasses
+
 import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file
 from support.runs import experiment_of
-from support.training import VIT_B16, cosine
-from support.weights import RESNET
+from support.training import VIT_B16, cosine, fitted, prepared
+from support.weights import RESNET, small_clip
 from torch import nn
 
 import clip
 from clip.weights import save_tensors
 from common import UserError
 from methods.adaptation import Adaptation
-from methods.choice import ENCODERS, POSITIONS, Blocks, chosen_blocks, cosine_schedule, select_blocks, select_matrices
+from methods.choice import (
+    ENCODERS,
+    POSITIONS,
+    Blocks,
+    chosen_blocks,
+    cosine_schedule,
+    select_attention,
+    select_blocks,
+    select_matrices,
+)
 from methods.saving import Tensors
 from optimizers import SO
 
@@ -51,12 +63,29 @@ def test_a_tower_that_is_too_small_is_named(position, layers):
         chosen_blocks(position, layers)
 
 
-def test_a_resnet_has_no_blocks_to_adapt():
+def test_the_blocks_of_a_resnet_are_its_bottlenecks():
+    """Five of them, of 3 convolutions each and, in the first of a stage, a fourth on the shortcut. No attention."""
     with torch.device("meta"):
         model = clip.CLIP(RESNET)
     assert len(select_blocks(model, Blocks(encoder="text"))) == 1
+    assert [*select_blocks(model, Blocks(encoder="vision", position="top2"))] == ["visual.layer3.0", "visual.layer4.0"]
+    matrices = select_matrices(model, Blocks(encoder="vision"))
+    assert len(matrices) == 5 * 3 + 4 and {p.ndim for p in matrices.values()} == {4}
     with pytest.raises(UserError, match="--encoder text"):
-        select_blocks(model, Blocks())
+        select_attention(model, Blocks())
+
+
+def test_so_on_a_resnet_changes_convolutions_and_no_statistics():
+    model = small_clip(dataclasses.replace(RESNET, resolution=32, context_length=77, vocab_size=49408))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adaptation = prepared("so", model=copy.deepcopy(model), density_ratio=0.01, total_iters=3, lr=1e-3)
+    dense = prepared("so", model=model, density_ratio=0.01, total_iters=3, lr=1e-3, sampled_gradients=False)
+    fits = [fitted(adaptation), fitted(dense)]
+    assert [row["loss"] for row in fits[0].curve] == pytest.approx([row["loss"] for row in fits[1].curve], rel=1e-4)
+    after = adaptation.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = {name.replace("in_proj.weight", "in_proj_weight") for name in adaptation.parameters}
+    assert changed == trained and any(".conv2." in name for name in changed)
 
 
 @pytest.fixture(scope="module")

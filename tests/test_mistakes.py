@@ -113,13 +113,15 @@ def test_weights_that_cannot_be_downloaded(run_main, monkeypatch):
     assert "ViT-B-16.pt" in refused(run_main("--backbone", "ViT-B/16"))
 
 
-def test_a_resnet_has_no_blocks_in_its_image_tower(run_main):
+def test_a_resnet_has_no_attention_in_its_image_tower(run_main):
     arch = Architecture(
         64, 32, 16, (1, 1, 1, 1), None, context_length=77, vocab_size=49408, text_width=64, text_layers=1
     )
     save_weights(CLIP(arch), "rn.safetensors")
-    assert "--encoder text" in refused(run_main("--backbone", "rn.safetensors", "--arch", "openai"), ["rn.safetensors"])
-    code, record, _, _ = run_main(*QUICK, "--backbone", "rn.safetensors", "--arch", "openai", "--encoder", "text")
+    flags = ("--backbone", "rn.safetensors", "--arch", "openai")
+    for method in ("lora", "dora"):
+        assert "--encoder text" in refused(run_main(*flags, "--method", method), ["rn.safetensors"])
+    code, record, _, _ = run_main(*QUICK, *flags, "--encoder", "text")
     assert code == 0 and record["trainable_weights"] == 12 * 64**2
 
 
