@@ -201,18 +201,20 @@ _VISION = {"hidden_size": 768, "num_attention_heads": 12, "hidden_act": "quick_g
 _TEXT = {**_VISION, "hidden_size": 512, "num_attention_heads": 8, "eos_token_id": 49407, "vocab_size": 49408}
 _TEXT |= {"max_position_embeddings": 77}
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-KINDS = ("clip", "metaclip_2")
+KINDS = ("clip", "metaclip_2", "siglip")
 CLIP_VOCABULARY = 49408
 
 
 def hugging_face_card(folder: Path) -> Card:
-    """Return what the config.json of a Hugging Face CLIPModel says, and its preprocessor_config.json.
+    """Return what the config.json of a Hugging Face CLIPModel or SiglipModel says, and its preprocessor_config.json.
 
     Raise WeightsError for other models, and for what is not computed here.
     """
     path = folder / CONFIG
     config = read_json(path)
     kind = config.get("model_type")
+    if kind == "siglip":
+        return _siglip_card(folder, config)
     if kind not in KINDS:
         raise WeightsError(
             f"{path}: a model of the type {kind!r} is not read here; use a CLIPModel, or open_clip's names"
@@ -248,16 +250,66 @@ def hugging_face_card(folder: Path) -> Card:
     context = int(text["max_position_embeddings"])
     other = text["vocab_size"] != CLIP_VOCABULARY
     tokenizer = OtherTokenizer(str(folder), context) if other else None
-    return Card(conventions, str(path), _of_processor(folder / PREPROCESSOR), tokenizer, context)
+    return Card(conventions, str(path), _of_processor(folder / PREPROCESSOR, Preprocessing(size=0)), tokenizer, context)
+
+
+_OF_SIGLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_OF_SIGLIP |= {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_SIGLIP_VISION = {**_OF_SIGLIP, "image_size": 224, "patch_size": 16, "vision_use_head": True}
+_SIGLIP_TEXT = {**_OF_SIGLIP, "max_position_embeddings": 64}
+_SIGLIP_IMAGES = Preprocessing(0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize="squash")  # its processor's defaults
+
+
+def _siglip_card(folder: Path, config: dict[str, Any]) -> Card:
+    path = folder / CONFIG
+    vision = {**_SIGLIP_VISION, **(config.get("vision_config") or {})}
+    text = {**_SIGLIP_TEXT, **(config.get("text_config") or {})}
+    for part in (vision, text):
+        if part["hidden_act"] not in ("gelu", "gelu_pytorch_tanh"):
+            raise WeightsError(f"{path}: hidden_act {part['hidden_act']!r} is not computed by this program")
+    if not vision["vision_use_head"] or vision["layer_norm_eps"] != 1e-6:
+        raise WeightsError(
+            f"{path}: an image tower without its head, or with another layer_norm_eps, is not computed here"
+        )
+    options = {
+        "img_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "embed_dim": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "num_heads": vision["num_attention_heads"],
+        "mlp_ratio": (vision["intermediate_size"] + 0.5) / vision["hidden_size"],  # timm rounds the product down
+        "act_layer": _ACTIVATIONS[vision["hidden_act"]],
+    }
+    trunk = Trunk(
+        "vit_base_patch16_siglip_224",
+        "map",
+        "none",
+        False,
+        vision["image_size"],
+        vision["hidden_size"],
+        tuple(options.items()),
+    )
+    conventions = Conventions(
+        text_activation=_ACTIVATIONS[text["hidden_act"]],
+        text_head_width=text["hidden_size"] // text["num_attention_heads"],
+        causal=False,
+        text_pool="last",
+        text_projection="linear",
+        text_eps=float(text["layer_norm_eps"]),
+        trunk=trunk,
+    )
+    context = int(text["max_position_embeddings"])
+    images = _of_processor(folder / PREPROCESSOR, _SIGLIP_IMAGES)
+    return Card(conventions, str(path), images, OtherTokenizer(str(folder), context), context)
 
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def _of_processor(path: Path) -> Preprocessing:
-    """Return the preprocessing that a preprocessor_config.json says, by default OpenAI's."""
+def _of_processor(path: Path, usual: Preprocessing) -> Preprocessing:
+    """Return the preprocessing that a preprocessor_config.json says; `usual` is that of its class."""
     if not path.is_file():
-        return Preprocessing(size=0)
+        return usual
     part = read_json(path)
     steps = {name: part.get(name, True) for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
     size, crop = part.get("size", {}), part.get("crop_size", {})
@@ -276,8 +328,8 @@ def _of_processor(path: Path) -> Preprocessing:
         raise WeightsError(f"{path}: resample {part['resample']} is not done by this program ({_RESAMPLE} are)")
     return Preprocessing(
         int(next(iter(sides), 0)),
-        tuple(part.get("image_mean") or MEAN),
-        tuple(part.get("image_std") or STD),
+        tuple(part.get("image_mean") or usual.mean),
+        tuple(part.get("image_std") or usual.std),
         _RESAMPLE[part.get("resample", 3)],
         "squash" if {"height", "width"} <= set(size) else "shortest",
     )

@@ -137,8 +137,6 @@ def what_model(tensors: dict[str, Any]) -> str | None:
         return f"a file of LoRA matrices, not a whole CLIP; merge them into the model they belong to, then {_OPENAI}"
     if has("positional_embedding_res"):
         return f"Long-CLIP, whose second positional embedding this program does not compute; {_OPENAI}"
-    if has(VISION, TEXT) and has("logit_bias"):
-        return f"Hugging Face's SiglipModel, not read here; {_OPENAI}"
     if has(VISION, TEXT) and not has(f"{EMBEDDINGS}{_ANCHOR}"):
         return f"a model of Hugging Face's with another text tower than CLIP's, not read here; {_OPENAI}"
     if has("text_decoder.") or has("visual.attn_pool.") or has("visual_encoder."):

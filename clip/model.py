@@ -21,7 +21,10 @@ from .tokenizer import ClipTokenizer
 
 @dataclass(frozen=True)
 class Trunk:
-    """An image tower of timm's, as open_clip's configs name it; `resolution` in pixels, `embed_dim` of the CLIP."""
+    """An image tower of timm's, as open_clip's configs name it; `resolution` in pixels, `embed_dim` of the CLIP.
+
+    `options`: names and values that timm builds the tower with, where they are not those of `name`.
+    """
 
     name: str
     pool: str
@@ -29,6 +32,7 @@ class Trunk:
     proj_bias: bool
     resolution: int
     embed_dim: int
+    options: tuple[tuple[str, int | float | str], ...] = ()
 
 
 @dataclass(frozen=True)

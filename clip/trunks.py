@@ -5,7 +5,7 @@ The text tower beside them is this program's own. timm is only imported for such
 
 import re
 
-from torch import nn
+from torch import Tensor, nn
 
 from .files import WeightsError
 from .model import Trunk
@@ -21,21 +21,25 @@ def build(trunk: Trunk) -> nn.Module:
     Raise WeightsError if open_clip or timm is missing, or does not know the tower.
     """
     try:
-        from open_clip.timm_model import TimmModel  # optional
+        import timm  # optional
+        from open_clip.timm_model import TimmModel
     except ImportError as error:
         raise WeightsError(
             f"the image tower {trunk.name} needs open_clip and timm ({error}): pip install open_clip_torch"
         ) from None
     try:
-        tower = TimmModel(
-            trunk.name,
-            trunk.embed_dim,
-            image_size=trunk.resolution,
-            pool=trunk.pool,
-            proj=trunk.proj,
-            proj_bias=trunk.proj_bias,
-            pretrained=False,
-        )
+        if trunk.options:
+            tower = _Tower(timm.create_model(trunk.name, num_classes=0, global_pool=trunk.pool, **dict(trunk.options)))
+        else:
+            tower = TimmModel(
+                trunk.name,
+                trunk.embed_dim,
+                image_size=trunk.resolution,
+                pool=trunk.pool,
+                proj=trunk.proj,
+                proj_bias=trunk.proj_bias,
+                pretrained=False,
+            )
     except Exception as error:  # an unknown name, or sizes that do not go together
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"timm does not build the image tower {trunk.name} ({reason}); update timm") from error
@@ -43,6 +47,17 @@ def build(trunk: Trunk) -> nn.Module:
         if hasattr(module, "qkv_bias_separate"):  # EVA: else it passes its matrix by, and SO and LoRA do not see it
             module.qkv_bias_separate = True
     return tower.eval()
+
+
+class _Tower(nn.Module):
+    """A tower without anything behind it; its tensors have the same names as in open_clip's."""
+
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.trunk(images)
 
 
 def version() -> str:

@@ -13,7 +13,15 @@ from PIL import Image
 from support.training import filled, prepared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
 
 import clip
 from clip import parts, preprocess, sources
@@ -358,6 +366,26 @@ def test_folders_of_clip_models_equal_transformers(shape, act, eos, tmp_path):
     ):
         assert torch.allclose(found, true, atol=1e-5, rtol=1e-5)
     assert (model.arch.conventions.text_pool == "eos") == (eos == 7)
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("width, heads, mlp", [(64, 2, 256), (72, 4, 269)])
+def test_folders_of_siglip_models_equal_transformers(act, width, heads, mlp, tmp_path):
+    common = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": mlp, "num_hidden_layers": 2}
+    vision = common | {"hidden_act": act, "image_size": 32, "patch_size": 8}
+    text = common | {"vocab_size": 64, "max_position_embeddings": 12, "projection_size": width}
+    reference = randomised(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
+    reference.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    model, transform = clip.load(tmp_path)
+    tokens, images = model.tokenize(["w1 w2", "w3"]), torch.randn(2, 3, 32, 32)
+    expected = features_of(reference, images, tokens)
+    for found, true in zip((model.encode_image(images), model.encode_text(tokens)), expected):
+        assert torch.allclose(found, true, atol=1e-5, rtol=1e-5)
+    assert model.logit_factor == pytest.approx(math.exp(3.7), rel=1e-5) and model.logit_bias.shape == ()
+    image = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).convert("RGB")
+    processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    assert torch.allclose(transform(image), processor(image, return_tensors="pt").pixel_values[0], atol=0.03)
 
 
 @pytest.mark.parametrize("how", ["shards", "bin", "prefix", "bare file and --arch"])
