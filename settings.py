@@ -151,7 +151,9 @@ class Settings(Options):
     image_root: str | None = data(None, "your images: the folder that a manifest's paths start from", kind=str)
     drop_copies: bool = data(False, "your images: leave out copies, byte for byte, in two parts or classes")
 
-    backbone: str = model("ViT-B/16", "OpenAI's model name, tiny, or the path of a weight file")
+    backbone: str = model(
+        "ViT-B/16", "OpenAI's name, tiny, MODEL/TAG of open_clip, hf-hub:NAME, a folder or a weight file"
+    )
     arch: str | None = model(
         None, "for a weight file whose shapes do not tell it: open_clip's name or config FILE.json, or openai", kind=str
     )

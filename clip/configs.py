@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .files import WeightsError
-from .model import Conventions, Trunk
+from .model import CLIP, Conventions, Trunk
 from .preprocess import MEAN, STD, Preprocessing
 from .tokenizer import OtherTokenizer
 
@@ -333,3 +335,42 @@ def _of_processor(path: Path, usual: Preprocessing) -> Preprocessing:
         _RESAMPLE[part.get("resample", 3)],
         "squash" if {"height", "width"} <= set(size) else "shortest",
     )
+
+
+# --- files that this program writes
+
+_METADATA = "clip_conventions"
+
+
+def card_metadata(model: CLIP) -> dict[str, str]:
+    """Return what `card_in` reads: the model's conventions, preprocessing and tokenizer, as metadata of a file."""
+    tokenizer = dataclasses.asdict(model.tokenize) if isinstance(model.tokenize, OtherTokenizer) else None
+    said = {
+        "conventions": dataclasses.asdict(model.arch.conventions),
+        "preprocessing": dataclasses.asdict(model.preprocessing),
+        "tokenizer": tokenizer,
+        "context_length": model.arch.context_length,
+    }
+    return {_METADATA: json.dumps(said)}
+
+
+def card_in(path: Path) -> Card | None:
+    """Return the card in the metadata of a safetensors file, None if it is another file or has none."""
+    try:
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {})[_METADATA])
+    except (OSError, KeyError, ValueError, SafetensorError):
+        return None
+    try:
+        trunk, images, tokenizer = said["conventions"].pop("trunk"), said["preprocessing"], said["tokenizer"]
+        if trunk is not None:
+            trunk = Trunk(**trunk | {"options": tuple(map(tuple, trunk["options"]))})
+        return Card(
+            Conventions(**said["conventions"], trunk=trunk),
+            str(path),
+            Preprocessing(**images | {"mean": tuple(images["mean"]), "std": tuple(images["std"])}),
+            OtherTokenizer(**tokenizer) if tokenizer else None,
+            said["context_length"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is damaged, or from another version ({error}); save it again") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 from common import file_sha256
 
-from .configs import CONFIG, KINDS, Card, hugging_face_card, open_clip_card, read_json
+from .configs import CONFIG, KINDS, Card, card_in, hugging_face_card, open_clip_card, read_json
 from .conventions import NAMED, OPENAI, QUICK
 from .download import MODELS, fetch_model
 from .files import WeightsError
@@ -132,6 +132,8 @@ def _card_of_file(path: Path, arch: str | None) -> Card | None:
         known = arch == OPENAI or arch.removesuffix(QUICK) in NAMED
         config = None if known else open_clip_config(arch)
         return None if config is None else open_clip_card(config, {}, f"--arch {arch}")
+    if (inside := card_in(path)) is not None:
+        return inside
     if (beside := path.with_name(OPEN_CLIP_CONFIG)).is_file():
         return _card_of_config(read_json(beside), str(beside), path.parent)
     if (beside := path.with_name(CONFIG)).is_file() and read_json(beside).get("model_type") in KINDS:

@@ -12,7 +12,7 @@ from torch import Tensor
 from common import replacing
 
 from . import trunks
-from .configs import CLIP_VOCABULARY, Card
+from .configs import CLIP_VOCABULARY, Card, card_metadata
 from .conventions import with_conventions
 from .files import WeightsError
 from .model import CLIP, Architecture, Conventions, Trunk
@@ -138,12 +138,16 @@ def _preprocessing(card: Card | None, arch: Architecture, source: Path) -> Prepr
 
 
 def save_weights(model: CLIP, path: str | Path, half: bool = False) -> None:
-    """Write all weights under OpenAI's names as safetensors, in float32 or half precision, atomically."""
+    """Write all weights under OpenAI's names as safetensors, in float32 or half precision, atomically.
+
+    What no tensor tells goes into the file's metadata, where `clip.load` finds it, if it is not OpenAI's.
+    """
     tensors = {
         name: tensor.detach().to("cpu", torch.float16 if half and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in model.state_dict().items()
     }
-    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    metadata = card_metadata(model) if model.arch.conventions != Conventions() else None
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:

@@ -27,6 +27,7 @@ import clip
 from clip import parts, preprocess, sources
 from clip.preprocess import Preprocessing
 from clip.tokenizer import OtherTokenizer
+from clip.weights import save_weights
 from common import UserError
 from methods.choice import Blocks, select_matrices
 from optimizers import SO, attach
@@ -213,10 +214,15 @@ def test_lora_and_dora_on_towers_of_timm(trunk):
         assert torch.allclose(merged, features, rtol=1e-9) and torch.allclose(merged, plain, rtol=1e-12)
 
 
-def test_a_file_with_a_tower_of_timm_needs_its_name(trunk, tmp_path):
+def test_a_file_with_a_tower_of_timm_needs_its_name_unless_this_program_wrote_it(trunk, tmp_path):
     torch.save(trunk[2].state_dict(), tmp_path / "w.pt")
     with pytest.raises(clip.WeightsError, match="--arch"):
         clip.load(tmp_path / "w.pt")
+    model = trunk[3]
+    save_weights(model, tmp_path / "w.safetensors")
+    again, _ = clip.load(tmp_path / "w.safetensors")
+    assert again.arch == model.arch and again.preprocessing == model.preprocessing and again.tokenize == model.tokenize
+    assert clip.weights_sha256(again) == clip.weights_sha256(model)
 
 
 # --- tags
