@@ -399,7 +399,6 @@ def clip_error(path, arch=None) -> str:
 @pytest.mark.parametrize(
     "part, key, value",
     [
-        ("vision_cfg", "timm_model_name", "vit_base_patch16_siglip_224"),
         ("vision_cfg", "attentional_pool", True),
         ("vision_cfg", "pool_type", "avg"),
         ("vision_cfg", "pos_embed_type", "sin_cos_2d"),
