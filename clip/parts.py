@@ -51,6 +51,22 @@ def _is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
+def norms(block: nn.Module) -> dict[str, nn.LayerNorm]:
+    """Return the LayerNorms in a block by their names there: none in a ResNet's bottlenecks, which have batch norm."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.LayerNorm)}
+
+
+def outer_norms(model: CLIP, tower: str, end: str) -> list[str]:
+    """Return the names of the LayerNorms before the first block of a tower (`end` "first") or behind the last one."""
+    if tower == "text":
+        return ["ln_final"] if end == "last" else []
+    inside = set(blocks(model, tower).values())
+    inner = {norm for block in inside for norm in norms(block).values()}
+    outside = [name for name, norm in norms(model.visual).items() if norm not in inner]
+    before = ("ln_pre", "norm_pre", "patch_embed", "stem")
+    return [f"visual.{name}" for name in outside if any(word in name for word in before) == (end == "first")]
+
+
 def attention(block: nn.Module) -> Iterator[Projection]:
     """Yield the linear layers of a block's attention: none in ConvNeXt, ResNets and some blocks of MobileCLIP."""
     for module in block.modules():
@@ -64,6 +80,12 @@ def attention(block: nn.Module) -> Iterator[Projection]:
         if layers and isinstance(getattr(module, "proj", None), nn.Linear):
             layers.append((module.proj, "o"))
         yield from (Projection(layer, parts, layer, "forward") for layer, parts in layers)
+
+
+def text_projection(model: CLIP) -> list[str]:
+    """Return the names of the parameters of the text tower's projection."""
+    kinds = {"matrix": ["text_projection"], "linear": ["text_projection.weight", "text_projection.bias"], "none": []}
+    return kinds[model.arch.conventions.text_projection]
 
 
 def projection(model: CLIP) -> str | None:

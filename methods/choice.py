@@ -76,10 +76,10 @@ def select_attention(model: CLIP, hparams: Blocks) -> dict[str, nn.Module]:
     return blocks
 
 
-def reached(model: CLIP, blocks: dict[str, Block], index: int) -> list[str]:
-    """Return the towers, out of "vision" and "text", whose first block (`index` 0) or last (-1) is one of `blocks`."""
-    towers = {"text": model} | ({"vision": model.visual} if model.arch.is_vit else {})
-    return [name for name, tower in towers.items() if tower.transformer.resblocks[index] in blocks.values()]
+def reached(model: CLIP, blocks: dict[str, nn.Module], end: str) -> list[str]:
+    """Return the towers, out of "vision" and "text", whose block at an `end`, "first" or "last", is one of `blocks`."""
+    index = {"first": 0, "last": -1}[end]
+    return [tower for tower in ("vision", "text") if list(parts.blocks(model, tower))[index] in blocks]
 
 
 def select_matrices(model: CLIP, hparams: Blocks) -> dict[str, nn.Parameter]:

@@ -226,7 +226,7 @@ def test_runs_have_the_ids_that_they_always_had(flags):
 
 
 CHANGES = {  # flags that change the outcome
-    **{"shots": 2, "seed": 4, "backbone": "other.pt", "prompts": "specific", "precision": "bf16", "draw": "coop"},
+    **{"shots": 2, "seed": 4, "backbone": "RN50", "prompts": "specific", "precision": "bf16", "draw": "coop"},
     **{"test_part": "val", "classes": "base", "template": "a {}.", "tuned_on": "test", "method": "adam"},
     **{"lr": 1.5e-4, "n_iters": 7, "batch_size": 16, "early_stop_loss": 0.02, "min_area": 0.5, "flip": None},
     **{"eval_every": 5, "density_ratio": 1e-4, "t": 6, "prune_first": None, "no-sampled_gradients": None},

@@ -319,7 +319,7 @@ OTHER_THINGS = {
     "LoRA": (LORA, "LoRA"),
     "Hugging Face": (HF, "CLIPModel"),
     "SigLIP": (HF | {"logit_bias": torch.ones(1)}, "SiglipModel"),
-    "timm": ({"visual.trunk.patch_embed.proj.weight": torch.ones(2)}, "timm"),
+    "timm": ({"visual.trunk.norm.weight": torch.ones(2), "text.token_embedding.weight": torch.ones(2)}, "--arch"),
     "Long-CLIP": ({"positional_embedding_res": torch.ones(2)}, "Long-CLIP"),
     "image tower": ({"visual.conv1.weight": torch.ones(2)}, "image tower"),
     "text tower": ({"token_embedding.weight": torch.ones(2), "text_projection": torch.ones(2)}, "text tower"),

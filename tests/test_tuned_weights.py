@@ -15,6 +15,7 @@ import clip
 import datasets
 import utils
 from arguments import parse
+from clip.preprocess import Preprocessing
 from clip.preprocess import test_transform as centre_crop
 from common import UserError
 from datasets import Task
@@ -140,8 +141,8 @@ def plain_scores(mask, task):
     """Return the score of each entry of the matrices of SO: the largest are trained."""
     model = clip.load("tiny")[0].double()
     matrices = {n: p for n, p in model.named_parameters() if p.dim() == 2 and ".resblocks." in n}
-    images = torch.stack([centre_crop(32)(task.read(item)) for item in task.train]).double()
-    tokens = utils.tokenize_classes(task.class_names, task.templates[0])
+    images = torch.stack([centre_crop(Preprocessing(32))(task.read(item)) for item in task.train]).double()
+    tokens = utils.tokenize_classes(clip.tokenize, task.class_names, task.templates[0])
     features = [F.normalize(x) for x in (model.encode_image(images), model.encode_text(tokens))]
     loss = F.cross_entropy(100 * features[0] @ features[1].T, torch.tensor([item.label for item in task.train]))
     gradients = torch.autograd.grad(loss, list(matrices.values()))
@@ -169,7 +170,7 @@ def test_shira_trains_the_masked_entries_beside_a_plain_loop(mask, monkeypatch):
             assert s[chosen[name] == 1].min() >= s[chosen[name] == 0].max()
         optimizer, losses, after = AdamW(own), [], model.get_parameter
         for step, (images, labels) in enumerate(batches):
-            tokens = utils.tokenize_classes(task.class_names, task.templates[0])
+            tokens = utils.tokenize_classes(clip.tokenize, task.class_names, task.templates[0])
             features = [F.normalize(x) for x in (model.encode_image(images), model.encode_text(tokens))]
             losses.append(F.cross_entropy(100 * features[0] @ features[1].T, labels))
             gradients = torch.autograd.grad(losses[-1], own)
@@ -224,7 +225,7 @@ def test_a_resnet_has_norms_in_its_text_tower():
     with torch.device("meta"):
         model = clip.CLIP(RESNET)
     hparams = METHODS["layernorm"].Hparams(encoder="text")
-    assert reached(model, select_blocks(model, hparams), -1) == ["text"]
+    assert reached(model, select_blocks(model, hparams), "last") == ["text"]
     assert METHODS["partial"].upper_parameters(model, hparams).keys() >= {"text_projection", "ln_final.weight"}
     assert "--encoder text" in error_of(UserError, METHODS["bias"].biases, model, METHODS["bias"].Hparams(), False)
 

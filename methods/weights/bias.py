@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from clip import CLIP
+from clip import CLIP, parts
 from experiment import Experiment
 from settings import option
 
@@ -30,9 +30,15 @@ class Hparams(Tuning):
 
 def biases(model: CLIP, hparams: Blocks, qkv: bool) -> dict[str, nn.Parameter]:
     """Freeze the model except biases in and around the chosen blocks, and return these by name."""
-    layers = ("attn.out_proj", "mlp.c_fc", "mlp.c_proj", *(["attn.in_proj"] if qkv else []))
-    linear = [f"{block}.{layer}" for block in select_blocks(model, hparams) for layer in layers]
-    return trained(model, [f"{name}.bias" for name in (*layer_norms(model, hparams, outer=True), *linear)])
+    norms = layer_norms(model, hparams, outer=True)
+    inputs, linear = set(), []
+    for name, block in select_blocks(model, hparams).items():
+        inputs |= {layer for layer, kinds, *_ in parts.attention(block) if kinds != "o"}
+        names = {module: f"{name}.{own}" for own, module in block.named_modules()}
+        layers = [layer for layer in parts.matrices(block) if layer.bias is not None]
+        linear += [names[layer] for layer in layers if qkv or layer not in inputs]
+    with_bias = [name for name, norm in norms.items() if norm.bias is not None]
+    return trained(model, [f"{name}.bias" for name in (*with_bias, *linear)])
 
 
 def prepare(experiment: Experiment[Hparams]) -> Adaptation:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from clip import CLIP
+from clip import CLIP, parts
+from common import UserError
 from experiment import Experiment
 from settings import option, with_default
 
@@ -51,15 +52,16 @@ def layer_norms(model: CLIP, hparams: Blocks, outer: bool) -> dict[str, nn.Layer
     """Freeze the model, and return the LayerNorms of the chosen blocks by name.
 
     With `outer` they include ln_pre if an image tower's first block is chosen, and ln_post and ln_final if the last
-    block of their tower is.
+    block of their tower is. Raise UserError if a chosen tower has none, as a ResNet, which has batch norm.
     """
     blocks = select_blocks(model, hparams)
-    norms = {f"{name}.{norm}": getattr(block, norm) for name, block in blocks.items() for norm in ("ln_1", "ln_2")}
+    norms = {f"{name}.{norm}": module for name, block in blocks.items() for norm, module in parts.norms(block).items()}
+    if hparams.encoder != "text" and not any(name.startswith("visual.") for name in norms):
+        raise UserError("the chosen blocks of the vision tower have no LayerNorm; use --encoder text")
     if outer:
-        first, last = reached(model, blocks, 0), reached(model, blocks, -1)
-        norms |= {"visual.ln_pre": model.visual.ln_pre} if "vision" in first else {}
-        norms |= {"visual.ln_post": model.visual.ln_post} if "vision" in last else {}
-        norms |= {"ln_final": model.ln_final} if "text" in last else {}
+        for end in ("first", "last"):
+            for tower in reached(model, blocks, end):
+                norms |= {name: model.get_submodule(name) for name in parts.outer_norms(model, tower, end)}
     return norms
 
 

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from clip import CLIP
+from clip import CLIP, parts
 from experiment import Experiment
 from settings import option, with_default
 
@@ -54,9 +54,10 @@ def upper_parameters(model: CLIP, hparams: Blocks) -> dict[str, nn.Parameter]:
     chosen. Return the trained parameters by name."""
     blocks = select_blocks(model, hparams)
     names = [f"{name}.{own}" for name, block in blocks.items() for own, _ in block.named_parameters()]
-    last = reached(model, blocks, -1)
-    names += ["visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"] if "vision" in last else []
-    names += ["ln_final.weight", "ln_final.bias", "text_projection"] if "text" in last else []
+    for tower in reached(model, blocks, "last"):
+        names += [f"{norm}.{kind}" for norm in parts.outer_norms(model, tower, "last") for kind in ("weight", "bias")]
+        projection = parts.projection(model)
+        names += parts.text_projection(model) if tower == "text" else [projection] if projection else []
     return trained(model, names)
 
 
