@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -11,34 +10,12 @@ from torch import Tensor
 from common import write_atomically
 
 from .files import WeightsError
+from .huggingface import their_names
 from .model import CLIP, Conventions
-from .preprocess import MEAN, STD
+from .preprocess import Preprocessing
+from .tokenizer import ClipTokenizer
 from .weights import save_tensors
 
-# Hugging Face's names of what OpenAI names by the keys. In a block attention has three parts, and is mapped apart.
-_TOP = {
-    "logit_scale": "logit_scale",
-    "visual.proj": "visual_projection.weight",
-    "text_projection": "text_projection.weight",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-}
-_NORMS = {  # of a tower; Hugging Face misspells the first
-    "visual.ln_pre": "vision_model.pre_layrnorm",
-    "visual.ln_post": "vision_model.post_layernorm",
-    "ln_final": "text_model.final_layer_norm",
-}
-_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_IN_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours, Hugging Face's
 
 
@@ -48,10 +25,10 @@ def save_openai(model: CLIP, path: Path) -> None:
     That program rounds most weights to half precision when it loads them. Raise WeightsError for a model whose
     activation or head width is not OpenAI's, which that program could not know.
     """
-    if model.arch.conventions != Conventions():
+    if model.arch.conventions != Conventions() or model.preprocessing != Preprocessing(model.arch.resolution):
         raise WeightsError(
-            "OpenAI's program knows only heads of width 64 and the quick GELU, which this model does not have; use "
-            "--to open_clip"
+            "OpenAI's program knows only heads of width 64, the quick GELU and its own preprocessing, which this model "
+            "does not have; use --to open_clip"
         )
     content = io.BytesIO()
     torch.save(_weights(model), content)
@@ -89,7 +66,9 @@ def save_open_clip(model: CLIP, folder: Path) -> None:
         text["mlp_ratio"] = arch.text_mlp / arch.text_width
     config = {"embed_dim": arch.embed_dim, "quick_gelu": activation == "quick_gelu"}
     config |= {"vision_cfg": vision, "text_cfg": text}
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    images = model.preprocessing
+    preprocess = {"mean": images.mean, "std": images.std, "interpolation": images.interpolation}
+    preprocess["resize_mode"] = images.resize
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
     save_tensors(_weights(model), folder / "open_clip_model.safetensors", {"format": "pt"})
@@ -128,40 +107,20 @@ def save_huggingface(model: CLIP, folder: Path) -> None:
     }
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": arch.embed_dim}
     config |= {"torch_dtype": "float32", "vision_config": vision, "text_config": text}
+    images, square = model.preprocessing, {"height": arch.resolution, "width": arch.resolution}
     processor = {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": arch.resolution},
-        "crop_size": {"height": arch.resolution, "width": arch.resolution},
-        "image_mean": MEAN,
-        "image_std": STD,
-        "resample": 3,  # bicubic
+        "size": {"shortest_edge": arch.resolution} if images.resize == "shortest" else square,
+        "crop_size": square,
+        "image_mean": images.mean,
+        "image_std": images.std,
+        "resample": {"bilinear": 2, "bicubic": 3}[images.interpolation],
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", processor)
-    save_tensors(huggingface_names(_weights(model)), folder / "model.safetensors", {"format": "pt"})
-
-
-def huggingface_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a CLIP with a ViT by the names of Hugging Face's CLIPModel."""
-    found = {}
-    for name, tensor in weights.items():
-        block = _IN_BLOCK.fullmatch(name)
-        if name in _TOP:  # OpenAI multiplies by the projections from the right
-            found[_TOP[name]] = tensor.T.contiguous() if name in ("visual.proj", "text_projection") else tensor
-        elif not block:
-            norm, _, kind = name.rpartition(".")
-            found[f"{_NORMS[norm]}.{kind}"] = tensor
-        else:
-            tower, number, layer, kind = block.groups()
-            prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}."
-            if layer == "attn.in_proj":
-                for part, third in zip("qkv", tensor.chunk(3)):
-                    found[f"{prefix}self_attn.{part}_proj.{kind}"] = third.contiguous()
-            else:
-                found[f"{prefix}{_BLOCK[layer]}.{kind}"] = tensor
-    return found
+    save_tensors(their_names(_weights(model)), folder / "model.safetensors", {"format": "pt"})
 
 
 def _checked(model: CLIP) -> Conventions:
@@ -174,7 +133,7 @@ def _checked(model: CLIP) -> Conventions:
         vision_head_width=found.vision_head_width,
         text_head_width=found.text_head_width,
     )
-    if found != said:
+    if found != said or not isinstance(model.tokenize, ClipTokenizer):
         raise WeightsError(f"{model.origin}: a model of this kind cannot be exported; use a CLIP built like OpenAI's")
     return found
 

@@ -63,6 +63,7 @@ _SIGLIP = {  # beside the text tower's names above
 }
 _POOL_INPUT = "vision_model.head.attention.in_proj_"  # queries, keys and values; timm has queries apart
 _IN_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_IN_OUR_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
 _TURNED = {"visual.proj", "text_projection"}  # OpenAI multiplies by them from the right
 
 
@@ -100,6 +101,25 @@ def openai_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         found[name] = torch.cat([parts[part] for part in "qkv"])
     if is_siglip:
         found["visual.trunk.pos_embed"] = found["visual.trunk.pos_embed"][None]
+    return found
+
+
+def their_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a CLIP with a ViT by the names of a CLIPModel: the inverse of `openai_names`."""
+    top = {ours: theirs for theirs, ours in _TOP.items()}
+    layers = {ours: theirs for theirs, ours in _BLOCK.items()}
+    found = {}
+    for name, tensor in weights.items():
+        if name in top:
+            found[top[name]] = tensor.T.contiguous() if name in _TURNED else tensor
+            continue
+        tower, number, layer, kind = _IN_OUR_BLOCK.fullmatch(name).groups()
+        prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}."
+        if layer == "attn.in_proj":
+            for part, third in zip("qkv", tensor.chunk(3)):
+                found[f"{prefix}self_attn.{part}_proj.{kind}"] = third.contiguous()
+        else:
+            found[f"{prefix}{layers[layer]}.{kind}"] = tensor
     return found
 
 
