@@ -306,10 +306,24 @@ PUBLISHED_ROWS = {row["name"]: row for row in PUBLISHED["rows"]}
 
 
 def test_published_means_are_those_of_the_datasets():
-    for name in ("SO", "LoRA by SO's authors"):
+    for name, shots in (("SO", 4), ("LoRA by SO's authors", 4), ("GDA", 16)):
         row = PUBLISHED_ROWS[name]
-        assert row["data_sets"][4].keys() == ELEVEN.keys()
-        assert np.mean(list(row["data_sets"][4].values())) == pytest.approx(row["means"][4], abs=0.051)
+        assert row["data_sets"][shots].keys() == ELEVEN.keys()
+        assert np.mean(list(row["data_sets"][shots].values())) == pytest.approx(row["means"][shots], abs=0.051)
+    for row in PUBLISHED["base_to_new"]:
+        expected = 2 * row["base"] * row["new"] / (row["base"] + row["new"])
+        assert row["harmonic"] == pytest.approx(expected, abs=0.2 if row["name"] in ("RPO", "HPT") else 0.011)
+
+
+def test_published_tables_name_protocol_and_source():
+    vit, rn50, new, transfer = comparison.published_sheets()
+    protocol = "prompts released; validation none; precision fp32; seeds unknown"
+    assert texts(vit)["SO"] == ["73.8", "76.6", "78.9", "-", "-", protocol, "arxiv.org/abs/2504.12436"]
+    assert texts(vit)["SkipTuning"][:5] == ["≈ 72.2", "≈ 75.2", "≈ 78.4", "≈ 81.0", "≈ 83.9"]
+    assert texts(rn50)["GDA"][4] == "76.0" and texts(new)["2SFS"][:3] == ["85.55", "75.48", "80.20"]
+    assert texts(transfer)["TCP"][:3] == ["71.40", "66.29", "-"]
+    rows = [row for part in ("rows", "rn50", "base_to_new") for row in PUBLISHED[part]]
+    assert all(row["protocol"].keys() == set(comparison.PROTOCOL) for row in rows if "protocol" in row)
 
 
 def test_deviations_where_the_settings_match(results):
@@ -434,7 +448,7 @@ def test_the_report_of_real_runs_holds_every_number_and_loads_nothing(run_main, 
 
     text = (tmp_path / "one" / "index.html").read_text(encoding="utf-8")
     links = re.findall(r'href="([^"]*)"', text)
-    assert all(link.startswith(("#", "https://arxiv.org/")) for link in links)
+    assert all(link.startswith(("#", "https://arxiv.org/", "https://github.com/")) for link in links)
     assert set(re.findall(r"\w+://[^\s\"<]+", text)) == {link for link in links if not link.startswith("#")}
     assert not re.search(r'\b(src|srcset|data|action|poster)="|<(link|iframe|object|embed|base)\b', text)
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", text)

@@ -185,16 +185,39 @@ def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
     return sheets
 
 
-def published_sheet() -> Sheet:
-    """Return the averages over the eleven datasets that papers report."""
-    rows = []
-    shots = sorted({n for row in PUBLISHED["rows"] for n in row["means"]})
-    for row in PUBLISHED["rows"]:
-        means = [_reported(row["means"].get(n), row.get("read_off")) for n in shots]
-        url = PUBLISHED["papers"][row["paper"]]["url"]
-        rows.append([Cell(row["name"]), *means, Cell(f"arXiv {url.rpartition('/')[2]}")])
-    notes = ["Per cent, ViT-B/16, averages over the eleven datasets. ≈: read off a plot."]
-    return Sheet("Published averages", ["method", *map(in_words, shots), "source"], rows, notes)
+PROTOCOL = ("prompts", "validation", "precision", "seeds")
+PROTOCOL_NOTE = "Protocol: prompts, use of validation images, precision, seeds; unknown: not found."
+
+
+def published_sheets() -> list[Sheet]:
+    """Return what papers report: averages over the eleven datasets with two backbones, base-to-new, and transfer."""
+    sheets = []
+    for title, rows in {"Published averages": PUBLISHED["rows"], "Published averages, RN50": PUBLISHED["rn50"]}.items():
+        shots = sorted({n for row in rows for n in row["means"]})
+        cells = [[_reported(row["means"].get(n), row.get("read_off")) for n in shots] for row in rows]
+        backbone = "ViT-B/16" if rows is PUBLISHED["rows"] else "RN50"
+        notes = [f"Per cent, {backbone}, averages over the eleven datasets. ≈: read off a plot. {PROTOCOL_NOTE}"]
+        sheets.append(_published(title, rows, [in_words(n) for n in shots], cells, notes))
+    rows = PUBLISHED["base_to_new"]
+    cells = [[number(row[name]) for name in ("base", "new", "harmonic")] for row in rows]
+    note = f"Per cent, ViT-B/16, 16 shots: averages over the eleven datasets, their harmonic mean. {PROTOCOL_NOTE}"
+    sheets.append(_published("Published base-to-new accuracies", rows, ["base", "new", "harmonic mean"], cells, [note]))
+    rows = PUBLISHED["transfer"]
+    cells = [[number(row.get(name)) for name in ("imagenet", "others", "variants")] for row in rows]
+    note = "Per cent, ViT-B/16, trained on ImageNet with 16 shots; all from one paper."
+    header = ["ImageNet", "mean of ten others", "mean of four variants"]
+    sheets.append(_published("Published transfer from ImageNet", rows, header, cells, [note]))
+    return sheets
+
+
+def _published(title: str, rows: list[dict], header: list[str], cells: list[list[Cell]], notes: list[str]) -> Sheet:
+    """Return a table with a row's name first, its protocol and its source last."""
+    table = []
+    for row, own in zip(rows, cells):
+        protocol = "; ".join(f"{name} {row['protocol'][name]}" for name in PROTOCOL) if "protocol" in row else MISSING
+        source = PUBLISHED["papers"][row["paper"]]["url"].removeprefix("https://")
+        table.append([Cell(row["name"]), *own, Cell(protocol), Cell(source)])
+    return Sheet(title, ["method", *header, "protocol", "source"], table, notes)
 
 
 def _reported(value: float | None, read_off: float | None) -> Cell:

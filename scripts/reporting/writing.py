@@ -37,7 +37,7 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     differences = [comparison.differences(results, a, b) for a, b in pairs]
     difference_sheets = [comparison.difference_sheet(results, rows, *pair) for pair, rows in zip(pairs, differences)]
     deviations, unmatched = comparison.deviations(results)
-    published = [*comparison.deviation_sheets(deviations), comparison.published_sheet()]
+    published = [*comparison.deviation_sheets(deviations), *comparison.published_sheets()]
     grids, damaged = figures.grids(results, folder)
     drawn, images = _drawn([*grids, *figures.reliability(results, errors)])
     runs_csv = results.tidy().to_csv(index=False)
