@@ -10,6 +10,7 @@ to the base classes, and beyond. `switch` has random weights and deltas of rando
 values do not matter for the time.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,13 +32,17 @@ from datasets import Task
 from experiment import Experiment
 from methods.adapters.matrices import Adapters
 from methods.choice import Blocks, select_matrices
+from settings import Settings
 
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 HALVES = ("base", "new", "all")
 
 
-def digits(method: str, seed: int) -> None:
-    """Print the accuracies, in per cent, of one method's adapted, added and interpolated models."""
+def digits(method: str, seed: int, new_seed: int) -> None:
+    """Print the accuracies, in per cent, of one method's adapted, added and interpolated models.
+
+    `new_seed` is that of the run on the new classes: with the same seed SO draws the same entries for both.
+    """
     config = parse(["--method", method, "--shots", "16", "--seed", str(seed), "--device", "cpu", "--workers", "0"])
     settings = config.settings
     tasks = {half: datasets.build("digits", None, settings.shots, seed, classes=half) for half in HALVES}
@@ -47,7 +52,7 @@ def digits(method: str, seed: int) -> None:
         apply_changes(experiment.model, delta)
         return experiment
 
-    def adapted(task: Task) -> Changes:
+    def adapted(task: Task, settings: Settings) -> Changes:
         experiment = Experiment.load(settings, config.hparams.settled(settings.shots, len(task.train)), task)
         adaptation, batches = train.prepare(experiment)
         train.fit(experiment, adaptation, batches)
@@ -67,8 +72,9 @@ def digits(method: str, seed: int) -> None:
         return " ".join(f"{half} {value:6.2f}" for half, value in zip(HALVES, found))
 
     base = {name: t for name, t in clip.load("tiny")[0].state_dict().items() if t.is_floating_point()}
-    of = {half: adapted(tasks[half]) for half in HALVES}
-    rows = {f"adapted to {half}": of[half] for half in HALVES}
+    of = {"base": adapted(tasks["base"], settings)}
+    of["new"] = adapted(tasks["new"], dataclasses.replace(settings, seed=new_seed))
+    rows = {f"adapted to {half}": of[half] for half in of}
     rows["base + new"] = combine(base, [of["base"], of["new"]], [1, 1])
     rows["base + new, mean"] = combine(base, [of["base"], of["new"]], [1, 1], mean=True)
     rows["half of base + new"] = combine(base, [of["base"], of["new"]], [0.5, 0.5])
@@ -77,6 +83,7 @@ def digits(method: str, seed: int) -> None:
         print(f"{method} seed {seed} {name:20} {accuracies(delta)} entries {entries(delta):,}", flush=True)
     found = overlap(base, of["base"], of["new"])
     print(f"{method} seed {seed} overlap", *(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
+    print(f"{method} seed {seed} {'adapted to all':20} {accuracies(adapted(tasks['all'], settings))}", flush=True)
 
 
 def switch(name: str, share: float, times: int) -> None:
@@ -116,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("digits", "switch"))
     parser.add_argument("--methods", nargs="+", default=["so", "adam", "lora"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--new_seed", type=int, help="of the runs on the new classes [that of the base classes]")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.001, 0.01, 0.1], help="of the entries")
     parser.add_argument("--times", type=int, default=5)
     with one_line_errors():
@@ -126,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         for method in args.methods:
             for seed in args.seeds:
-                digits(method, seed)
+                digits(method, seed, seed if args.new_seed is None else args.new_seed)
 
 
 if __name__ == "__main__":
