@@ -21,6 +21,7 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", 
 # Where training programs keep a model, in the order in which they are tried.
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "clip", "weights")
 AVERAGES = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "model_ema_state_dict")
+INDEX = ".index.json"  # what the name of an index of shards ends in
 _ANCHOR = "token_embedding.weight"  # every CLIP with OpenAI's names has it, once
 
 
@@ -33,7 +34,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     WeightsError that says what the file is.
     """
     found = {}
-    for file in _shards(path) if path.name.endswith(".index.json") else [path]:
+    for file in shards_of(path) if path.name.endswith(INDEX) else [path]:
         held = _tensors(read_file(file), file)
         found |= held if file == path else resolve(held, file)
     tensors = {name: value for name, value in found.items() if name.split(".")[-1] not in NOT_WEIGHTS}
@@ -46,7 +47,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _shards(index: Path) -> list[Path]:
+def shards_of(index: Path) -> list[Path]:
     """Return the files that an index of Hugging Face's lists."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

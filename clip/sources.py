@@ -10,17 +10,17 @@ open_clip and huggingface_hub are imported only for the names that need them.
 """
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import file_sha256
 
-from .configs import CONFIG, KINDS, Card, card_in, hugging_face_card, open_clip_card, read_json
+from .configs import CONFIG, KINDS, PREPROCESSOR, Card, card_in, hugging_face_card, open_clip_card, read_json
 from .conventions import NAMED, OPENAI, QUICK
 from .download import MODELS, fetch_model
 from .files import WeightsError
+from .formats import INDEX, shards_of
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -28,6 +28,7 @@ TINY = Path(__file__).parent / "tiny.safetensors"
 # The weight files of a folder, in the order in which open_clip and transformers look for them.
 OF_OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 OF_TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _INSTALL = "pip install open_clip_torch"
 
@@ -48,7 +49,7 @@ def is_known(name: str) -> bool:
 
 def card_of(name: str, arch: str | None = None) -> Card | None:
     """Return what the config of a backbone says, without its weights; None if it has none. See `find`."""
-    if _names_a_file(name):
+    if not is_known(name) and _names_a_file(name):
         return _card_of_file(Path(name).expanduser(), arch)
     if is_known(name):
         card = None
@@ -92,18 +93,14 @@ def identity(name: str, arch: str | None) -> dict[str, str]:
         return found
     folder, file = _folder(name), Path(name).expanduser()
     if folder is not None:
-        files = [_weights_in(folder), *(folder / config for config in (OPEN_CLIP_CONFIG, CONFIG))]
-        return found | {"backbone": _hashes([path for path in files if path.is_file()])}
-    if file.is_file():
-        found["backbone"] = file_sha256(file)
-        if (beside := file.with_name(OPEN_CLIP_CONFIG)).is_file():
-            found[beside.name] = file_sha256(beside)
-        return found
-    return found | {"backbone": "/".join(_model_and_tag(name))}  # however the tag is written
-
-
-def _hashes(files: list[Path]) -> str:
-    return json.dumps({path.name: file_sha256(path) for path in files})
+        file = _weights_in(folder)
+    elif not file.is_file():
+        return found | {"backbone": "/".join(_model_and_tag(name))}  # however the tag is written
+    shards = shards_of(file) if file.name.endswith(INDEX) else [file]
+    found["backbone"] = " ".join(map(file_sha256, shards))
+    names = (OPEN_CLIP_CONFIG, CONFIG, PREPROCESSOR, *TOKENIZERS)
+    beside = [file.with_name(config) for config in (names if folder or _is_clip_model(file.parent) else names[:1])]
+    return found | {path.name: file_sha256(path) for path in beside if path.is_file()}
 
 
 def _names_a_file(name: str) -> bool:
@@ -136,9 +133,12 @@ def _card_of_file(path: Path, arch: str | None) -> Card | None:
         return inside
     if (beside := path.with_name(OPEN_CLIP_CONFIG)).is_file():
         return _card_of_config(read_json(beside), str(beside), path.parent)
-    if (beside := path.with_name(CONFIG)).is_file() and read_json(beside).get("model_type") in KINDS:
-        return hugging_face_card(path.parent)
-    return None
+    return hugging_face_card(path.parent) if _is_clip_model(path.parent) else None
+
+
+def _is_clip_model(folder: Path) -> bool:
+    """Return whether a folder has the config of a model of Hugging Face's that is read here."""
+    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") in KINDS
 
 
 def _card_of_config(content: dict[str, Any], where: str, folder: Path | None = None) -> Card:
@@ -157,7 +157,7 @@ def _card_of_folder(folder: Path, name: str) -> Card:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model"))
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def _weights_in(folder: Path) -> Path:
