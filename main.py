@@ -134,6 +134,7 @@ def do_now(run: Run) -> dict:
     """Load the model and train, evaluate saved weights, or measure zero-shot accuracy. Return the run's record."""
     run_utils.make_reproducible(run.settings.seed)
     run_utils.use_device(run.settings.device)
+    run_utils.note_slow_precision(run.settings.precision, run.settings.device)
     experiment = Experiment.load(run.settings, run.hparams, run.task)
     print(f"{run.settings.backbone}: {clip.describe(experiment.model)}")
     if run.config.trains:

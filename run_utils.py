@@ -58,6 +58,15 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
 
 
+def note_slow_precision(precision: str, device: str) -> None:
+    """Say on stderr that bf16 is slow on a processor without instructions for it, as far as Linux lists these."""
+    processor = Path("/proc/cpuinfo")
+    if precision != "bf16" or device != "cpu" or not processor.is_file():
+        return
+    if "bf16" not in processor.read_text():  # x86 lists avx512_bf16 or amx_bf16, ARM bf16
+        note("this processor has no bf16 units: --precision bf16 is several times slower here than --precision fp32")
+
+
 def use_device(device: str) -> None:
     """Make a GPU the current one, for everything that names none, and start its peak of memory, or the CPU's, again.
 

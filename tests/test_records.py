@@ -102,6 +102,22 @@ def test_names_that_no_disk_takes_are_rejected_before_the_work(run_main, monkeyp
 # --- seeds and kernels
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "flags", "slow"),
+    [
+        ("bf16", "cpu", "avx2 avx512f", True),
+        ("bf16", "cpu", "avx512_bf16", False),
+        ("fp32", "cpu", "avx2", False),
+        ("bf16", "cuda:1", "avx2", False),
+    ],
+)
+def test_bf16_without_units_is_said_to_be_slow(precision, device, flags, slow, monkeypatch, tmp_path, capsys):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}")
+    monkeypatch.setattr(run_utils, "Path", lambda name: tmp_path / Path(name).name)
+    run_utils.note_slow_precision(precision, device)
+    assert ("bf16" in capsys.readouterr().err) == slow
+
+
 def test_make_reproducible(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     places = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
