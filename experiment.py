@@ -71,12 +71,17 @@ class Experiment(Generic[H]):
             hparams.batch_size,
             hparams.total_iters,
             settings.seed,
-            settings.workers,
+            self._workers(hparams.batch_size),
             settings.image_cache_mb,
             start,
             pin_memory=self.device.type == "cuda",
             drop_last=hparams.drop_last,
         )
+
+    def _workers(self, batch_size: int) -> int:
+        """Return the number of processes that read images, for float32 batches of this many images."""
+        batch_bytes = batch_size * 3 * self.model.preprocessing.size**2 * 4
+        return datasets.workers_that_fit(self.settings.workers, batch_bytes)
 
     def image_features(self, items: Sequence[Item], label: str, mirrored: bool = False) -> Tensor:
         """Return unit features [N, E] of the items, or of their mirror images, in main memory, by the model as it is
@@ -84,7 +89,7 @@ class Experiment(Generic[H]):
         pin = self.device.type == "cuda"
         transform = mirror(self.preprocess) if mirrored else self.preprocess
         loader = datasets.test_loader(
-            items, self.task, transform, IMAGES_AT_ONCE, self.settings.workers, pin_memory=pin
+            items, self.task, transform, IMAGES_AT_ONCE, self._workers(IMAGES_AT_ONCE), pin_memory=pin
         )
         with self.autocast():
             return utils.image_features(self.model, loader, label)
@@ -136,7 +141,7 @@ class Experiment(Generic[H]):
             IMAGES_AT_ONCE,
             views,
             self.settings.seed,
-            self.settings.workers,
+            self._workers(IMAGES_AT_ONCE),
             self.settings.image_cache_mb,
             pin_memory=self.device.type == "cuda",
         )

@@ -16,7 +16,15 @@ from .digits import TEMPLATES as DIGITS_TEMPLATES
 from .digits import DigitsTask, split_digits
 from .fewshot import CLASSES, ORDERS, base_or_new, draw, draw_disjoint, val_shots
 from .folder import ONLY_IMAGES, FolderTask, OwnImages, read_folder, summary
-from .images import augmented_loader, batches_per_epoch, default_workers, shuffled, test_loader, training_loader
+from .images import (
+    augmented_loader,
+    batches_per_epoch,
+    default_workers,
+    shuffled,
+    test_loader,
+    training_loader,
+    workers_that_fit,
+)
 from .recorded import importer, replay, to_json
 from .specs import RELEASED_TEMPLATES, SPECS, Found, departure, locate
 from .splits import ImageNetListing, Split, folder_items, list_imagenet, read_split
@@ -47,6 +55,7 @@ __all__ = [
     "test_loader",
     "to_json",
     "training_loader",
+    "workers_that_fit",
 ]
 
 _TASKS = {"digits": DigitsTask, "folder": FolderTask}

@@ -8,17 +8,20 @@ over augmented images for other purposes are -1, -2, ...
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from common import note, progress
+from common import counted, note, progress
 
 from .task import DatasetError, Item, Task
 
 Transform = Callable[[Image.Image], torch.Tensor]
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def batches_per_epoch(n_items: int, batch_size: int, drop_last: bool = False) -> int:
@@ -41,6 +44,24 @@ def default_workers() -> int:
     # Not only cpu_count: a container or a batch system often allows fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores <= 2 else min(cores - 1, 8)
+
+
+def workers_that_fit(workers: int, batch_bytes: int) -> int:
+    """Return how many of these loader processes the shared memory has room for, possibly 0, which needs none.
+
+    A worker hands over its batches of `batch_bytes` in /dev/shm, two ahead, and the batch in use stays there; one that
+    finds it full is killed by the system. Containers often have only 64 MB. Other programs may use it too.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return workers
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    fitting = min(workers, max(0, free // batch_bytes - 1) // 2)
+    if fitting < workers:
+        note(
+            f"{SHARED_MEMORY} has {free // 10**6} MB free: images are read by {counted(fitting, 'worker')} instead "
+            f"of {workers}; enlarge it (docker run --ipc=host)"
+        )
+    return fitting
 
 
 def training_loader(

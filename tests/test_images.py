@@ -218,6 +218,27 @@ def test_default_workers(cores, workers, monkeypatch):
     assert datasets.default_workers() == workers
 
 
+@pytest.mark.parametrize(
+    ("workers", "free", "fitting"), [(8, 64, 1), (8, 40, 0), (8, 10, 0), (8, 340, 8), (8, 320, 7), (0, 10, 0)]
+)
+def test_workers_share_the_memory_of_a_container(workers, free, fitting, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(images_module, "SHARED_MEMORY", tmp_path)
+    usage = type("Usage", (), {"free": free * 10**6})
+    monkeypatch.setattr(images_module.shutil, "disk_usage", lambda path: usage)
+    assert datasets.workers_that_fit(workers, 20 * 10**6) == fitting
+    assert (str(tmp_path) in capsys.readouterr().err) == (fitting < workers)
+    monkeypatch.setattr(images_module, "SHARED_MEMORY", tmp_path / "none")  # as on macOS
+    assert datasets.workers_that_fit(workers, 20 * 10**6) == workers
+
+
+def test_all_loaders_of_a_run_fit_into_shared_memory(run_main, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "workers_that_fit", lambda workers, size: asked.append((workers, size)) or 0)
+    run_main("--total_iters", "1", "--batch_size", "4", "--workers", "3")
+    image = 3 * 32**2 * 4  # the tiny CLIP's, in float32
+    assert {workers for workers, _ in asked} == {3} and {size for _, size in asked} == {4 * image, 256 * image}
+
+
 # --- augmented views in order
 
 
