@@ -10,7 +10,7 @@ import timm
 import torch
 from open_clip.factory import get_model_config
 from PIL import Image
-from support.training import filled, prepared
+from support.training import filled, fitted, prepared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -212,6 +212,32 @@ def test_lora_and_dora_on_towers_of_timm(trunk):
             merged = adaptation.model.encode_image(images)
             plain = adaptation.merge().encode_image(images)
         assert torch.allclose(merged, features, rtol=1e-9) and torch.allclose(merged, plain, rtol=1e-12)
+
+
+REJECTED = {"ConvNeXt": {"relora", "lora"}, "ConvNeXt, MLP": {"relora", "lora"}}
+REJECTED |= {"MobileCLIP-S": {"adalora", "layernorm", "bias", "two_stage"}}
+REJECTED |= {"SigLIP": {"prolip"}, "SigLIP 2": {"prolip"}}
+
+
+def test_all_methods_train_towers_of_timm_or_say_what_is_missing(trunk):
+    family, config, _, model = trunk
+    size = config["vision_cfg"]["image_size"]
+    model.tokenize = lambda texts: tokens_for(config)[: len(texts)]
+    batches = [(torch.randn(3, 3, size, size), torch.tensor([0, 1, 2]))] * 2
+    for method in ("adam", "so_ablation", "layernorm", "bias", "partial", "two_stage", "prolip", "relora", "adalora"):
+        options = {"epochs": 2} if method in ("partial", "prolip") else {"total_iters": 2}
+        options |= {"batch_size": 4} if method == "partial" else {}
+        adapted = copy.deepcopy(model)
+        if method in REJECTED.get(family, ()):
+            with pytest.raises(UserError, match=r"--encoder text|projection"):
+                prepared(method, model=adapted, **options)
+            continue
+        options |= {"encoder": "vision"} if method != "prolip" else {}
+        adaptation = prepared(method, model=adapted, lr=1e-3, **options)
+        before = {name: p.detach().clone() for name, p in adaptation.parameters.items()}
+        fitted(adaptation, batches)
+        moved = [name for name, p in adaptation.parameters.items() if not torch.equal(p, before[name])]
+        assert any(name.startswith("visual.") for name in moved), method
 
 
 def test_a_file_with_a_tower_of_timm_needs_its_name_unless_this_program_wrote_it(trunk, tmp_path):
