@@ -1,6 +1,6 @@
 """Manifests of your own images: tables of the class and the part of each image, as people have them.
 
-Which column is which is told by its name. What is not sure is rejected: two columns that may be the path, a class that
+A column is known by its name. What is not sure is rejected: two columns that may be the path, a class that
 is a number in one row and text in another, a file that fits a path in two ways.
 """
 

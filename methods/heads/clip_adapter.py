@@ -17,7 +17,7 @@ is searched here; configs/clip_adapter_search.yaml chooses the ratio on the few-
 Base-to-new: the authors do not define it. Nothing in the adapter belongs to a class, so it is applied to the images of
 other classes and datasets, with their text features.
 
-Differences: that code augments images anew in every epoch. Here epoch e has view e modulo 20 of each image, so that
+Differences: that code augments images again in every epoch. Here epoch e has view e modulo 20 of each image, so that
 features are computed once; `--views 200` has a new one in each of 200 epochs. The prompts are those of all methods
 (--prompts), where that code uses each dataset's own; with several templates t_c is their mean. The paper's second
 adapter, of text features, is not in that code and left out.

@@ -15,7 +15,7 @@ between epochs (`epoch_cosine`). An epoch leaves out its last, smaller batch. Wh
 Base-to-new: the residuals belong to their classes, and the authors do not define others. Some of the same classes, as
 in ImageNet-A and -R, take their rows, as in that code.
 
-Differences: that code augments images anew in every epoch. Here epoch e has view e modulo 20 of each image, so that
+Differences: that code augments images again in every epoch. Here epoch e has view e modulo 20 of each image, so that
 features are computed once; with as many `--views` as epochs it is the same (configs/taskres_released.yaml). Float32
 without TF32. The prompts are those of all methods (--prompts), where that code uses each dataset's own, for ImageNet
 eight. The "enhanced base", text features of a projection tuned before, is left out.
