@@ -25,7 +25,7 @@ from .classnames import also, check_names, note_odd_names, renamed
 from .copies import find_copies, note_copies, without_copies
 from .decoding import HEIC_ENDINGS, image_endings, read_upright_image
 from .division import divide
-from .manifest import find_manifest, read_manifest, tables_in
+from .manifest import PARTS, find_manifest, read_manifest, tables_in
 from .parts import OwnImages, class_folders, find_parts, is_folder, is_hidden, named_parts, unwrapped
 from .splits import Split, scan
 from .task import DatasetError, Item, Task, enumerated
@@ -70,6 +70,35 @@ def read_folder(root: Path, own: OwnImages = ONLY_IMAGES) -> tuple[Split, Path]:
     else:
         note_copies(copies, split)
     return split, image_root
+
+
+def read_to_test(root: Path) -> tuple[tuple[str, ...], tuple[Item, ...], Path]:
+    """Return class names, labelled images and image root of images on which a model is only tested.
+
+    `root` is a folder of class folders, or a manifest. Of one with parts the images of test are taken, else all. Raise
+    DatasetError as `read_folder` does.
+    """
+    if not root.exists():
+        raise DatasetError(f"{root} does not exist")
+    manifest = root if root.is_file() else find_manifest(root)
+    if manifest:
+        split, image_root = read_manifest(manifest, to_test=True)
+        return split.class_names, split.test, image_root
+    root = unwrapped(root)
+    folders = class_folders(root)
+    if len(folders) == 1 and PARTS.get(folders[0].lower()) == "test":
+        root = root / folders[0]
+        folders = class_folders(root)
+    if parts := find_parts(root, folders):
+        split, image_root, _ = _read_parts(root, parts, ONLY_IMAGES)
+        return split.class_names, split.test, image_root
+    listing = _Listing(root)
+    images = listing.class_folders(folders)
+    listing.note()
+    _check_classes(root, images)
+    names, _ = _class_names(root, folders, ONLY_IMAGES)
+    items = tuple(Item(path, label) for label, paths in enumerate(images.values()) for path in paths)
+    return names, items, root
 
 
 def _read(root: Path, own: OwnImages) -> tuple[Split, Path, Path | None]:

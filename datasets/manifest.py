@@ -65,14 +65,15 @@ def tables_in(root: Path) -> list[str]:
     return sorted(entry.name for entry in scan(root) if entry.name.lower().endswith(ENDINGS))
 
 
-def read_manifest(path: Path, image_root: Path | None = None) -> tuple[Split, Path]:
+def read_manifest(path: Path, image_root: Path | None = None, to_test: bool = False) -> tuple[Split, Path]:
     """Read a manifest, a table with one image a row; return its split and the folder that its paths start from.
 
     The columns are those of _NAMES, in any order and spelling: the path; the class, as text, as numbers, or both; and
     perhaps the part. Others are left out with a note. If there are only numbers, class names come from `classnames.txt`
     beside the manifest. If there are only names, they are numbered in sorted order. Without parts, the images are
     divided like those of folders. Paths start from `image_root`, by default the manifest's folder or the only folder in
-    it that has these files. Raises DatasetError with file and row.
+    it that has these files. `to_test`: nothing is trained, and only test has images, all if there are no parts. Raises
+    DatasetError with file and row.
     """
     table = read_table(path)
     columns = _columns(table, path) if table.columns else {}
@@ -87,7 +88,7 @@ def read_manifest(path: Path, image_root: Path | None = None) -> tuple[Split, Pa
             raise DatasetError(
                 f"manifest {path}, {lacking[0]['where']}: no {column}, but other rows have one{_more(lacking)}"
             )
-    return _split_rows(_once(rows, root, path), path), root
+    return _split_rows(_once(rows, root, path), path, to_test), root
 
 
 def _more(rows: Sequence[object]) -> str:
@@ -346,9 +347,14 @@ def _identity(file: Path) -> object:
 # --- parts and classes
 
 
-def _split_rows(rows: list[dict], path: Path) -> Split:
+def _split_rows(rows: list[dict], path: Path, to_test: bool) -> Split:
     names = _names_of_labels(rows, path)
     _check_single(names, path)
+    if to_test:
+        tested = [row for row in rows if row["part"] in (None, "test")]
+        if not tested:
+            raise DatasetError(f"manifest {path} has no image in test; some rows need the part test, or none a part")
+        return Split(names, (), (), tuple(Item(row["path"], row["label"]) for row in tested))
     if rows[0]["part"] is None:
         images: dict[str, list[str]] = {name: [] for name in names}
         for row in rows:
