@@ -334,6 +334,8 @@ class Run:
         }
         if settings.test_part != "test":
             record["test_part"] = settings.test_part
+        if experiment.model.logit_factor != 100:
+            record["logit_factor"] = experiment.model.logit_factor
         files = {"config.yaml": self.config.as_yaml(), "split.json": datasets.to_json(task)}
         files |= {"curve.csv": _csv(fit.curve, CURVE), "timing.csv": _csv(fit.timing), "search.csv": _csv(trials)}
         files |= predictions.files(task, adapted, zero_shot)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 
 import open_clip
 import pytest
@@ -259,22 +260,35 @@ def tags() -> list[tuple[str, str]]:
 
 
 def test_every_tag_has_its_config_or_is_rejected_by_name():
-    """Preprocessing, context and activation are those of open_clip's tables."""
-    computed = 0
+    """Preprocessing, context and activation are those of open_clip's tables: 108 native towers, 75 with timm's."""
+    computed = {True: 0, False: 0}
     for model, tag in tags():
         config, about = CONFIGS.get(model) or get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
-        if model not in NATIVE:
+        text = config["text_cfg"]
+        if "multimodal_cfg" in config or "hf_model_name" in text:
+            with pytest.raises(clip.WeightsError, match=r"CoCa|hf_model_name"):
+                sources.card_of(f"{model}/{tag}")
             continue
         card = sources.card_of(f"{model}/{tag}")
         quick = config.get("quick_gelu", False) or about.get("quick_gelu", False)
-        assert card.conventions.text_activation == ("quick_gelu" if quick else "gelu"), (model, tag)
+        usual = "gelu_tanh" if text.get("act_kwargs") else "quick_gelu" if quick else "gelu"
+        assert card.conventions.text_activation == usual, (model, tag)
         found = card.preprocessing
         assert (found.mean, found.std) == (tuple(about["mean"]), tuple(about["std"]))
         assert (found.interpolation, found.resize) == (about["interpolation"], about["resize_mode"])
-        assert card.context_length == config["text_cfg"].get("context_length", 77)
-        assert (card.tokenizer is not None) == ("hf_tokenizer_name" in config["text_cfg"])
-        computed += 1
-    assert computed >= 108
+        assert card.context_length == text.get("context_length", 77)
+        assert (card.tokenizer is not None) == ("hf_tokenizer_name" in text)
+        assert (card.conventions.trunk is None) == (model in NATIVE)
+        computed[model in NATIVE] += 1
+    assert computed[True] >= 108 and computed[False] >= 75
+
+
+def test_without_open_clip_its_names_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    monkeypatch.setitem(sys.modules, "open_clip.pretrained", None)
+    with pytest.raises(clip.WeightsError, match="pip install open_clip_torch"):
+        clip.load("ViT-B-16/laion2b_s34b_b88k")
+    assert clip.load("tiny")[0].arch.is_vit
 
 
 @pytest.mark.parametrize("written", ["ViT-B-16:LAION2B-s34b-b88k", "ViT-B-16/laion2b_s34b_b88k"])
@@ -479,6 +493,7 @@ def test_runs_of_a_folder(run_main, tmp_path):
     (tmp_path / "my.model/config.json").write_text(json.dumps(config))
     _, other, _, _ = run_main(*flags)
     assert other["run_id"] != record["run_id"] and other["weights_sha256"] != record["weights_sha256"]
+    assert "logit_factor" not in record and other["logit_factor"] == pytest.approx(math.exp(3.7), rel=1e-5)
 
 
 def test_coop_needs_clips_own_tokens(run_main, tmp_path):
