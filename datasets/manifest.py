@@ -7,7 +7,7 @@ is a number in one row and text in another, a file that fits a path in two ways.
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from common import counted, note
@@ -16,7 +16,8 @@ from .classnames import check_names
 from .decoding import image_endings
 from .division import divide
 from .errors import DatasetError
-from .splits import Split, check_path, read_text, scan
+from .places import Wrong, find_root, place_of
+from .splits import Split, read_text, scan
 from .tables import ENDINGS, Table, read_table
 from .task import Item, enumerated
 
@@ -79,7 +80,7 @@ def read_manifest(path: Path, image_root: Path | None = None, to_test: bool = Fa
     columns = _columns(table, path) if table.columns else {}
     if not table.rows:
         raise DatasetError(f"manifest {path} lists no images")
-    root = image_root or _find_root([row.get(columns["path"]) for _, row in table.rows], path)
+    root = image_root or find_root([row.get(columns["path"]) for _, row in table.rows], path)
     rows = _checked([(where, _picked(row, columns)) for where, row in table.rows], root, path)
     rows = _numbered(rows, path)
     for column in ("label", "class_name", "part"):
@@ -162,10 +163,10 @@ def _checked(found: list[tuple[str, dict]], root: Path, path: Path) -> list[dict
     for where, row in found:
         try:
             if not isinstance(row["class_name"], (str, type(None))):
-                raise _Wrong("the class must be one text", f"class_name {row['class_name']!r}")
-            place = _place(row["path"], root, path.parent)
+                raise Wrong("the class must be one text", f"class_name {row['class_name']!r}")
+            place = place_of(row["path"], root, path.parent)
             rows.append({**row, "path": place, "part": _part(row["part"]), "where": where})
-        except _Wrong as mistake:
+        except Wrong as mistake:
             wrong.setdefault(mistake.kind, []).append(f"{where}: {mistake}")
     if wrong:
         kinds = [f"{places[0]}; {kind}{_more(places)}" for kind, places in wrong.items()]
@@ -173,114 +174,13 @@ def _checked(found: list[tuple[str, dict]], root: Path, path: Path) -> list[dict
     return rows
 
 
-class _Wrong(Exception):
-    """A mistake in a row: its kind, which includes the remedy, and the example."""
-
-    def __init__(self, kind: str, example: str):
-        super().__init__(example)
-        self.kind = kind
-
-
 def _part(value: Any) -> str | None:
     if value is None:
         return None
     part = PARTS.get(str(value).lower())
     if part is None:
-        raise _Wrong("a part must be train, val or test: correct it or remove the row", f"part {value!r}")
+        raise Wrong("a part must be train, val or test: correct it or remove the row", f"part {value!r}")
     return part
-
-
-def _place(value: Any, root: Path, folder: Path) -> str:
-    """Return the path of an image relative to `root`, with forward slashes. `folder`: where the manifest lies."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)  # an id
-    if not isinstance(value, str):
-        raise _Wrong("each row needs the path of its image", "no path")
-    if re.match(r"[a-z]+://", value):
-        raise _Wrong("save the images and give their paths", f"{value[:80]!r} is a web address")
-    if value != value.strip() and not _exists(root, value) and _exists(root, value.strip()):
-        value = value.strip()
-    if "\\" in value and not _exists(root, value):
-        if not _exists(root, value.replace("\\", "/")):
-            raise _Wrong("write forward slashes", f"{value!r} has backslashes, and there is no such file")
-        value = value.replace("\\", "/")
-    place = _inside(value, root, folder)
-    if not place.lower().endswith(image_endings()) and not _exists(root, place):
-        fitting = [f"{place}{ending}" for ending in image_endings() if _exists(root, f"{place}{ending}")]
-        if len(fitting) > 1:
-            raise _Wrong("write the whole name", f"{value!r} may be {' or '.join(fitting)}")
-        place = fitting[0] if fitting else place
-    return place
-
-
-def _exists(root: Path, place: str) -> bool:
-    try:
-        return os.path.exists(root / place)
-    except ValueError:  # a NUL in it
-        return False
-
-
-def _inside(value: str, root: Path, folder: Path) -> str:
-    """Return a path below `root`, relative to it. It may be absolute, or lead up from `folder` with .. and down again.
-
-    A path that begins with .. never starts from `root`, because it would not lie below it.
-    """
-    outside = _Wrong("paths must lie inside the image folder: a relative path, or --image_root DIR", repr(value))
-    if _rises(value):
-        value = os.path.normpath(os.path.abspath(folder / value))
-    if not os.path.isabs(value):
-        inner = os.path.normpath(value) if value.strip("/.") else ""
-    else:
-        inner = next(
-            (
-                os.path.relpath(value, base)
-                for base in (os.path.abspath(root), os.path.realpath(root))
-                if _below(value, base)
-            ),
-            "..",
-        )
-    try:
-        check_path(inner, "")
-    except DatasetError:
-        raise outside from None
-    return inner.replace(os.sep, "/")
-
-
-def _rises(value: str) -> int:
-    """Return how many folders a path leads up before it leads down."""
-    return 0 if os.path.isabs(value) else Path(os.path.normpath(value)).parts.count("..")
-
-
-def _below(value: str, base: str) -> bool:
-    return not PureWindowsPath(value).drive and os.path.normpath(value).startswith(base + os.sep)
-
-
-def _find_root(paths: Sequence[Any], path: Path) -> Path:
-    """Return the folder that these paths start from: the manifest's, the one above it to which they lead with .., or
-    the only one in it that has the files (the first 20 of them are looked for)."""
-    folder = path.parent
-
-    def has_them(root: Path) -> bool:
-        try:
-            return all(os.path.exists(root / _place(value, root, folder)) for value in paths[:20])
-        except _Wrong:
-            return False
-
-    if has_them(folder):
-        return folder
-    rises = max((_rises(value) for value in paths if isinstance(value, str)), default=0)
-    above = Path(os.path.normpath(os.path.join(os.path.abspath(folder), *[".."] * rises)))
-    if rises and has_them(above):
-        note(f"manifest {path}: its images are in {above}")
-        return above
-    fitting = [Path(entry.path) for entry in scan(folder) if entry.is_dir() and has_them(Path(entry.path))]
-    if len(fitting) > 1:
-        raise DatasetError(
-            f"manifest {path}: the images may be in {fitting[0].name} or {fitting[1].name}; give one as --image_root"
-        )
-    if fitting:
-        note(f"manifest {path}: its images are in {fitting[0]}")
-    return fitting[0] if fitting else folder
 
 
 def _numbered(rows: list[dict], path: Path) -> list[dict]:
