@@ -75,8 +75,7 @@ def find(name: str, arch: str | None = None, download_root: str | Path | None = 
     if name == "tiny":
         return Source(TINY, known_as="this program's tiny CLIP")
     if name.startswith(HUB):
-        folder = _fetched(name, ("*.json", *OF_OPEN_CLIP, *OF_TRANSFORMERS, "model-*.safetensors"))
-        return Source(_weights_in(folder), card)
+        return Source(_weights_on_hub(name), card)
     if (folder := _folder(name)) is not None:
         return Source(_weights_in(folder), card)
     if _names_a_file(name):
@@ -170,6 +169,16 @@ def _weights_in(folder: Path) -> Path:
         return others[0]
     found = f"several weight files ({', '.join(path.name for path in others[:3])})" if others else "no weight file"
     raise WeightsError(f"{folder} has {found}; name the file as --backbone, or rename it to {OF_OPEN_CLIP[0]}")
+
+
+def _weights_on_hub(name: str) -> Path:
+    """Return the weight file of a model on the Hub. Repositories have it in several formats; only one is downloaded."""
+    *transformers, pickled = OF_TRANSFORMERS
+    for group in ([*OF_OPEN_CLIP[:-1]], [OF_OPEN_CLIP[-1]], [*transformers, "model-*.safetensors"], [pickled]):
+        folder = _fetched(name, tuple(group))
+        if any((folder / weights).is_file() for weights in group):
+            break
+    return _weights_in(folder)
 
 
 def _fetched(name: str, patterns: tuple[str, ...]) -> Path:

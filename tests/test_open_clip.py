@@ -1,8 +1,10 @@
 """Models of open_clip's and Hugging Face's beside these packages: features, preprocessing, tokenizers, names."""
 
 import copy
+import fnmatch
 import json
 import math
+import shutil
 import sys
 
 import open_clip
@@ -325,6 +327,40 @@ def test_a_tag_is_downloaded_and_loaded(tmp_path, monkeypatch):
     assert asked[0]["hf_hub"].startswith("laion/CLIP-ViT-L-14") and model.preprocessing.mean == (0.5, 0.5, 0.5)
     assert transform(Image.new("RGB", (90, 60))).shape == (3, 42, 42) and model.preprocessing.size == 42
     assert clip.load(file, arch="ViT-L-14/laion2b_s32b_b82k")[0].preprocessing == model.preprocessing
+
+
+@pytest.mark.parametrize("kept", ["open_clip", "transformers", "shards", "none"])
+def test_a_folder_on_the_hub_is_downloaded_in_one_format(kept, tmp_path, monkeypatch):
+    """The Hub's client is replaced by one that copies the files of the patterns that it is asked for."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    reference = clip_folder(hub, max_shard_size="300KB" if kept == "shards" else "5GB")
+    save_tokenizer(hub)
+    torch.save(reference.state_dict(), hub / "pytorch_model.bin")
+    if kept == "open_clip":
+        config = reduced(CONFIGS["ViT-B-32"])
+        folder_of(randomised(open_clip.CLIP(**config)), config, hub)
+    elif kept == "none":
+        for file in (*hub.glob("*.safetensors"), hub / "pytorch_model.bin"):
+            file.unlink()
+
+    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+        assert repository == "someone/model"
+        cache.mkdir(exist_ok=True)
+        for file in hub.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    if kept == "none":
+        with pytest.raises(clip.WeightsError, match="no weight file"):
+            clip.load("hf-hub:someone/model")
+        return
+    model, _ = clip.load("hf-hub:someone/model")
+    weights = {file.name for file in cache.iterdir() if file.suffix in (".safetensors", ".bin")}
+    expected = {"open_clip": {"open_clip_pytorch_model.bin"}, "transformers": {"model.safetensors"}}
+    assert weights == expected.get(kept, {file.name for file in hub.glob("model-*.safetensors")})
+    assert (cache / "open_clip_config.json").is_file() == (kept == "open_clip") and model.arch.is_vit
 
 
 # --- preprocessing and tokenizers
