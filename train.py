@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
 from common import UserError, counted, note, progress
 from experiment import Experiment
 from methods import METHODS
-from methods.adaptation import Adaptation
+from methods.adaptation import Adaptation, Batch
 from predictions import NotFinite, Predictions
 from records import Checkpoints
 from settings import Hparams, Loop
@@ -151,11 +150,11 @@ def fit(
 ) -> Fit:
     """Build what the method computes without this loop; then, if there are batches, train on them.
 
-    The loss is the cross-entropy of the method's logits plus its penalty. Training ends early when an epoch's mean loss
-    falls below `early_stop_loss`. Every `eval_every` iterations, at the end of the epoch, the test accuracy is
-    measured, only for the curve. Every `save_every` iterations the state of training is saved in `checkpoints`; if
-    these hold one, training resumes from it, and `batches` begin there. `log` is given each row of the curve. Raise
-    TrainingDiverged on a loss that is not finite.
+    What is minimised is the method's loss, by default the cross-entropy of its logits, plus its penalty. Training ends
+    early when an epoch's mean loss falls below `early_stop_loss`. Every `eval_every` iterations, at the end of the
+    epoch, the test accuracy is measured, only for the curve. Every `save_every` iterations the state of training is
+    saved in `checkpoints`; if these hold one, training resumes from it, and `batches` begin there. `log` is given each
+    row of the curve. Raise TrainingDiverged on a loss that is not finite.
     """
     checkpoints, watch = checkpoints or Checkpoints(), Stopwatch()
     experiment.seconds_spared = 0.0
@@ -215,13 +214,15 @@ def _step(
 ) -> Tensor:
     """Do one iteration. Return its sums over the batch, left on the device: loss, correct predictions, images."""
     labels = labels.to(experiment.device, non_blocking=True)
-    logits = adaptation.logits(adaptation.image_features(images), adaptation.text_features())
-    loss = F.cross_entropy(logits, labels)
+    image_features, text_features = adaptation.image_features(images), adaptation.text_features()
+    logits = adaptation.logits(image_features, text_features)
+    batch = Batch(images, labels, image_features, text_features, logits)
+    loss = adaptation.loss(batch)
     if begins_epoch or not adaptation.full_batch:
         adaptation.optimizer.zero_grad()
     # The shares of an epoch's batches add up to 1: the penalty is counted once, the loss is the mean over images.
     share = len(labels) / len(experiment.task.train) if adaptation.full_batch else 1.0
-    adaptation.scaler.scale(share * (loss + adaptation.penalty())).backward()
+    adaptation.scaler.scale(share * (loss + adaptation.penalty(batch))).backward()
     if ends_epoch or not adaptation.full_batch:
         adaptation.scaler.step(adaptation.optimizer)
         adaptation.scaler.update()

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
@@ -11,6 +13,20 @@ from clip.layouts import Prompts
 from experiment import Experiment
 
 from .saving import Delta, Saved
+
+
+class Batch(NamedTuple):
+    """A training batch, and what the adapted model makes of it.
+
+    `images` are what `batches` gives (images [B, 3, R, R], or features of them) and `labels` [B] their classes, on the
+    model's device. `image_features` [B, E] and `text_features` [C, E] are unit features, `logits` [B, C].
+    """
+
+    images: Tensor
+    labels: Tensor
+    image_features: Tensor
+    text_features: Tensor
+    logits: Tensor
 
 
 class Adaptation:
@@ -118,8 +134,13 @@ class Adaptation:
         a classifier of its own."""
         return self.experiment.cosine_logits(image_features, text_features)
 
-    def penalty(self) -> Tensor | float:
-        """Return what is added to the cross-entropy before backward. The recorded loss is without it."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss that is recorded, a mean over the batch's images: the cross-entropy of the logits."""
+        return F.cross_entropy(batch.logits, batch.labels)
+
+    def penalty(self, batch: Batch) -> Tensor | float:
+        """Return what is added to the loss before backward, and not recorded: means over the batch's images, and terms
+        that do not depend on them."""
         return 0.0
 
     def after_step(self, iteration: int) -> None:

@@ -18,6 +18,7 @@ from common import UserError
 from experiment import Experiment
 from settings import option, with_default
 
+from ..adaptation import Batch
 from ..choice import cosine_schedule
 from .matrices import WEIGHT_DECAY, LowRank
 from .peft_layers import ADAPTER, PeftAdapters, library
@@ -67,7 +68,7 @@ class AdaLoRA(PeftAdapters):
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=hparams.lr, weight_decay=WEIGHT_DECAY)
         self.scheduler = cosine_schedule(self.optimizer, hparams.total_iters)
 
-    def penalty(self) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         """Return 0.3 times the mean over all A and B of the distance |A A^T - I| or |B^T B - I| (Frobenius norm)."""
         distances = []
         for layer in self.layers.values():

@@ -16,6 +16,7 @@ from torch import Tensor
 from common import UserError
 from experiment import Experiment
 
+from ..adaptation import Batch
 from .zs_lp import Hparams as Hparams
 from .zs_lp import Prototypes
 
@@ -43,7 +44,7 @@ class CLAP(Prototypes):
             raise UserError("clap needs training images of every class; use another --method")
         return sums / counts
 
-    def penalty(self) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         return (self.multipliers * (self.weight - self.start).square().sum(dim=1)).mean()
 
 

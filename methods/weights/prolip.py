@@ -26,7 +26,7 @@ from common import UserError
 from experiment import Experiment
 from settings import Training, option, with_default
 
-from ..adaptation import Adaptation
+from ..adaptation import Adaptation, Batch
 from ..choice import cosine_schedule, whole_epochs
 
 
@@ -52,7 +52,7 @@ class ProLIP(Adaptation):
         self.projection, self.initial = projection, projection.detach().clone()
         self.weight = experiment.hparams.prolip_lambda / experiment.settings.shots
 
-    def penalty(self) -> Tensor:
+    def penalty(self, batch: Batch) -> Tensor:
         return self.weight * (self.projection - self.initial).square().sum()
 
 
