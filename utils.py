@@ -6,6 +6,7 @@ Shapes: B images, C classes, E embedding size, P prompts.
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,10 @@ def tokenize_classes(tokenize: Callable[[Sequence[str]], Tensor], class_names: S
     return tokenize([template.format(name.replace("_", " ")) for name in class_names])
 
 
-def encode_text(model: clip.CLIP, prompts: Tensor | Prompts, vectors: Tensor | None = None) -> Tensor:
+def encode_text(model: clip.CLIP, prompts: Tensor | Prompts, *inside: Any) -> Tensor:
     """Return unit text features [P, E] in float32 of token ids [P, context] or prompts, with gradients where the
-    weights have them. `vectors` [V, D] stand in the places that the prompts keep for them."""
-    return F.normalize(model.encode_text(prompts, vectors).float(), dim=-1)
+    weights have them. `inside`: what else `CLIP.encode_text` takes."""
+    return F.normalize(model.encode_text(prompts, *inside).float(), dim=-1)
 
 
 @torch.no_grad()

@@ -229,6 +229,13 @@ class Block(nn.Module):
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
+Enter = Callable[[int, Tensor, Layout], tuple[Tensor, Layout]]
+
+
+def _unchanged(index: int, x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+    return x, layout
+
+
 class Transformer(nn.Module):
     """A stack of blocks, from all tokens [..., D] to the used token [B, D] of each image or prompt, or their mean.
 
@@ -247,10 +254,13 @@ class Transformer(nn.Module):
             nn.init.zeros_(block.attn.in_proj.bias)
             nn.init.zeros_(block.attn.out_proj.bias)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, enter: Enter = _unchanged) -> Tensor:
+        """`enter` may change tokens and layout before each block: (index of the block, x, layout) to (x, layout)."""
         *blocks, last = self.resblocks
-        for block in blocks:
+        for index, block in enumerate(blocks):
+            x, layout = enter(index, x, layout)
             x = block(x, layout)
+        x, layout = enter(len(blocks), x, layout)
         return layout.used(last(x, layout)) if layout.pools else last.forward_used(x, layout)
 
 
@@ -274,11 +284,14 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:
+        x = self.transformer(self.ln_pre(self.embed(images)), self.layout)
+        return self.ln_post(x) @ self.proj
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the class token and the patches of images, with their positions: [B, T, D]."""
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, D]
         class_token = self.class_embedding.expand(len(x), 1, -1)
-        x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # [B, T, D]
-        x = self.transformer(self.ln_pre(x), self.layout)
-        return self.ln_post(x) @ self.proj
+        return torch.cat([class_token, x], dim=1) + self.positional_embedding
 
 
 class CLIP(nn.Module):
@@ -339,11 +352,11 @@ class CLIP(nn.Module):
             return PaddedPrompts(tokens, ends, vector_at)
         return PackedPrompts(tokens, share_prefix, vector_at, ends)
 
-    def encode_text(self, tokens: Tensor | Prompts, vectors: Tensor | None = None) -> Tensor:
+    def encode_text(self, tokens: Tensor | Prompts, vectors: Tensor | None = None, enter: Enter = _unchanged) -> Tensor:
         """Map token ids [B, context] from `tokenize`, or `prompts` of them, to embeddings [B, E], not normalised.
 
         `vectors` [V, D] replace the embeddings of some tokens, as the prompts' `vector_at` says; positional embeddings
-        are added afterwards.
+        are added afterwards. `enter`: see `Transformer`.
         """
         prompts = self.prompts(tokens) if isinstance(tokens, Tensor) else tokens
         prompts = prompts.to(self.device)
@@ -353,7 +366,7 @@ class CLIP(nn.Module):
         if vectors is not None:
             x = x.flatten(0, -2).index_copy(0, prompts.vector_places, vectors[prompts.vector_rows]).view_as(x)
         x = x + self.positional_embedding[prompts.positions]
-        x = self.ln_final(self.transformer(x, prompts))
+        x = self.ln_final(self.transformer(x, prompts, enter))
         if self.arch.conventions.text_projection == "matrix":
             return x @ self.text_projection
         return self.text_projection(x) if self.arch.conventions.text_projection == "linear" else x

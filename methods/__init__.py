@@ -42,6 +42,12 @@ MODULES = (
     "heads.cross_modal",
     "heads.clip_adapter",
     "prompts.coop",
+    "prompts.cocoop",
+    "prompts.kgcoop",
+    "prompts.prograd",
+    "prompts.maple",
+    "prompts.promptsrc",
+    "prompts.mmrl",
     "zero_shot",
     "weights.so_ablation",
 )

@@ -49,3 +49,9 @@ def run_main(tmp_path, feature_cache, monkeypatch):
     """Call `main` in an empty folder, without worker processes. See `call` for what it returns."""
     monkeypatch.chdir(tmp_path)
     return lambda *argv: call(entry.main, "--cache_dir", feature_cache, "--workers", 0, *argv)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Features keep the type of the model, which is float64 here."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

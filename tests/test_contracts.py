@@ -22,7 +22,7 @@ from settings import Settings
 # Settings of a short run with epochs of 3 iterations, for the methods that have them.
 QUICK = {"lr": 1e-3, "batch_size": 16, "early_stop_loss": 0, "min_area": 0.6, "eval_every": 9}
 QUICK |= {"position": "top2", "density_ratio": 0.01, "t": 2, "merge_every": 4, "lora_on": "q,k,v,o"}
-QUICK |= {"gradient": "importance", "moments": "random"}
+QUICK |= {"gradient": "importance", "moments": "random", "depth": 2, "first_block": 2}
 FIELDS = {name: {f.name: f for f in dataclasses.fields(module.Hparams)} for name, module in METHODS.items()}
 LOOPS = [name for name in METHODS if "total_iters" in FIELDS[name]]
 SAVING = [name for name in METHODS if METHODS[name].prepare]

@@ -110,7 +110,7 @@ def test_a_full_stop_may_be_one_token_with_the_name():
 
 def test_an_odd_number_of_vectors_has_the_smaller_half_in_front():
     adaptation = coop(n_ctx=5, class_position="middle")
-    places = adaptation._prompt("cat", 0)[1]
+    places = adaptation.prompt("cat", 0)[1]
     assert places[:8] == [-1, 0, 1, -1, 2, 3, 4, -1]
 
 

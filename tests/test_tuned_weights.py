@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.runs import NAMES, TASK, error_of, experiment_of, in_folder
-from support.training import TOKENS, VIT_B16, cosine, fitted, noise, plain_loss, prepared
+from support.training import SGD, TOKENS, VIT_B16, AdamW, cosine, fitted, noise, plain_loss, prepared
 from support.weights import RESNET
 
 import clip
@@ -33,39 +33,6 @@ CHOSEN = {  # by the names of the tiny CLIP's parameters
     "partial": lambda name: name.startswith(UPPER),
     "two_stage": lambda name: "ln_" in name,
 }
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    """Features keep the type of the model, which is float64 here."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-class AdamW:
-    """Loshchilov and Hutter 2019, algorithm 2, a tensor at a time."""
-
-    def __init__(self, parameters, decay=0.0):
-        self.decay, self.t, self.moments = decay, 0, [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-
-    @torch.no_grad()
-    def step(self, parameters, gradients, lr):
-        self.t += 1
-        for i, (p, g) in enumerate(zip(parameters, gradients)):
-            m, v = self.moments[i]
-            m, v = self.moments[i] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-            p -= lr * self.decay * p
-            p -= lr * (m / (1 - 0.9**self.t)) / ((v / (1 - 0.999**self.t)).sqrt() + 1e-8)
-
-
-class SGD:
-    def __init__(self, parameters, decay):
-        self.decay, self.velocity = decay, [torch.zeros_like(p) for p in parameters]
-
-    @torch.no_grad()
-    def step(self, parameters, gradients, lr):
-        for p, g, u in zip(parameters, gradients, self.velocity):
-            u.mul_(0.9).add_(g + self.decay * p)
-            p -= lr * u
 
 
 def plain_model(method):

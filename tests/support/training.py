@@ -66,3 +66,32 @@ def plain_loss(model: clip.CLIP, images: Tensor, labels: Tensor) -> Tensor:
 def cosine(lr: float, step: int, steps: int, lowest: float = 1e-6) -> float:
     """Return the learning rate of iteration `step`, counted from 0, on half a cosine over `steps`."""
     return lowest + (lr - lowest) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class AdamW:
+    """Loshchilov and Hutter 2019, algorithm 2, a tensor at a time."""
+
+    def __init__(self, parameters, decay=0.0):
+        self.decay, self.t, self.moments = decay, 0, [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+
+    @torch.no_grad()
+    def step(self, parameters, gradients, lr):
+        self.t += 1
+        for i, (p, g) in enumerate(zip(parameters, gradients)):
+            m, v = self.moments[i]
+            m, v = self.moments[i] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            p -= lr * self.decay * p
+            p -= lr * (m / (1 - 0.9**self.t)) / ((v / (1 - 0.999**self.t)).sqrt() + 1e-8)
+
+
+class SGD:
+    """With momentum 0.9, a tensor at a time."""
+
+    def __init__(self, parameters, decay):
+        self.decay, self.velocity = decay, [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def step(self, parameters, gradients, lr):
+        for p, g, u in zip(parameters, gradients, self.velocity):
+            u.mul_(0.9).add_(g + self.decay * p)
+            p -= lr * u
