@@ -82,7 +82,7 @@ def test_many_prompts_are_encoded_in_parts_in_order():
     table = torch.randn(49408, 8, generator=torch.Generator().manual_seed(0))
     sizes = []
 
-    def encode_text(tokens, vectors):
+    def encode_text(tokens):
         sizes.append(len(tokens))
         return table[tokens].mean(dim=1)
 
@@ -289,7 +289,7 @@ class Given(nn.Module):
     def encode_image(self, images):
         return images @ self.turn
 
-    def encode_text(self, prompts, vectors):
+    def encode_text(self, prompts):
         assert isinstance(prompts, PackedPrompts)
         return self.classes
 
@@ -374,7 +374,7 @@ def test_a_loss_that_is_no_number_ends_the_run_at_the_end_of_its_epoch(monkeypat
         batches = [(images, labels), (images * math.nan, labels), *[(images, labels)] * 4]
         fit_given(batches, images=3, batch_size=1, precision=precision)
     assert ("--precision" in str(caught.value)) == (precision == "bf16")
-    monkeypatch.setattr(train.F, "cross_entropy", lambda logits, labels: logits.sum() * 0 + math.inf)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda logits, labels: logits.sum() * 0 + math.inf)
     with pytest.raises(train.TrainingDiverged, match="inf at iteration 1;"):
         fit_given([batch(0.3)] * 2, images=1, batch_size=1)
 
