@@ -290,7 +290,7 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Return the class token and the patches of images, with their positions: [B, T, D]."""
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, D]
-        class_token = self.class_embedding.expand(len(x), 1, -1)
+        class_token = self.class_embedding.expand(x.shape[0], 1, -1)
         return torch.cat([class_token, x], dim=1) + self.positional_embedding
 
 

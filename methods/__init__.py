@@ -67,6 +67,11 @@ def saved_settings(path: Path, metadata: dict[str, str]) -> tuple[Hparams, dict]
     Files of earlier versions lack hyperparameters that did not exist then: their defaults are what the code did. Raise
     WeightsError if the file does not hold settings.
     """
+    if "operation" in metadata:
+        raise WeightsError(
+            f"{path} was made by scripts/deltas.py and belongs to no run; write the whole CLIP with its --whole FILE, "
+            "and test that with main.py --method zero_shot --backbone FILE"
+        )
     try:
         saved = json.loads(metadata["settings"])
         kind = METHODS[saved["method"]].Hparams

@@ -1,8 +1,11 @@
 """A saved adaptation, loaded again from its file alone: the file says which model, method and classes it belongs to."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from clip import WeightsError
 from clip.delta import checkpoint_metadata
@@ -12,6 +15,15 @@ from settings import Settings
 
 from . import METHODS, saved_settings
 from .adaptation import Adaptation
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of programs that use a saved adaptation: which one, its model, and the machine."""
+    parser.add_argument("--weights", required=True, metavar="FILE", help="what a run with --save_path saved")
+    parser.add_argument("--backbone", help="where the unchanged model is, if it is not where it was for the run")
+    parser.add_argument("--arch", help="as in main.py, with --backbone")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
 
 
 def load_adapted(

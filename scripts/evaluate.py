@@ -18,14 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 
 import train
 from common import Parser, UserError, counted, one_line_errors, write_atomically
 from datasets import Item
 from datasets.folder import read_to_test
 from experiment import Experiment
-from methods.loading import load_adapted
+from methods.loading import add_flags, load_adapted
 from run_utils import make_reproducible, use_device
 
 BINS = 15  # of ECE
@@ -79,14 +78,10 @@ def evaluated(args: argparse.Namespace, data: str) -> dict:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", required=True, metavar="FILE", help="what a run with --save_path saved")
+    add_flags(parser)
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="folders and manifests")
     parser.add_argument("--out", metavar="FILE.csv", help="a table with a row for each")
     parser.add_argument("--own_classes", action="store_true", help="answer with the classes of each folder")
-    parser.add_argument("--backbone", help="where the unchanged model is, if it is not where it was for the run")
-    parser.add_argument("--arch", help="as in main.py, with --backbone")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     return parser.parse_args(argv)
 
 

@@ -30,7 +30,7 @@ from datasets.decoding import image_endings, read_upright_image
 from datasets.parts import is_hidden
 from datasets.splits import read_text
 from methods.adaptation import Adaptation
-from methods.loading import load_adapted
+from methods.loading import add_flags, load_adapted
 from predictions import IMAGES_AT_ONCE
 from run_utils import make_reproducible, use_device
 
@@ -146,15 +146,11 @@ def _thumbnail(path: str) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="predict.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", required=True, metavar="FILE", help="what a run with --save_path saved")
+    add_flags(parser)
     parser.add_argument("--images", required=True, nargs="+", metavar="PATH", help="image files, and folders of them")
     parser.add_argument("--out", metavar="FILE.csv", help="the table")
     parser.add_argument("--html", metavar="FILE.html", help="a page of the images with their answers")
     parser.add_argument("--classnames", metavar="FILE", help="other classes, a name in each line")
-    parser.add_argument("--backbone", help="where the unchanged model is, if it is not where it was for the run")
-    parser.add_argument("--arch", help="as in main.py, with --backbone")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     args = parser.parse_args(argv)
     if not args.out and not args.html:
         parser.error("name a file to write: --out or --html")

@@ -139,6 +139,11 @@ def test_operations_on_files_make_models_that_run(files, run_main):
     assert code == 0, err
     for name, tensor in weights(merge_file(clip.load("tiny")[0], "back.safetensors")).items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-6, atol=1e-7)
+    words = ("--method", "so", "--shots", 1, "--save_path", "w", "--filename", "both", "--eval_only")
+    path = Path("w/tiny/digits/1shots/seed3/both.safetensors")
+    path.parent.mkdir(parents=True)
+    Path("new/both.safetensors").rename(path)
+    assert "--whole" in refused(run_main(*words), ["w", "back.safetensors", "clip.safetensors", "new"])
     code, record, _, err = run_main(
         "--method", "zero_shot", "--backbone", "clip.safetensors", "--arch", "openai", "--dataset", "digits"
     )

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
+import onnxruntime
 import open_clip
+import peft
 import pytest
 import torch
 import transformers
@@ -17,6 +20,7 @@ from test_contracts import quick
 import clip
 import main as entry
 from clip.export import save_huggingface, save_open_clip, save_openai
+from clip.onnx import save_onnx
 from methods import merge_file
 from scripts import export
 
@@ -118,6 +122,62 @@ def test_a_resnet(tmp_path):
     tokens[0, :3] = torch.tensor([62, 5, 63])
     assert_close(features(other, batch, tokens), features(model, batch, tokens))
     assert "ResNet" in error_of(clip.WeightsError, save_huggingface, model, tmp_path / "hf")
+
+
+@torch.no_grad()
+def assert_onnx_equals(model, folder, tokens):
+    size = json.loads((folder / "preprocessing.json").read_text())["size"]
+    sessions = [onnxruntime.InferenceSession(folder / f"{tower}.onnx") for tower in ("image", "text")]
+    for count in (1, len(tokens)):  # any batch
+        images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+        found = sessions[0].run(["features"], {"pixels": images.numpy()})[0]
+        texts = sessions[1].run(["features"], {"tokens": tokens[:count].numpy()})[0]
+        expected = features(model, images, tokens[:count])
+        assert_close([torch.from_numpy(found), torch.from_numpy(texts)], expected, 1e-5)
+
+
+def test_onnx(saved, tmp_path):
+    assert call(export.main, "--weights", saved["lora"], "--to", "onnx", "--out", tmp_path / "onnx")[0] == 0
+    model = merge_file(clip.load("tiny")[0], saved["lora"])
+    tokens = clip.tokenize(["a photo of a cat.", "two", "a very long prompt, " * 8])
+    assert_onnx_equals(model, tmp_path / "onnx", tokens)
+    about = json.loads((tmp_path / "onnx" / "preprocessing.json").read_text())
+    assert about["logit_factor"] == pytest.approx(100) and about["interpolation"] == "bicubic"
+    assert {path.name for path in tmp_path.iterdir()} == {"onnx"}
+
+
+def test_onnx_of_a_resnet_and_of_other_conventions(tmp_path):
+    other = dataclasses.replace(OTHER, vision_pool="mean", causal=False, text_pool="last", vision_scaled=True)
+    for name, arch in (
+        ("rn", dataclasses.replace(RESNET, context_length=77)),
+        ("vit", dataclasses.replace(VIT, conventions=other)),
+    ):
+        model = small_clip(arch).requires_grad_(False)
+        save_onnx(model, tmp_path / name)
+        tokens = torch.randint(1, 60, (3, 77), generator=torch.Generator().manual_seed(0))
+        assert_onnx_equals(model, tmp_path / name, tokens)
+
+
+def test_onnx_without_its_packages(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "pip install" in error_of(clip.WeightsError, save_onnx, small_clip(VIT), tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_peft(saved, tmp_path, monkeypatch):
+    assert call(export.main, "--weights", saved["lora"], "--to", "peft", "--out", tmp_path / "peft")[0] == 0
+    save_huggingface(clip.load("tiny")[0], tmp_path / "base")
+    base = transformers.CLIPModel.from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "peft").merge_and_unload()
+    adapted.save_pretrained(tmp_path / "merged")
+    model = merge_file(clip.load("tiny")[0], saved["lora"])
+    batch = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = huggingface_features(tmp_path / "merged", batch)
+    assert_close(found, features(model, batch))
+    assert (found[0] - features(clip.load("tiny")[0], batch)[0]).abs().max() > 1e-4
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "--to huggingface" in refused(call(export.main, "--weights", saved["so"], "--to", "peft", "--out", "x"))
 
 
 @pytest.mark.parametrize(("weights", "out"), [("coop", "x"), ("none.safetensors", "x"), ("so", "there")])
