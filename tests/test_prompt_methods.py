@@ -313,6 +313,7 @@ def test_impossible_words_are_rejected():
         ("prograd", {"n_ctx": 3}),
         ("maple", {"n_ctx": 5, "depth": 1}),
         ("kgcoop", {"ctx_init": " "}),
+        ("prograd", {"ctx_init": "a photo of a {}"}),
     ):
         assert "--ctx_init" in error_of(UserError, prepared, method, total_iters=4, **values)
     task = dataclasses.replace(TASK, class_names=("dog " * 80, "cat", "cow"))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
+from common import progress
 from experiment import Experiment
 from settings import with_default
 
@@ -67,8 +68,9 @@ class CoCoOp(Context):
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Return logits [B, C], each image's from its own text features."""
-        rows = []
-        for feature, offset in zip(image_features, self.offsets(image_features)):
+        pairs, rows = zip(image_features, self.offsets(image_features)), []
+        training = torch.is_grad_enabled()  # it has a bar of its own
+        for feature, offset in progress(pairs, "prompts", "image", total=len(image_features), disable=training):
             with self.experiment.autocast():
                 text = utils.encode_text(self.model, self.prompts, self.vectors + offset)
             rows.append(self.experiment.cosine_logits(feature, text))

@@ -52,10 +52,12 @@ class ContextTraining(DasslTraining):
 
 
 def number_of_words(ctx_init: str) -> int:
-    """Return the number of tokens in the words that vectors start at. Raise UserError if there are none."""
+    """Return the number of tokens in the words that vectors start at. Raise UserError if there are none, or braces."""
     words = len(tokenizer().encode(ctx_init))
-    if not words:
-        raise UserError(f"--ctx_init takes words that the vectors start at, not {ctx_init!r}; leave it out for none")
+    if not words or set("{}") & set(ctx_init):
+        raise UserError(
+            f"--ctx_init takes the words before the class name, for example 'a photo of a', not {ctx_init!r}"
+        )
     return words
 
 
