@@ -12,8 +12,8 @@ gives f_r by a second projection, trained. With text features t_c, CLIP's own f0
 
     mmrl_alpha CE(z) + (1 - mmrl_alpha) CE(z_r) + reg_weight (2 - mean cos(f, f0) - mean cos(t_c, t0_c)).
 
-The classes that were trained are told by mmrl_alpha z + (1 - mmrl_alpha) z_r; new classes and other datasets by z
-alone.
+The logits of classes that were trained are mmrl_alpha z + (1 - mmrl_alpha) z_r; those of new classes and other datasets
+are z alone.
 
 Starts: R at N(0, 0.02^2); the maps of all blocks of a tower at copies of one layer, as torch's start; the second
 projection at N(0, 1 / width), not at CLIP's.
@@ -25,7 +25,7 @@ said. configs/prompts/mmrl_common.yaml has one value for all. Base-to-new: batch
 (configs/prompts/mmrl_base_to_new.yaml). Other datasets: 1 epoch without warm-up, batch 32, reg_weight 0.2
 (configs/prompts/mmrl_cross_dataset.yaml).
 
-Differences: as in `coop.py`. "Trained" is told by the class names: the same ones in the same order, unless the images
+Differences: as in `coop.py`. Classes count as trained if they are the same names in the same order, unless the images
 are those of another dataset.
 """
 
@@ -181,7 +181,7 @@ class MMRL(Adaptation):
 
     @property
     def fuses(self) -> bool:
-        """Whether both image features tell the classes: those that were trained."""
+        """Whether the logits are those of trained classes, made from both image features."""
         return self.saved.same_classes and self.experiment.settings.eval_datasets is None
 
     def both_logits(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
