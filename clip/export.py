@@ -42,7 +42,7 @@ def save_open_clip(model: CLIP, folder: Path) -> None:
     Raise WeightsError for towers with different activations, which its config cannot say.
     """
     arch = model.arch
-    activation = _checked(model).vision_activation
+    activation = checked(model).vision_activation
     if activation != arch.conventions.text_activation or activation == "gelu_tanh":
         raise WeightsError("open_clip's config cannot say the activations of this model's towers; use --to huggingface")
     conventions = arch.conventions
@@ -79,7 +79,7 @@ def save_huggingface(model: CLIP, folder: Path) -> None:
 
     The tokenizer is that of every CLIP of OpenAI's. Raise WeightsError for a ResNet, which CLIPModel has not.
     """
-    arch, conventions = model.arch, _checked(model)
+    arch, conventions = model.arch, checked(model)
     if not arch.is_vit:
         raise WeightsError("Hugging Face's CLIPModel has no ResNet; use --to openai or open_clip")
     vision = {
@@ -123,7 +123,7 @@ def save_huggingface(model: CLIP, folder: Path) -> None:
     save_tensors(their_names(_weights(model)), folder / "model.safetensors", {"format": "pt"})
 
 
-def _checked(model: CLIP) -> Conventions:
+def checked(model: CLIP) -> Conventions:
     """Return the model's conventions. Raise WeightsError if they say more than the width of heads and the activations,
     which is all that the configs here can say."""
     found = model.arch.conventions

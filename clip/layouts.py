@@ -73,8 +73,11 @@ class Prompts:
     vector_places: Tensor
     vector_rows: Tensor
 
-    def _place_vectors(self, rows: Tensor) -> None:
-        """Set the places from `rows`, which has for each token the vector in its place, or -1."""
+    def _place_vectors(self, rows: Tensor | None) -> None:
+        """Set the places from `rows`, which has for each token the vector in its place, or -1. None: no vectors."""
+        if rows is None:
+            self.vector_places = self.vector_rows = self.ids.new_empty(0)
+            return
         rows = rows.flatten()
         self.vector_places = (rows >= 0).nonzero().view(-1)
         self.vector_rows = rows[self.vector_places]
@@ -98,8 +101,8 @@ class PaddedPrompts(Prompts, Images):
         """`tokens`, `vector_at` [B, T]: see `PackedPrompts`. `ends` [B]: the tokens that embeddings come from."""
         self.ids, self.ends = tokens, ends
         self.positions = torch.arange(tokens.shape[1], device=tokens.device)
-        self.rows = torch.arange(len(tokens), device=tokens.device)
-        self._place_vectors(torch.full_like(tokens, -1) if vector_at is None else vector_at)
+        self.rows = torch.arange(tokens.shape[0], device=tokens.device)
+        self._place_vectors(vector_at)
 
     def used(self, x: Tensor) -> Tensor:
         return x[self.rows, self.ends]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conventions import describe
 from .files import WeightsError
 from .layouts import PaddedPrompts, split_heads
 from .model import CLIP
@@ -20,18 +21,12 @@ INSTALL = "pip install onnx onnxscript"
 
 
 class CausalPrompts(PaddedPrompts):
-    """Padded prompts in which each token sees those before it, as operations that do not depend on the tokens."""
-
-    def __init__(self, tokens: Tensor, ends: Tensor):
-        self.ids, self.ends = tokens, ends
-        self.positions = torch.arange(tokens.shape[1], device=tokens.device)
-        self.rows = torch.arange(tokens.shape[0], device=tokens.device)
-        self.vector_places = torch.empty(0, dtype=torch.int64)
+    """Padded prompts in which each token sees those before it. Unlike `PackedPrompts` they have shapes that do not
+    depend on the tokens, as a graph needs."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        sees = self.positions <= self.positions[:, None]
         q, k, v = (split_heads(x, heads) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
     def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         sees = (self.positions <= self.ends[:, None])[:, None, None]  # [B, 1, 1, T]
@@ -39,29 +34,16 @@ class CausalPrompts(PaddedPrompts):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).flatten(1)
 
 
-class PlainPrompts(CausalPrompts):
-    """Padded prompts in which each token sees all others."""
-
-    attend, attend_used = PaddedPrompts.attend, PaddedPrompts.attend_used
-
-
-class ImageTower(nn.Module):
-    """`CLIP.encode_image` as a forward pass."""
+class TextTower(nn.Module):
+    """`CLIP.encode_text` of padded token ids as a forward pass."""
 
     def __init__(self, model: CLIP):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels)
-
-
-class TextTower(ImageTower):
-    """`CLIP.encode_text` of padded token ids."""
-
     def forward(self, tokens: Tensor) -> Tensor:
         conventions = self.model.arch.conventions
-        prompts = CausalPrompts if conventions.causal else PlainPrompts
+        prompts = CausalPrompts if conventions.causal else PaddedPrompts
         return self.model.encode_text(prompts(tokens, conventions.ends(tokens)))
 
 
@@ -78,13 +60,13 @@ def save_onnx(model: CLIP, folder: Path) -> None:
     except ModuleNotFoundError as error:
         raise WeightsError(f"ONNX files need {error.name}: {INSTALL}") from None
     size, context = model.preprocessing.size, model.arch.context_length
-    towers = {"image": (ImageTower(model), torch.zeros(2, 3, size, size), "pixels")}
+    towers = {"image": (model.visual, torch.zeros(2, 3, size, size), "pixels")}
     towers["text"] = TextTower(model), torch.zeros(2, context, dtype=torch.int64), "tokens"
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         for name, (tower, example, input_name) in towers.items():
-            _save(tower.eval(), example, input_name, partial / f"{name}.onnx", f"{model.origin}: its {name} tower")
+            _save(tower.eval(), example, input_name, partial / f"{name}.onnx", f"the {name} tower of {describe(model)}")
         about = asdict(model.preprocessing) | {"logit_factor": float(model.logit_factor)}
         (partial / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
         partial.rename(folder)
@@ -113,7 +95,7 @@ def _save(tower: nn.Module, example: Tensor, input_name: str, path: Path, what: 
             )
         program.save(path)
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{what} cannot be written as ONNX: {reason}; use another --to") from None
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise WeightsError(f"PyTorch cannot write {what} as ONNX ({reason}); use another --to") from error
     finally:
         logger.setLevel(level)

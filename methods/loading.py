@@ -43,7 +43,7 @@ def load_adapted(
     metadata = checkpoint_metadata(path)
     if not path.is_file():
         raise WeightsError(f"there is no weight file {path}")
-    if metadata.get("method") not in METHODS:
+    if "operation" not in metadata and metadata.get("method") not in METHODS:
         raise WeightsError(f"{path} was not saved by a run of this program; --save_path makes such files")
     hparams, common = saved_settings(path, metadata)
     saved = json.loads(metadata["settings"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import call, in_folder, refused
+from support.runs import call, error_of, in_folder, refused
 from support.weights import small_clip
 from test_contracts import quick
 
@@ -13,6 +13,7 @@ import clip
 from clip.arithmetic import Switch, combine, entries, interpolate, overlap
 from clip.delta import apply_changes, difference
 from methods import merge_file
+from methods.loading import load_adapted
 from scripts import deltas
 
 
@@ -143,6 +144,7 @@ def test_operations_on_files_make_models_that_run(files, run_main):
     path = Path("w/tiny/digits/1shots/seed3/both.safetensors")
     path.parent.mkdir(parents=True)
     Path("new/both.safetensors").rename(path)
+    assert "--whole" in error_of(clip.WeightsError, load_adapted, path)  # as predict.py and evaluate.py do
     assert "--whole" in refused(run_main(*words), ["w", "back.safetensors", "clip.safetensors", "new"])
     code, record, _, err = run_main(
         "--method", "zero_shot", "--backbone", "clip.safetensors", "--arch", "openai", "--dataset", "digits"

@@ -13,7 +13,9 @@ import timm
 import torch
 from open_clip.factory import get_model_config
 from PIL import Image
+from support.runs import error_of
 from support.training import filled, fitted, prepared
+from test_export import assert_onnx_equals
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -28,6 +30,7 @@ from transformers import (
 
 import clip
 from clip import parts, preprocess, sources
+from clip.onnx import save_onnx
 from clip.preprocess import Preprocessing
 from clip.tokenizer import OtherTokenizer
 from clip.weights import save_weights
@@ -195,6 +198,20 @@ def test_towers_of_timm(trunk, monkeypatch):
         found.append(losses)
     assert found[0] == pytest.approx(found[1], rel=1e-12) and len(set(found[0])) == 4
     assert any(name.startswith("visual.") for name in parameters)
+
+
+@pytest.mark.parametrize("trunk", ["SigLIP 2", "EVA02", "ConvNeXt"], indirect=True)
+def test_towers_of_timm_as_onnx(trunk, monkeypatch, tmp_path):
+    model, folder = trunk[3], tmp_path / "onnx"
+    save_onnx(model, folder)
+    assert_onnx_equals(model, folder, tokens_for(trunk[1]))
+
+    def fails(*_, **__):
+        raise torch.onnx.OnnxExporterError("no such operation")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    assert model.arch.conventions.trunk.name in error_of(clip.WeightsError, save_onnx, model, tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "onnx"}
 
 
 def test_lora_and_dora_on_towers_of_timm(trunk):

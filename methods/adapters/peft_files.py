@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from clip import CLIP, WeightsError, delta, weights_sha256
+from clip import CLIP, WeightsError, delta, describe, weights_sha256
+from clip.export import checked
 from clip.huggingface import their_names
 from clip.weights import save_tensors
 from common import UserError, write_atomically
@@ -28,7 +29,8 @@ def save_peft(model: CLIP, path: Path, folder: Path) -> None:
             f"--to peft writes LoRA's matrices, and {path} has none; use --to huggingface for whole weights"
         )
     if not model.arch.is_vit or model.arch.conventions.trunk is not None:
-        raise WeightsError(f"{model.origin} is no CLIP of Hugging Face's, which peft's files need; use --to onnx")
+        raise WeightsError(f"{describe(model)}: no CLIPModel has such an image tower, which peft needs; use --to onnx")
+    checked(model)
     settings = json.loads(metadata["settings"])
     tensors, _ = delta.read_adapted(path, LoRA.FORMAT, weights_sha256(model))
     saved, targets = {}, set()
@@ -40,7 +42,6 @@ def save_peft(model: CLIP, path: Path, folder: Path) -> None:
         targets.add(layer)
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": metadata["backbone"],
         "r": settings["rank"],
         "lora_alpha": settings["alpha"],
         "use_rslora": True,  # alpha / sqrt(r)
