@@ -93,6 +93,8 @@ def _save(tower: nn.Module, example: Tensor, input_name: str, path: Path, what: 
                 output_names=["features"],
                 verbose=False,
             )
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # lines of this program, with the paths of this machine
         program.save(path)
     except torch.onnx.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]

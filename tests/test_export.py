@@ -145,6 +145,8 @@ def test_onnx(saved, tmp_path):
     about = json.loads((tmp_path / "onnx" / "preprocessing.json").read_text())
     assert about["logit_factor"] == pytest.approx(100) and about["interpolation"] == "bicubic"
     assert {path.name for path in tmp_path.iterdir()} == {"onnx"}
+    code = str(Path(clip.__file__).parent).encode()
+    assert not any(code in path.read_bytes() for path in (tmp_path / "onnx").iterdir()), "a path of this machine"
 
 
 def test_onnx_of_a_resnet_and_of_other_conventions(tmp_path):
