@@ -12,6 +12,7 @@ from support.report import Folder, texts
 from support.runs import call
 
 from scripts import report
+from scripts.reporting import comparison
 from scripts.reporting.errors import read_errors
 from scripts.reporting.summary import below_zero_shot_sheet, ranking
 from scripts.reporting.transfer import base_to_new_tables, transfer_tables
@@ -87,6 +88,18 @@ def test_nothing_is_below_zero_shot_and_nothing_ranked_without_such_runs(results
 
 
 # --- elsewhere
+
+
+def test_runs_on_half_of_the_classes_stand_apart(results):
+    for method in ("so", "lora"):
+        for classes in ("all", "base"):
+            results.add(method, "dtd", classes=classes)
+    read = results.read()
+    assert read.labels(read.tested) == ["lora", "so"]
+    assert set(read.tested.short_name) == {"DTD", "DTD base classes"}
+    rows = comparison.differences(read, "so", "lora")
+    assert rows.data_set.tolist() == ["DTD", "DTD base classes"] and rows.pairs.tolist() == [1, 1]
+    assert set(comparison.deviations(read)[0].data_set) <= {"DTD"}
 
 
 def test_base_to_new_has_both_harmonic_means(results):

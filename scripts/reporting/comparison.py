@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from scipy import stats
 
-from common import UserError, counted
+from common import UserError
 from scripts.reporting.results import ELEVEN, PUBLISHED, Results, text
 from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number, suites
 
@@ -90,29 +90,40 @@ def _difference(values: pd.DataFrame) -> dict[str, float]:
     return values[["mean_a", "mean_b", "difference"]].mean().to_dict() | {"low": low, "high": high}
 
 
-def difference_sheet(results: Results, rows: pd.DataFrame, a: str, b: str) -> Sheet:
-    """Return the same as a table."""
-    cells = [
-        [
-            Cell(row.data_set),
-            number(row.shots, "{}"),
-            number(row.difference, SIGNED),
-            number(row.low, f"{SIGNED} to {SIGNED.format(row.high)}"),
-            number(row.pairs, "{}"),
-            number(row.mean_a),
-            number(row.mean_b),
+def difference_sheets(results: Results, pairs: Sequence[tuple[str, str]], rows: Sequence[pd.DataFrame]) -> list[Sheet]:
+    """Return the `differences` of these pairs as tables: one for each first configuration, which all others of its
+    pairs stand in."""
+    sheets = []
+    for a in dict.fromkeys(first for first, _ in pairs):
+        others = {b: part for (first, b), part in zip(pairs, rows) if first == a}
+        found = pd.concat(others.values())
+        cells = [
+            [
+                Cell(row.b),
+                Cell(row.data_set),
+                number(row.shots, "{}"),
+                number(row.difference, SIGNED),
+                number(row.low, f"{SIGNED} to {SIGNED.format(row.high)}"),
+                number(row.pairs, "{}"),
+                number(row.mean_a),
+                number(row.mean_b),
+            ]
+            for row in found.itertuples()
         ]
-        for row in rows.itertuples()
-    ]
-    pairs = int(rows.pairs[rows.data_sets == 1].sum())
-    alone = results.tested.configuration.isin([a, b]).sum() - 2 * pairs
-    notes = [f"{counted(pairs, 'pair')} of runs; percentage points; means are of the pairs only."]
-    if alone:
-        notes.append(f"{counted(alone, 'run')} of the two without a partner with the same images left out.")
-    if rows.low.isna().any():
-        notes.append(f"{MISSING}: an interval needs at least two pairs.")
-    header = ["dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, b]
-    return Sheet(f"{a} minus {b}", header, cells, notes)
+        notes = ["Percentage points; means are of the pairs of runs only."]
+        alone = {
+            b: results.tested.configuration.isin([a, b]).sum() - 2 * part.pairs[part.data_sets == 1].sum()
+            for b, part in others.items()
+        }
+        if any(alone.values()):
+            named = ", ".join(f"{b} {count:.0f}" for b, count in alone.items() if count)
+            notes.append(f"Left out, runs of the two without a partner with the same images: {named}.")
+        if found.low.isna().any():
+            notes.append(f"{MISSING}: an interval needs at least two pairs.")
+        header = ["minus", "dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, "the other"]
+        title = f"{a} minus {next(iter(others))}" if len(others) == 1 else f"{a} minus each of the others"
+        sheets.append(Sheet(title, header, cells, notes))
+    return sheets
 
 
 def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:

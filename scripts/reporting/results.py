@@ -44,10 +44,10 @@ BUDGETS = ("epochs", "n_iters", "total_iters")
 class Results:
     """Runs by configuration.
 
-    `runs` has a row for each run. Its columns are the record's and `configuration` (label), `tested_on` (dataset),
-    `short_name` (of that, in tables) and `evaluated` (whether saved weights were evaluated). Of runs with the same
-    configuration, dataset, shots and seed only the newest is here. `settings` has a row for each label, in the order of
-    the tables' rows. `recorded` are the records' columns.
+    `runs` has a row for each run. Its columns are the record's and `configuration` (label), `tested_on` (dataset, and
+    which half of its classes, if a run had only these), `short_name` (of that, in tables) and `evaluated` (whether
+    saved weights were evaluated). Of runs with the same configuration, dataset, shots and seed only the newest is here.
+    `settings` has a row for each label, in the order of the tables' rows. `recorded` are the records' columns.
     """
 
     runs: pd.DataFrame
@@ -138,8 +138,10 @@ def arrange(runs: pd.DataFrame, notes: list[str]) -> Results:
     for name, value in filled.items():
         runs[name] = runs[name].astype(object).where(runs[name].notna(), value)
     runs["evaluated"] = runs.eval_only.map(text) == "true"
-    runs["tested_on"] = _columns(runs)
-    runs["short_name"] = runs.tested_on.map(lambda column: SHORT.get(column, column))
+    names = _columns(runs)
+    half = (" " + runs.classes + " classes").where(~runs.evaluated & (runs.classes != "all"), "")
+    runs["tested_on"] = names + half  # half of the classes is another problem, with accuracies of its own
+    runs["short_name"] = names.map(lambda name: SHORT.get(name, name)) + half
 
     settings = _settings(runs)
     runs["configuration"] = _labels(runs, settings)
@@ -201,6 +203,7 @@ def _settings(runs: pd.DataFrame) -> pd.DataFrame:
     weights = settings.backbone.map(lambda name: Path(name).name if Path(name).suffix else name)
     several = runs.weights_sha256.astype(str).groupby(weights).transform("nunique") > 1
     settings["backbone"] = weights.where(~several, weights + " " + runs.weights_sha256.astype(str).str[:8])
+    settings["classes"] = settings.classes.where(runs.evaluated, "as tested")
     settings["trained_on"] = runs.dataset.where(runs.dataset != runs.test_dataset, "the same")
     # Values that a run chose from a list are outcomes; the list is the setting.
     chosen = runs.searched.map(text).map(lambda searched: {part.split(" of ")[0] for part in searched.split("; ")})

@@ -143,9 +143,10 @@ def accuracy_tables(results: Results) -> list[Sheet]:
     for evaluated, kind in results.runs[results.runs.test_part == "test"].groupby("evaluated"):
         for suite, columns in suites(kind).items():
             for shots, runs in kind[kind.tested_on.isin(columns)].groupby("shots"):
-                title = f"Test accuracy after {in_words(shots)} on {suite or ', '.join(columns)}"
+                shown = columns if suite else [column for column in columns if column in set(runs.tested_on)]
+                title = f"Test accuracy after {in_words(shots)} on {suite or ', '.join(shown)}"
                 title += EVALUATED if evaluated else ""
-                sheets.append(_accuracy_table(results, runs, title, suite, columns))
+                sheets.append(_accuracy_table(results, runs, title, suite, shown))
     return sheets
 
 

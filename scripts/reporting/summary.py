@@ -137,7 +137,8 @@ def _answers(table: pd.DataFrame, title: str, shots: int, device: str) -> list[s
     if cost:
         weights = counted(int(best.weights), "weight") if best.weights > 0 else "no weights"
         answers.append(f"It trains {weights}: {' and '.join(cost)} on {_the(device)}.")
-    close = table[1:][(table[1:].high >= 0) & (table[1:].seconds < best.seconds / 2)]
+    others = table[1:][~(table[1:].gain <= 0)]  # the unchanged model costs nothing, and is no answer
+    close = others[(others.high >= 0) & (others.seconds < best.seconds / 2)]
     if len(close):
         cheap = close.loc[close.seconds.idxmin()]
         answers.append(

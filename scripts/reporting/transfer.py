@@ -52,7 +52,8 @@ def base_to_new_tables(results: Results) -> list[Sheet]:
     runs = results.runs[results.runs.test_part == "test"]
     new = runs[(runs.classes == "new") & (runs.dataset == runs.test_dataset)]
     base = new.base_accuracy.astype(float).fillna(_trained(results, runs[runs.classes == "base"], new))
-    pairs = new.assign(base=base, new=new.test_accuracy).dropna(subset="base")
+    tested_on = new.tested_on.str.removesuffix(" new classes")
+    pairs = new.assign(base=base, new=new.test_accuracy, tested_on=tested_on).dropna(subset="base")
     pairs["harmonic"] = [metrics.harmonic_mean(*both) for both in zip(pairs.base, pairs.new)]
     return [
         _base_to_new_table(results, part, shots, suite, columns)

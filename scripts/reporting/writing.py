@@ -35,7 +35,7 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     errors, unread = read_errors(results, folder)
     per_class = [sheet for one in errors for sheet in (one.calibration, one.classes)]
     differences = [comparison.differences(results, a, b) for a, b in pairs]
-    difference_sheets = [comparison.difference_sheet(results, rows, *pair) for pair, rows in zip(pairs, differences)]
+    difference_sheets = comparison.difference_sheets(results, pairs, differences)
     deviations, unmatched = comparison.deviations(results)
     published = [*comparison.deviation_sheets(deviations), *comparison.published_sheets()]
     grids, damaged = figures.grids(results, folder)
