@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
@@ -112,6 +113,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, which is renamed to `path` at the end, or removed if the block raises."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part)
+        raise
 
 
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import write_atomically
+from common import new_folder, write_atomically
 
 from .files import WeightsError
 from .huggingface import their_names
@@ -69,9 +69,9 @@ def save_open_clip(model: CLIP, folder: Path) -> None:
     images = model.preprocessing
     preprocess = {"mean": images.mean, "std": images.std, "interpolation": images.interpolation}
     preprocess["resize_mode"] = images.resize
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
-    save_tensors(_weights(model), folder / "open_clip_model.safetensors", {"format": "pt"})
+    with new_folder(folder) as part:
+        _write_json(part / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+        save_tensors(_weights(model), part / "open_clip_model.safetensors", {"format": "pt"})
 
 
 def save_huggingface(model: CLIP, folder: Path) -> None:
@@ -117,10 +117,10 @@ def save_huggingface(model: CLIP, folder: Path) -> None:
         "resample": {"bilinear": 2, "bicubic": 3}[images.interpolation],
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", processor)
-    save_tensors(their_names(_weights(model)), folder / "model.safetensors", {"format": "pt"})
+    with new_folder(folder) as part:
+        _write_json(part / "config.json", config)
+        _write_json(part / "preprocessor_config.json", processor)
+        save_tensors(their_names(_weights(model)), part / "model.safetensors", {"format": "pt"})
 
 
 def checked(model: CLIP) -> Conventions:

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common import new_folder
 
 from .conventions import describe
 from .files import WeightsError
@@ -62,17 +62,11 @@ def save_onnx(model: CLIP, folder: Path) -> None:
     size, context = model.preprocessing.size, model.arch.context_length
     towers = {"image": (model.visual, torch.zeros(2, 3, size, size), "pixels")}
     towers["text"] = TextTower(model), torch.zeros(2, context, dtype=torch.int64), "tokens"
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as part:
         for name, (tower, example, input_name) in towers.items():
-            _save(tower.eval(), example, input_name, partial / f"{name}.onnx", f"the {name} tower of {describe(model)}")
+            _save(tower.eval(), example, input_name, part / f"{name}.onnx", f"the {name} tower of {describe(model)}")
         about = asdict(model.preprocessing) | {"logit_factor": float(model.logit_factor)}
-        (partial / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+        (part / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 @torch.no_grad()

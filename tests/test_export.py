@@ -1,6 +1,7 @@
 """Exported models, read back by the programs they are for, give the same features."""
 
 import dataclasses
+import errno
 import json
 import sys
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_onnx_of_a_resnet_and_of_other_conventions(tmp_path):
         save_onnx(model, tmp_path / name)
         tokens = torch.randint(1, 60, (3, 77), generator=torch.Generator().manual_seed(0))
         assert_onnx_equals(model, tmp_path / name, tokens)
+
+
+@pytest.mark.parametrize("save", [save_open_clip, save_huggingface, save_onnx])
+def test_a_full_disk_leaves_no_half_folder(save, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("clip.export.save_tensors", full)
+    monkeypatch.setattr("clip.onnx._save", full)
+    with pytest.raises(OSError):
+        save(small_clip(dataclasses.replace(VIT, context_length=77)), tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_onnx_without_its_packages(tmp_path, monkeypatch):

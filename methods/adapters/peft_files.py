@@ -9,7 +9,7 @@ from clip import CLIP, WeightsError, delta, describe, weights_sha256
 from clip.export import checked
 from clip.huggingface import their_names
 from clip.weights import save_tensors
-from common import UserError, write_atomically
+from common import UserError, new_folder
 
 from .lora import LoRA
 
@@ -50,6 +50,6 @@ def save_peft(model: CLIP, path: Path, folder: Path) -> None:
         "target_modules": sorted(targets),
         "inference_mode": True,
     }
-    folder.mkdir(parents=True)
-    save_tensors(saved, folder / "adapter_model.safetensors", {"format": "pt"})
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    with new_folder(folder) as part:
+        save_tensors(saved, part / "adapter_model.safetensors", {"format": "pt"})
+        (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
