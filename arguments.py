@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 import datasets
+import distributed
 from clip.delta import checkpoint_metadata
 from common import Parser, UserError, note
 from config_files import flags_of, read_config, sections, typed
@@ -220,7 +221,10 @@ def _checked(config: Config) -> Config:
     check_output(settings)
     if settings.eval_only:
         _check_saved(settings)
-    workers = datasets.default_workers() if settings.workers is None else settings.workers
+    distributed.check(settings.processes, settings.device)
+    workers = settings.workers
+    if workers is None:
+        workers = datasets.default_workers(distributed.local_size())
     settings = dataclasses.replace(settings, device=choose_device(settings.device), workers=workers)
     if settings.temperature_scaling and not (config.trains or settings.eval_only):
         raise UserError(f"--temperature_scaling is for trained models, and {settings.method} trains none; leave it out")

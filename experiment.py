@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import clip
 import datasets
+import distributed
 import utils
 from clip import trunks
 from clip.preprocess import mirror, train_transform
@@ -71,8 +72,8 @@ class Experiment(Generic[H]):
             hparams.batch_size,
             hparams.total_iters,
             settings.seed,
-            self._workers(hparams.batch_size),
-            settings.image_cache_mb,
+            self._workers(-(-hparams.batch_size // distributed.size())),
+            self._image_cache_mb,
             start,
             pin_memory=self.device.type == "cuda",
             drop_last=hparams.drop_last,
@@ -83,16 +84,23 @@ class Experiment(Generic[H]):
         batch_bytes = batch_size * 3 * self.model.preprocessing.size**2 * 4
         return datasets.workers_that_fit(self.settings.workers, batch_bytes)
 
+    @property
+    def _image_cache_mb(self) -> int:
+        """MB of decoded images that this process may keep."""
+        return self.settings.image_cache_mb // distributed.local_size()
+
     def image_features(self, items: Sequence[Item], label: str, mirrored: bool = False) -> Tensor:
         """Return unit features [N, E] of the items, or of their mirror images, in main memory, by the model as it is
-        now."""
+        now. Several processes share the batches."""
         pin = self.device.type == "cuda"
         transform = mirror(self.preprocess) if mirrored else self.preprocess
+        own = [items[place] for place in distributed.mine_or_one(len(items), IMAGES_AT_ONCE)]
         loader = datasets.test_loader(
-            items, self.task, transform, IMAGES_AT_ONCE, self._workers(IMAGES_AT_ONCE), pin_memory=pin
+            own, self.task, transform, IMAGES_AT_ONCE, self._workers(IMAGES_AT_ONCE), pin_memory=pin
         )
         with self.autocast():
-            return utils.image_features(self.model, loader, label)
+            features = utils.image_features(self.model, loader, label)
+        return distributed.rows_of_all(features, len(items), IMAGES_AT_ONCE)
 
     def test_features(self) -> Tensor:
         """Return unit features [N, E] of the test images under the unchanged weights.
@@ -142,7 +150,7 @@ class Experiment(Generic[H]):
             views,
             self.settings.seed,
             self._workers(IMAGES_AT_ONCE),
-            self.settings.image_cache_mb,
+            self._image_cache_mb,
             pin_memory=self.device.type == "cuda",
         )
         with self.autocast():
@@ -150,7 +158,8 @@ class Experiment(Generic[H]):
                 self.model.encode_image(images.to(self.device, non_blocking=True)).float()
                 for images, _ in progress(loader, "augmented views")
             ]
-        return torch.cat(parts).unflatten(0, (views, -1))
+        number = views * len(self.task.train)
+        return distributed.rows_of_all(torch.cat(parts), number, IMAGES_AT_ONCE).unflatten(0, (views, -1))
 
     def _once(
         self,
@@ -168,11 +177,11 @@ class Experiment(Generic[H]):
         if about:
             about = (*about, trunks.version()) if self.model.arch.conventions.trunk is not None else about
             path = utils.cache_file(self.settings.cache_dir, self.base_sha256, self.task.fingerprint(items), *about)
-            kept = utils.load_features(path)
+            kept = distributed.from_first(lambda: utils.load_features(path))
         if kept is None:
             start = time.perf_counter()
             kept = compute(), time.perf_counter() - start
-            if path:
+            if path and distributed.is_first():
                 utils.save_features(path, *kept)
         else:
             self.seconds_spared += kept[1]

@@ -14,8 +14,10 @@ import os
 # are shared with other programs, long spinning makes a small model's run ten times slower (GNU OpenMP, so on Linux).
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+import contextlib
 import copy
 import dataclasses
+import io
 import signal
 import sys
 import time
@@ -25,6 +27,7 @@ import torch
 
 import clip
 import datasets
+import distributed
 import run_utils
 import train
 import utils
@@ -45,13 +48,27 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
 
     A mistake of the user ends in one line and exit code 2.
     """
-    with one_line_errors():
+    argv = sys.argv[1:] if argv is None else argv
+    with one_line_errors(), distributed.joined():
         try:
-            config = parse(argv)
-            records = [do(run) for run in planned(config)]
+            with distributed.said_by_launcher():
+                config = parse(argv)
+            if config.settings.processes > 1 and not distributed.is_member():
+                records = in_processes(config, argv)
+            else:
+                records = [do(run) for run in planned(config)]
             return records if config.settings.eval_datasets else records[0]
         except torch.OutOfMemoryError:
             raise UserError("the GPU's memory is too small; lower --batch_size or use --precision bf16") from None
+
+
+def in_processes(config: Config, argv: Sequence[str]) -> list[dict]:
+    """Do the runs in several processes, and return their records. Exit as these do if they fail."""
+    code = distributed.launch(config.settings.processes, [sys.executable, __file__, *map(str, argv)])
+    if code:
+        sys.exit(code)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # said before
+        return [run.finished() for run in planned(config)]
 
 
 def planned(config: Config) -> list[Run]:
@@ -95,10 +112,10 @@ def read_data(config: Config) -> Task:
 
 def do(run: Run) -> dict:
     """Return the record of a run. It is done now unless it was done before."""
-    record = recorded(run)
+    record = distributed.from_first(lambda: recorded(run))
     if record is None:
-        with run.claimed():
-            record = recorded(run)  # another process may have done it before this one got the lock
+        with distributed.held_by_first(run.claimed):
+            record = distributed.from_first(lambda: recorded(run))  # another program may have done it meanwhile
             if record is None:
                 run.note_replaced()
                 record = do_now(run)
@@ -146,7 +163,7 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
     """Choose hyperparameters if that is asked for, train, test, save, and return the run's record."""
 
     def checkpoints(name: str) -> run_utils.Checkpoints:
-        return run.checkpoints(name, experiment.base_sha256)
+        return distributed.from_first(lambda: run.checkpoints(name, experiment.base_sha256))
 
     trials, search_seconds = [], 0.0
     if run.config.search:
@@ -173,9 +190,8 @@ def train_and_test(run: Run, experiment: Experiment) -> dict:
         seconds = {"eval_seconds": time.perf_counter() - start, "search_seconds": search_seconds}
         log({"iteration": fit.iterations, "test_accuracy": adapted.accuracy})
     if run.weights:
-        adaptation.saved.save(
-            run.weights, experiment.base_sha256, run.metadata(experiment.hparams, adapted, temperature)
-        )
+        about = run.metadata(experiment.hparams, adapted, temperature)
+        distributed.from_first(lambda: adaptation.saved.save(run.weights, experiment.base_sha256, about))
     result = seconds | {"temperature": temperature}
     return run.record(experiment, adapted, zero_shot, result, adaptation, fit, trials)
 
@@ -235,10 +251,12 @@ def note_other_split(run: Run) -> None:
 
 def stop(*_: object) -> None:
     """On SIGTERM, as at a preemption: leave through the run's folder and lock, as with Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may be sent twice, by slurm and by the launcher
     print("terminated", file=sys.stderr)
     sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
-    main()
+    with distributed.leaving_at_once():
+        main()

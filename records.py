@@ -38,6 +38,7 @@ LAST = (
     *("device", "finished_at", "macro_accuracy", "nll", "brier", "ece", "zero_shot_macro_accuracy", "zero_shot_nll"),
     *("zero_shot_brier", "zero_shot_ece", "ece_bins", "temperature", "scaled_nll", "scaled_brier", "scaled_ece"),
     *("base_accuracy", "harmonic_mean", "imbalance", "imbalance_ratio", "label_noise", "noise_kind"),
+    "processes",
 )
 
 

@@ -17,6 +17,7 @@ from filelock import Timeout
 
 import clip
 import datasets
+import distributed
 import metrics
 import predictions
 from arguments import Config
@@ -228,7 +229,7 @@ class Run:
     @contextlib.contextmanager
     def log(self) -> Iterator[Callable[[dict], None]]:
         """Yield a function that writes a row of the curve for TensorBoard; without --tensorboard it does nothing."""
-        if not self.settings.tensorboard:
+        if not (self.settings.tensorboard and distributed.is_first()):
             yield lambda row: None
             return
         from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
@@ -298,8 +299,24 @@ class Run:
         `adapted` and `zero_shot` are what the adapted and the unchanged model say of the test images, `result` is what
         else was measured. `experiment` has the hyperparameters in force: after a search those that it chose, of which
         `trials` are the rows. Besides the record there are config.yaml, split.json if images were drawn, the
-        predictions and the curves.
+        predictions and the curves. Of several processes the first one writes them.
         """
+        peak = distributed.largest(peak_memory_mb(experiment.device))
+        return distributed.from_first(
+            lambda: self._record(experiment, adapted, zero_shot, result, adaptation, fit, trials, peak)
+        )
+
+    def _record(
+        self,
+        experiment: Experiment,
+        adapted: Predictions,
+        zero_shot: Predictions,
+        result: dict[str, float | None],
+        adaptation: Adaptation | None,
+        fit: Fit | None,
+        trials: Sequence[dict],
+        peak: float,
+    ) -> dict:
         settings, task, fit = self.settings, self.task, fit or Fit()
         own_data = settings.test_dataset == "folder"
         record = {
@@ -312,7 +329,7 @@ class Run:
             "stopped_early": fit.stopped_early,
             "train_seconds": fit.seconds,
             "search_seconds": 0.0,
-            "peak_memory_mb": peak_memory_mb(experiment.device),
+            "peak_memory_mb": peak,
             "trainable_weights": adaptation.trainable_weights if adaptation else 0,
             "changed_weights": adaptation.saved.changed_weights() if adaptation else 0,
             "optimizer_bytes": adaptation.optimizer_bytes if adaptation else 0,
@@ -331,6 +348,7 @@ class Run:
             "data_sha256": task.data_sha256,
             "weights_sha256": experiment.base_sha256,
             "device": device_name(settings.device),
+            "processes": distributed.size(),
         }
         if settings.test_part != "test":
             record["test_part"] = settings.test_part

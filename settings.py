@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 import datasets
+import distributed
 from common import UserError
 
 
@@ -163,6 +164,9 @@ class Settings(Options):
     save_every: int = training(1000, "iterations between checkpoints to resume from; 0: none", at_least=0)
 
     device: str = machine("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    processes: int = machine(
+        1, "processes, one a GPU, that share each step; results differ only in rounding", at_least=1
+    )
     workers: int | None = machine(None, "processes that read images; default: from the cores", kind=int, at_least=0)
     image_cache_mb: int = machine(2048, "MB of decoded images; what does not fit is decoded each time", at_least=0)
     cache_dir: str = machine("~/.cache/clip-so", "folder for the features of test images under unchanged weights")
@@ -297,9 +301,12 @@ def check_output(settings: Settings) -> None:
 
 
 def choose_device(name: str) -> str:
-    """Return the device that `name` (cpu, cuda, cuda:N or auto) means here. Raise UserError if there is none."""
+    """Return the device that `name` (cpu, cuda, cuda:N or auto) means here; in one of several processes that share a
+    run, its own GPU. Raise UserError if there is none."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.is_member():
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import distributed
 import metrics
 from common import UserError, counted, note, progress
+from datasets.images import derive_seed
 from experiment import Experiment
 from methods import METHODS
 from methods.adaptation import Adaptation, Batch
 from predictions import NotFinite, Predictions
 from records import Checkpoints
 from settings import Hparams, Loop
+
+CHECK_EVERY = 100  # iterations between two checks that several processes have the same weights
 
 
 class TrainingDiverged(UserError):
@@ -166,7 +170,7 @@ def fit(
     result = _resumed(adaptation, checkpoints) or Fit(seconds=built, next_eval=hparams.eval_every or math.inf)
     watch = Stopwatch(result.seconds)
     done = result.iterations
-    next_save = done + save_every
+    next_save, next_check = done + save_every, done + CHECK_EVERY
     for row in result.curve:
         log(row)
     if adaptation.scaler.is_enabled():  # torch takes a skipped first update for a wrong order of calls
@@ -176,15 +180,20 @@ def fit(
 
     bar = progress(batches, "training", "it", total=hparams.total_iters, initial=done, leave=True)
     for result.iterations, (images, labels) in enumerate(bar, start=done + 1):
-        begins_epoch, ends_epoch = (result.iterations - 1) % per_epoch == 0, result.iterations % per_epoch == 0
+        ends_epoch = result.iterations % per_epoch == 0
         lr = adaptation.optimizer.param_groups[0]["lr"]
-        totals += _step(experiment, adaptation, images, labels, begins_epoch, ends_epoch)
+        totals += _step(experiment, adaptation, images, labels, result.iterations)
         if ends_epoch or not adaptation.full_batch:
             adaptation.after_step(result.iterations)
 
         is_last = result.iterations == hparams.total_iters
         if ends_epoch or is_last:
-            row = _epoch_row(result.iterations, totals, experiment.settings.precision)
+            if result.iterations >= next_check or is_last:
+                distributed.check_replicas(adaptation.parameters)
+                next_check = result.iterations + CHECK_EVERY
+            of_all = totals if adaptation.replicated else distributed.total(totals)
+            row = _epoch_row(result.iterations, of_all, experiment.settings.precision)
+            totals.zero_()
             if result.iterations >= result.next_eval:
                 with watch.paused():
                     row["test_accuracy"] = evaluate(experiment, adaptation)
@@ -197,7 +206,8 @@ def fit(
                 break
             if result.iterations >= next_save and not is_last:
                 with watch.paused():
-                    checkpoints.save(result.iterations, _state(result, adaptation))
+                    if distributed.is_first():
+                        checkpoints.save(result.iterations, _state(result, adaptation))
                 next_save = result.iterations + save_every
     bar.close()
     adaptation.finish()
@@ -209,35 +219,53 @@ def _step(
     adaptation: Adaptation,
     images: Tensor,
     labels: Tensor,
-    begins_epoch: bool,
-    ends_epoch: bool,
+    iteration: int,
 ) -> Tensor:
-    """Do one iteration. Return its sums over the batch, left on the device: loss, correct predictions, images."""
+    """Do one iteration, counted from 1. Return its sums over this process's images, left on the device: loss, correct
+    predictions, images."""
+    per_epoch = experiment.hparams.batches_per_epoch(len(experiment.task.train))
+    begins_epoch, ends_epoch = (iteration - 1) % per_epoch == 0, iteration % per_epoch == 0
+    own, whole = _batch_sizes(experiment, adaptation, labels, (iteration - 1) % per_epoch)
+    if distributed.size() > 1:
+        for generator in adaptation.noise:
+            generator.manual_seed(derive_seed("noise", experiment.settings.seed, iteration, distributed.rank()))
     labels = labels.to(experiment.device, non_blocking=True)
     image_features, text_features = adaptation.image_features(images), adaptation.text_features()
     logits = adaptation.logits(image_features, text_features)
-    batch = Batch(images, labels, image_features, text_features, logits)
+    batch = Batch(images, labels, image_features, text_features, logits, own / whole)
     loss = adaptation.loss(batch)
     if begins_epoch or not adaptation.full_batch:
         adaptation.optimizer.zero_grad()
-    # The shares of an epoch's batches add up to 1: the penalty is counted once, the loss is the mean over images.
-    share = len(labels) / len(experiment.task.train) if adaptation.full_batch else 1.0
+    # The shares of all processes, and with a full batch those of an epoch's batches, add up to 1: the penalty is
+    # counted once, and the loss is the mean over images.
+    share = batch.share * (whole / len(experiment.task.train) if adaptation.full_batch else 1.0)
     adaptation.scaler.scale(share * (loss + adaptation.penalty(batch))).backward()
     if ends_epoch or not adaptation.full_batch:
+        if not adaptation.replicated:
+            distributed.sum_gradients(adaptation.optimizer)
         adaptation.scaler.step(adaptation.optimizer)
         adaptation.scaler.update()
         if adaptation.scheduler is not None:
             adaptation.scheduler.step()
-    correct = (logits.detach().argmax(dim=-1) == labels).sum()
+    correct = (logits.detach().argmax(dim=-1) == labels)[:own].sum()
     loss = loss.detach()
-    return torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+    return torch.stack([loss * own, correct, torch.full_like(loss, own)])
+
+
+def _batch_sizes(experiment: Experiment, adaptation: Adaptation, labels: Tensor, number: int) -> tuple[int, int]:
+    """Return how many images of an epoch's batch `number`, counted from 0, are this process's, and how many there are
+    in all. A process without an image of its own computes with another's, which does not count."""
+    if distributed.size() == 1 or adaptation.replicated:
+        return len(labels), len(labels)
+    size, images = experiment.hparams.batch_size, len(experiment.task.train)
+    whole = min(size, images - number * size)
+    return len(distributed.mine(whole)), whole
 
 
 def _epoch_row(iteration: int, totals: Tensor, precision: str) -> dict:
-    """Return the curve's row for the epoch that ends here, and set the totals to zero. A row per epoch, because reading
-    the totals waits for the device."""
+    """Return the curve's row for the epoch that ends here. A row per epoch, because reading the totals waits for the
+    device."""
     loss, correct, images = totals.tolist()
-    totals.zero_()
     if not math.isfinite(loss):
         remedy = "lower --lr" if precision == "fp32" else "lower --lr or use --precision fp32"
         raise TrainingDiverged(f"the training loss is {loss} at iteration {iteration}; {remedy}")
@@ -298,12 +326,12 @@ def search(
             if not adaptation.trains_images:
                 on_val.test_features()  # by the model that no method has touched
             row["iterations"] = fit(candidate, adaptation, batches, own).iterations
-            row["val_accuracy"] = evaluate(candidate, adaptation)
+            row["val_accuracy"] = distributed.of_first(evaluate(candidate, adaptation))  # unlike GPUs may differ
             print(f"val accuracy {row['val_accuracy']:.2f} % on {counted(len(task.val), 'image')}")
         except TrainingDiverged as error:
             note(str(error))
         rows.append(row)
-        if done.save(number, {"rows": rows, "seconds": watch.seconds}):
+        if distributed.is_first() and done.save(number, {"rows": rows, "seconds": watch.seconds}):
             own.clear()
     accuracies = [-1.0 if row["val_accuracy"] is None else row["val_accuracy"] for row in rows]
     if max(accuracies) < 0:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+import distributed
 from common import counted, note, progress
 
 from .task import DatasetError, Item, Task
@@ -31,18 +32,20 @@ def batches_per_epoch(n_items: int, batch_size: int, drop_last: bool = False) ->
 
 def shuffled(n_items: int, seed: int, epoch: int) -> torch.Tensor:
     """Return the order [n_items] of the items' positions in an epoch, a pure function of the arguments."""
-    generator = torch.Generator().manual_seed(_derive_seed("order", seed, epoch))
+    generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
     return torch.randperm(n_items, generator=generator)
 
 
-def default_workers() -> int:
-    """Return a good number of loader processes for this machine: usable cores - 1, at most 8, and 0 up to two cores.
+def default_workers(processes: int = 1) -> int:
+    """Return a good number of loader processes for each of so many training processes on this machine: usable cores -
+    1, at most 8, and 0 up to two cores.
 
     One core is left to the main process. With two cores or fewer, a worker would compete with training itself (or, on a
     GPU, with the process that feeds it), and loading in the main process is as fast.
     """
     # Not only cpu_count: a container or a batch system often allows fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= processes
     return 0 if cores <= 2 else min(cores - 1, 8)
 
 
@@ -102,12 +105,14 @@ def augmented_loader(
 ) -> DataLoader:
     """Return a loader that passes `passes` times over all training images in order, each time with new augmentations.
 
-    Image p of pass i is item number i * len(task.train) + p; batches may span two passes. The augmentations differ from
+    Image p of pass i is item number i * len(task.train) + p; batches may span two passes. Several processes share the
+    batches. The augmentations differ from
     those of training with the same seed. Images, transform and errors are as in `training_loader`.
     """
     data = _TrainingData(task, transform, seed, cache_mb)
     keys = [(-1 - i, position) for i in range(passes) for position in range(len(task.train))]
-    return _loader(data, workers, pin_memory, batch_size=batch_size, sampler=keys)
+    own = [keys[place] for place in distributed.mine_or_one(len(keys), batch_size)]
+    return _loader(data, workers, pin_memory, batch_size=batch_size, sampler=own)
 
 
 def test_loader(
@@ -117,7 +122,7 @@ def test_loader(
     return _loader(_OrderedData(items, task, transform), workers, pin_memory, batch_size=batch_size)
 
 
-def _derive_seed(*parts: str | int) -> int:
+def derive_seed(*parts: str | int) -> int:
     """Return a 63-bit seed that is a fixed function of `parts` (unlike Python's hash())."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -184,7 +189,7 @@ class _TrainingData(_OrderedData):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | DatasetError:
         # Only the CPU generator: torch.manual_seed would also reseed every GPU, from which dropout draws.
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(_derive_seed("augment", self.seed, *key))
+        torch.default_generator.manual_seed(derive_seed("augment", self.seed, *key))
         try:
             return super().__getitem__(key[1])
         finally:
@@ -192,7 +197,10 @@ class _TrainingData(_OrderedData):
 
 
 class _TrainingBatches(Sampler):
-    """The keys (epoch, position) of all batches of a run. One sampler for all epochs, so that workers never restart."""
+    """The keys (epoch, position) of all batches of a run, of each this process's part.
+
+    One sampler for all epochs, so that workers never restart.
+    """
 
     def __init__(self, n_items: int, batch_size: int, iterations: int, seed: int, start: int, drop_last: bool):
         self.n_items = n_items
@@ -212,7 +220,7 @@ class _TrainingBatches(Sampler):
             if epoch != ordered_epoch:
                 ordered_epoch, order = epoch, shuffled(self.n_items, self.seed, epoch).tolist()
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, position) for position in positions]
+            yield [(epoch, positions[place]) for place in distributed.mine_or_one(len(positions))]
 
 
 # A DataLoader raises a worker's exception again with the worker's traceback as its message. The single line of a

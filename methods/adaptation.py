@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
 import utils
 from clip.layouts import Prompts
 from experiment import Experiment
@@ -19,7 +20,8 @@ class Batch(NamedTuple):
     """A training batch, and what the adapted model makes of it.
 
     `images` are what `batches` gives (images [B, 3, R, R], or features of them) and `labels` [B] their classes, on the
-    model's device. `image_features` [B, E] and `text_features` [C, E] are unit features, `logits` [B, C].
+    model's device. `image_features` [B, E] and `text_features` [C, E] are unit features, `logits` [B, C]. `share` is
+    the images' part of the whole batch: below 1 where several processes share a step.
     """
 
     images: Tensor
@@ -27,6 +29,7 @@ class Batch(NamedTuple):
     image_features: Tensor
     text_features: Tensor
     logits: Tensor
+    share: float = 1.0
 
 
 class Adaptation:
@@ -45,8 +48,14 @@ class Adaptation:
     # What to use instead of --precision fp16, for a method that uses gradients from which the optimizer's step does not
     # take the scale of the loss.
     instead_of_fp16: str | None = None
-    # The random generators that the method draws from in training.
+    # The random generators that the method draws from in training. Of these, `noise` are the ones for single images
+    # and tokens (dropout): each of several processes that share a step draws its own.
     generators: Sequence[torch.Generator] = ()
+    noise: Sequence[torch.Generator] = ()
+    # Whether each of several processes does all of the training, because this takes no longer than to share it, and
+    # whether each encodes all prompts.
+    replicated = False
+    shares_prompts = True
 
     def __init__(
         self,
@@ -105,11 +114,22 @@ class Adaptation:
         with self.experiment.autocast():
             return utils.encode_image(self.model, images)
 
+    @property
+    def encoded_classes(self) -> list[int]:
+        """The classes whose prompts this process encodes: all, unless several share the step."""
+        classes = len(self.experiment.task.class_names)
+        return distributed.mine_or_one(classes) if self.shares_prompts else list(range(classes))
+
     @cached_property
     def prompts(self) -> Prompts:
-        """The classes' prompts for training: the task's first template."""
+        """The prompts of `encoded_classes` for training."""
+        return self.prompts_of(self.encoded_classes)
+
+    def prompts_of(self, classes: Sequence[int]) -> Prompts:
+        """Return the prompts of some classes: the task's first template."""
         task = self.experiment.task
-        tokens = utils.tokenize_classes(self.model.tokenize, task.class_names, task.templates[0])
+        names = [task.class_names[label] for label in classes]
+        tokens = utils.tokenize_classes(self.model.tokenize, names, task.templates[0])
         return self.model.prompts(tokens, self.shares_prefix).to(self.model.device)
 
     @cached_property
@@ -117,7 +137,11 @@ class Adaptation:
         return self.encode_prompts().detach()
 
     def encode_prompts(self) -> Tensor:
-        """Return unit text features [C, E] by the text tower as it is now."""
+        """Return unit text features [C, E] of all classes by the text tower as it is now."""
+        return distributed.rows_of_all(self.encode_own_prompts(), len(self.experiment.task.class_names))
+
+    def encode_own_prompts(self) -> Tensor:
+        """Return unit text features of `prompts`."""
         with self.experiment.autocast():
             return utils.encode_text(self.model, self.prompts)
 

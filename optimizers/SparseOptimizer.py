@@ -218,6 +218,23 @@ class SO(Optimizer):
         values = values.to(_moment_dtype(p))
         self.gradients[p] = self.gradients[p] + values if p in self.gradients else values
 
+    @torch.no_grad()
+    def own_gradients(self) -> list[Tensor]:
+        """Return what the coming step reads as gradient, in the order of the parameters: values [k] at the support, and
+        of dense groups the gradients. Whoever trains in several processes sums each over them, in place."""
+        self.draw_supports()
+        read = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["dense"]:
+                    read += [] if p.grad is None else [p.grad]
+                    continue
+                if p.grad is not None and p.numel():
+                    self.add_gradient(p, entries(p.grad, self.state[p]["support"]))
+                    p.grad = None
+                read += [self.gradients[p]] if p in self.gradients else []
+        return read
+
     def _dense_step(self, p: Tensor, group: dict) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[p]

@@ -252,7 +252,7 @@ def test_augmented_views_come_in_order_and_are_not_training_images(task):
     assert labels.tolist() == 3 * [item.label for item in task.train]
     for i in range(3):
         for position, item in enumerate(task.train):
-            torch.manual_seed(images_module._derive_seed("augment", 3, -1 - i, position))
+            torch.manual_seed(images_module.derive_seed("augment", 3, -1 - i, position))
             assert torch.equal(images[10 * i + position], AUGMENT(task.read(item)))
     again, _ = views(workers=2, batch_size=4)
     assert torch.equal(images, again) and not torch.equal(images, views(seed=4)[0])

@@ -96,7 +96,7 @@ class LoRA(Adapters):
         hparams, seed = experiment.hparams, experiment.settings.seed
         self.generator = torch.Generator().manual_seed(seed)
         dropout = SeededDropout(hparams.dropout, torch.Generator(experiment.device).manual_seed(seed))
-        self.generators = (self.generator, dropout.generator)
+        self.generators, self.noise = (self.generator, dropout.generator), (dropout.generator,)
         scaling = hparams.alpha / math.sqrt(hparams.rank)
         chosen = hparams.lora_on.split(",")
         self.branches, self.replaced, parameters = [], [], {}

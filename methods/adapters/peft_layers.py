@@ -53,7 +53,7 @@ class PeftAdapters(Adapters):
             self.tuner = tuner(model, config, ADAPTER)
         self.layers = {name: model.get_submodule(name) for name in names}
         generator = torch.Generator(model.device).manual_seed(seed)
-        self.generators = (generator,)
+        self.generators = self.noise = (generator,)
         for layer in self.layers.values():
             if dropout > 0:
                 layer.lora_dropout[ADAPTER] = SeededDropout(dropout, generator)

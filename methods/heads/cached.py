@@ -40,6 +40,7 @@ class CachedHead(Head):
 
     pool: Tensor
     labels: Tensor
+    replicated = True
 
     def build(self) -> None:
         views = self.experiment.hparams.views

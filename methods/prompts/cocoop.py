@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
 import utils
 from common import progress
 from experiment import Experiment
@@ -45,6 +46,8 @@ class CoCoOp(Context):
     """`net` has the meta-net's tensors: 35,360 weights with the vectors in ViT-B/16. They start as torch's linear
     layers do."""
 
+    shares_prompts = False  # each image has its own
+
     def __init__(self, experiment: Experiment[Hparams]):
         arch = experiment.model.arch
         generator = torch.Generator().manual_seed(experiment.settings.seed + 1)  # not that of random vectors
@@ -67,14 +70,16 @@ class CoCoOp(Context):
         return self.text_features()
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Return logits [B, C], each image's from its own text features."""
-        pairs, rows = zip(image_features, self.offsets(image_features)), []
-        training = torch.is_grad_enabled()  # it has a bar of its own
-        for feature, offset in progress(pairs, "prompts", "image", total=len(image_features), disable=training):
+        """Return logits [B, C], each image's from its own text features. In an evaluation several processes share the
+        images."""
+        training = torch.is_grad_enabled()  # it has a bar of its own, and its own images
+        own = image_features if training else image_features[distributed.mine_or_one(len(image_features))]
+        pairs, rows = zip(own, self.offsets(own)), []
+        for feature, offset in progress(pairs, "prompts", "image", total=len(own), disable=training):
             with self.experiment.autocast():
                 text = utils.encode_text(self.model, self.prompts, self.vectors + offset)
             rows.append(self.experiment.cosine_logits(feature, text))
-        return torch.stack(rows)
+        return torch.stack(rows) if training else distributed.rows_of_all(torch.stack(rows), len(image_features))
 
 
 def prepare(experiment: Experiment[Hparams]) -> CoCoOp:

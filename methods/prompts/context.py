@@ -8,7 +8,6 @@ epochs only, 1e-5 in the first and then along a cosine (`epoch_cosine`); an epoc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -143,11 +142,10 @@ class Context(Adaptation):
         """Return the classes that the vectors belong to: None, all."""
         return None
 
-    @cached_property
-    def prompts(self) -> Prompts:
-        """The classes' prompts, with the places of the vectors."""
-        names = enumerate(self.experiment.task.class_names)
-        ids, places = zip(*(self.prompt(name.replace("_", " "), label) for label, name in names))
+    def prompts_of(self, classes: Sequence[int]) -> Prompts:
+        """Return the prompts of some classes, with the places of the vectors."""
+        names = self.experiment.task.class_names
+        ids, places = zip(*(self.prompt(names[label].replace("_", " "), label) for label in classes))
         prompts = self.model.prompts(torch.tensor(ids), vector_at=torch.tensor(places))
         return prompts.to(self.experiment.device)
 
@@ -156,7 +154,7 @@ class Context(Adaptation):
         rows = list(range(self.experiment.hparams.n_ctx))
         return prompt_with_vectors(name, rows, len(rows), self.model.arch.context_length)
 
-    def encode_prompts(self) -> Tensor:
+    def encode_own_prompts(self) -> Tensor:
         with self.experiment.autocast():
             return utils.encode_text(self.model, self.prompts, self.vectors)
 

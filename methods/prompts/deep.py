@@ -9,8 +9,8 @@ themselves. The features are computed from the end of the prompt and the class t
 All prompts have the text tokens in the same places, in their common beginning. So packed prompts stay exact.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -94,19 +94,19 @@ class DeepPrompts(Adaptation):
         """Return the tokens [J, n, D] of the image tower's blocks."""
         raise NotImplementedError
 
-    @cached_property
-    def prompts(self) -> Prompts:
-        """The classes' prompts, with the places of the first block's tokens."""
+    def prompts_of(self, classes: Sequence[int]) -> Prompts:
+        """Return the prompts of some classes, with the places of the first block's tokens."""
         task, hparams = self.experiment.task, self.experiment.hparams
+        names = [task.class_names[label] for label in classes]
         try:
-            ids = utils.tokenize_classes(self.model.tokenize, task.class_names, f"{hparams.ctx_init} {{}}.")
+            ids = utils.tokenize_classes(self.model.tokenize, names, f"{hparams.ctx_init} {{}}.")
         except ValueError as error:
             raise UserError(f"{error}; shorten the class name or --ctx_init") from None
         rows = torch.full_like(ids, -1)
         rows[:, 1 : 1 + hparams.n_ctx] = torch.arange(hparams.n_ctx)
         return self.model.prompts(ids, vector_at=rows).to(self.experiment.device)
 
-    def encode_prompts(self) -> Tensor:
+    def encode_own_prompts(self) -> Tensor:
         tokens = self.text_tokens()
 
         def enter(index: int, x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:

@@ -161,12 +161,13 @@ class MMRL(Adaptation):
     def longer_prompts(self) -> Prompts:
         """The layout of the prompts with the tokens behind [start]."""
         task, n = self.experiment.task, self.experiment.hparams.n_tokens
-        ids = utils.tokenize_classes(self.model.tokenize, task.class_names, task.templates[0])
+        names = [task.class_names[label] for label in self.encoded_classes]
+        ids = utils.tokenize_classes(self.model.tokenize, names, task.templates[0])
         places = torch.ones(len(ids), n, dtype=ids.dtype)  # any token: only the layout is used
         longer = torch.cat([ids[:, :1], places, ids[:, 1:]], dim=1)
         return self.model.prompts(longer).to(self.experiment.device)
 
-    def encode_prompts(self) -> Tensor:
+    def encode_own_prompts(self) -> Tensor:
         with self.experiment.autocast():
             enter = self.enter("text", self.longer_prompts, self.longer_prompts)
             return utils.encode_text(self.model, self.prompts, None, enter)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import distributed
 from common import UserError
 from experiment import Experiment
 from settings import option
@@ -71,8 +72,9 @@ class ProGrad(Context):
         T = self.experiment.hparams.prograd_t
         teacher = self.experiment.cosine_logits(batch.image_features, self.frozen)
         distillation = T**2 * F.cross_entropy(batch.logits / T, (teacher / T).softmax(dim=-1))
-        scaled = self.scaler.scale(distillation)
-        (self.direction,) = torch.autograd.grad(scaled, self.vectors, retain_graph=True)
+        scaled = self.scaler.scale(batch.share * distillation)
+        (direction,) = torch.autograd.grad(scaled, self.vectors, retain_graph=True)
+        self.direction = distributed.total(direction)
         return super().loss(batch)
 
     @torch.no_grad()

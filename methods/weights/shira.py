@@ -87,9 +87,10 @@ class SHiRA(Adaptation):
         experiment, task = self.experiment, self.experiment.task
         size = min(IMAGES_AT_ONCE, experiment.hparams.batch_size)
         loader = datasets.test_loader(task.train, task, experiment.preprocess, size, experiment.settings.workers)
+        prompts = self.prompts_of(range(len(task.class_names)))
         sums = {name: torch.zeros_like(W) for name, W in self.matrices.items()}
         for images, labels in loader:
-            logits = self.logits(utils.encode_image(self.model, images), utils.encode_text(self.model, self.prompts))
+            logits = self.logits(utils.encode_image(self.model, images), utils.encode_text(self.model, prompts))
             loss = F.cross_entropy(logits, labels.to(experiment.device), reduction="sum") / len(task.train)
             gradients = torch.autograd.grad(loss, self.matrices.values())
             for total, G in zip(sums.values(), gradients):
