@@ -2,7 +2,7 @@
 
     python scripts/sweep.py --methods so lora --shots 1 4 16 --seeds 1 2 3 --cluster local --workers 2
     python scripts/sweep.py --grid configs/grids/compare_digits.yaml --dry_run
-    python scripts/sweep.py --grid grid.yaml --cluster slurm --partition gpu --gpus_per_task 1 --time 120
+    python scripts/sweep.py --grid grid.yaml --cluster slurm --partition gpu --gpus_per_run 1 --time 120
 
 Needs requirements-all.txt. Flags that --help does not list are main.py's, for all runs, and so is everything after --.
 Recorded runs are skipped: after Ctrl-C or a crash the same command continues. A run that fails does not stop the
@@ -47,7 +47,7 @@ def sweep(argv: Sequence[str]) -> int:
     grid |= {name: getattr(options, name) for name in LISTS if getattr(options, name)}
     device = None
     if options.cluster == "slurm":  # which has other machines than this one
-        device = "cuda" if options.gpus_per_task else "cpu"
+        device = "cuda" if options.gpus_per_run else "cpu"
     planned = cells(grid, flags, device)
     to_do = [cell for cell in progress(planned, "looking for finished runs", "run") if not cell.finished()]
     results = Path(planned[0].settings.results_dir)
@@ -75,13 +75,14 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", help="[1 2 3]")
     parser.add_argument("--dry_run", action="store_true", help="only show the runs, and how long they will take")
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="[local]")
-    parser.add_argument("--workers", type=positive, help="runs at a time [local: one a GPU, or one; slurm: 256]")
+    parser.add_argument("--workers", type=positive, help="runs at a time [local: all GPUs', or one; slurm: 256]")
     parser.add_argument("--partition", help="slurm: partition of the jobs [the cluster's default]")
     parser.add_argument("--time", type=positive, default=240, metavar="MINUTES", help="slurm: limit of a job [240]")
     parser.add_argument("--timeouts", type=positive, default=10, help="slurm: times a run may reach that limit [10]")
     parser.add_argument("--mem_gb", type=positive, help="slurm: memory of a job [the cluster's default]")
     parser.add_argument("--cpus_per_task", type=positive, help="slurm: cores of a job [the cluster's default]")
-    parser.add_argument("--gpus_per_task", type=int, choices=(0, 1), default=1, help="slurm: GPUs of a job [1]")
+    text = "GPUs that share each run, a process each; slurm: 0 for CPUs [1]"
+    parser.add_argument("--gpus_per_run", type=int, default=1, metavar="N", help=text)
     text = "another parameter of submitit's SlurmExecutor, such as account or qos; may be given several times"
     parser.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help=text)
     end = argv.index("--") if "--" in argv else len(argv)
@@ -90,8 +91,14 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for word in [word for name in LISTS for word in getattr(options, name) or []]:
         if "," in word:
             raise UserError(f"{word}: separate the values by spaces; write {word.replace(',', ' ')}")
+    if options.gpus_per_run < (options.cluster == "local"):
+        raise UserError(
+            f"--gpus_per_run {options.gpus_per_run}: give 1 or more; --device cpu is for runs without a GPU"
+        )
     for word in flags:
         name = word.partition("=")[0]
+        if name == "--processes" and options.gpus_per_run > 1:
+            raise UserError("--processes and --gpus_per_run both say how many processes share a run; leave one out")
         if name in ("--method", "--dataset", "--seed"):
             raise UserError(f"{name}: a sweep takes lists; write {name}s")
     return options, flags
@@ -140,7 +147,7 @@ def _cluster(options: argparse.Namespace, results: Path, to_do: Sequence[Cell]) 
 
     folder = results.resolve() / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"
     if options.cluster == "local":
-        return clusters.Local(folder, options.workers, to_do)
+        return clusters.Local(folder, options.workers, options.gpus_per_run, to_do)
     parameters = {
         "job_name": "sweep",
         "partition": options.partition,
@@ -149,7 +156,7 @@ def _cluster(options: argparse.Namespace, results: Path, to_do: Sequence[Cell]) 
         "cpus_per_task": options.cpus_per_task,
         # Since Slurm 22.05 srun does not take them from sbatch.
         "srun_args": options.cpus_per_task and [f"--cpus-per-task={options.cpus_per_task}"],
-        "gpus_per_node": options.gpus_per_task or None,
+        "gpus_per_node": options.gpus_per_run or None,
         "array_parallelism": options.workers or 256,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True},  # by slurm itself, when it preempts a job or a node fails
@@ -159,7 +166,7 @@ def _cluster(options: argparse.Namespace, results: Path, to_do: Sequence[Cell]) 
         if not sign:
             raise UserError(f"--slurm {word}: write --slurm NAME=VALUE")
         parameters[name] = int(value) if value.isdecimal() else value
-    return clusters.Slurm(folder, parameters, options.timeouts, to_do)
+    return clusters.Slurm(folder, parameters, options.timeouts, options.gpus_per_run, to_do)
 
 
 def watch(cluster: "Cluster", to_do: Sequence[Cell], total: int) -> list[str]:

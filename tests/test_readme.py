@@ -56,7 +56,7 @@ def run_all(calls, run_main):
 
 def test_every_command_and_every_piece_of_code_runs(run_main, data):
     calls = commands(README + DOCS, "python main.py")
-    assert len(calls) == 13
+    assert len(calls) == 14
     run_all(calls, run_main)
     assert len(pd.read_csv("results/results.csv")) == len(calls) - 2  # one prints help, one its settings
     for program, module in (("python -m datasets.download", download), ("python -m datasets.doctor", doctor)):

@@ -260,7 +260,7 @@ MISTAKES = {
     "main's workers": (["--", "--workers", "-1"], "--workers"),
     "no file": (["--grid", "none.yaml"], "none.yaml"),
     "no slurm": (["--cluster", "slurm"], "srun"),
-    "device": (["--cluster", "slurm", "--device", "cuda"], "--gpus_per_task"),
+    "device": (["--cluster", "slurm", "--device", "cuda"], "--gpus_per_run"),
 }
 GRIDS = {
     "a key": ({"method": ["so"]}, "'method'"),
@@ -339,7 +339,8 @@ def test_gpus_are_assigned(run_sweep, stub, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     stub("""
-note(gpu=os.environ["CUDA_VISIBLE_DEVICES"])
+processes = of("processes") if "--processes" in words else "1"
+note(gpu=os.environ["CUDA_VISIBLE_DEVICES"], processes=processes)
 while open("notes").read().count("gpu") < int(os.environ["TOGETHER"]):
     time.sleep(0.02)
 """)
@@ -354,6 +355,11 @@ while open("notes").read().count("gpu") < int(os.environ["TOGETHER"]):
     assert sorted(gpus(2, "--seeds", 1, 2)) == ["4", "6"]
     assert sorted(gpus(3, "--seeds", 1, 2, 3, "--workers", 3)) == ["4", "4", "6"]
     assert gpus(1, "--seeds", 1, "--device", "cpu") == [""]
+    assert gpus(1, "--seeds", 1, "--gpus_per_run", 2) == ["4,6"]
+    assert [run["processes"] for run in stub.notes()] == ["2"]
+    one_line_error(run_sweep(*QUICK, "--gpus_per_run", 3), "--gpus_per_run 3")
+    one_line_error(run_sweep(*QUICK, "--gpus_per_run", 0), "--gpus_per_run 0")
+    one_line_error(run_sweep(*QUICK, "--gpus_per_run", 2, "--processes", 2), "--processes")
     one_line_error(run_sweep(*QUICK, "--device", "cuda:1"), "--device")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3f2a")
     one_line_error(run_sweep(*QUICK), "GPU-3f2a")
@@ -459,7 +465,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 note(event="began", pid=os.getpid(), device=of("device"))
 """
-ON_SLURM = ("--cluster", "slurm", "--gpus_per_task", "0")
+ON_SLURM = ("--cluster", "slurm", "--gpus_per_run", "0")
 
 
 @needs_proc

@@ -82,9 +82,15 @@ class Cluster:
 
     poll_seconds: float
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, gpus_per_run: int):
         self.folder = folder
+        self.gpus_per_run = gpus_per_run
         self.jobs: dict[submitit.Job, Cell] = {}
+
+    def _job(self, cell: Cell) -> RunJob:
+        """Return the job of a run. Where several GPUs share it, main.py starts a process for each."""
+        several = ("--processes", str(self.gpus_per_run)) if self.gpus_per_run > 1 else ()
+        return RunJob(cell.key, (*cell.words, *several))
 
     def ended(self) -> list[tuple[Cell, int | None, Path]]:
         """Return what has ended since the last call: the run, main.py's exit code (None if the job ended without one)
@@ -105,18 +111,21 @@ class Cluster:
 
 
 class Local(Cluster):
-    """A number of runs at a time on this machine. Each run sees one GPU; they are assigned in turn."""
+    """A number of runs at a time on this machine. Each run sees the same number of GPUs, assigned in turn."""
 
     poll_seconds = 0.2
 
-    def __init__(self, folder: Path, workers: int | None, cells: Sequence[Cell]):
-        super().__init__(folder)
+    def __init__(self, folder: Path, workers: int | None, gpus_per_run: int, cells: Sequence[Cell]):
+        super().__init__(folder, gpus_per_run)
         devices = {cell.settings.device for cell in cells}
         if any(":" in device for device in devices):
             raise UserError("--device: a sweep assigns the GPUs; leave the number out, and set CUDA_VISIBLE_DEVICES")
         gpus = _gpus() if "cuda" in devices else []
-        workers = workers or max(len(gpus), 1)
-        self.gpus = [gpus[place % len(gpus)] for place in range(workers)] if gpus else [None] * workers
+        groups = [gpus[first : first + gpus_per_run] for first in range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)]
+        if gpus_per_run > 1 and not groups:
+            raise UserError(f"--gpus_per_run {gpus_per_run}: there are {len(gpus)} GPUs here for these runs; lower it")
+        workers = workers or max(len(groups), 1)
+        self.gpus = [groups[place % len(groups)] if groups else [] for place in range(workers)]
         self.places: dict[submitit.Job, int] = {}
 
     def start(self, waiting: list[Cell]) -> None:
@@ -125,11 +134,11 @@ class Local(Cluster):
             executor = submitit.LocalExecutor(self.folder)
             executor.update_parameters(timeout_min=10**7, stderr_to_stdout=True)  # never
             if cell.settings.device == "cuda":
-                executor.update_parameters(gpus_per_node=1, visible_gpus=[self.gpus[place]])
+                executor.update_parameters(gpus_per_node=self.gpus_per_run, visible_gpus=self.gpus[place])
             # The job inherits this mask: only the sweep gets Ctrl-C, and then sends SIGTERM.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                job = executor.submit(RunJob(cell.key, cell.words))
+                job = executor.submit(self._job(cell))
                 self.jobs[job], self.places[job] = cell, place
                 waiting.remove(cell)
             finally:
@@ -168,8 +177,8 @@ class Slurm(Cluster):
     MOST = 1000  # jobs in an array, slurm's default
     LATE_SECONDS = 60.0  # after the end of a job its result may be invisible for so long on a shared file system
 
-    def __init__(self, folder: Path, parameters: dict, timeouts: int, cells: Iterable[Cell]):
-        super().__init__(folder)
+    def __init__(self, folder: Path, parameters: dict, timeouts: int, gpus_per_run: int, cells: Iterable[Cell]):
+        super().__init__(folder, gpus_per_run)
         self.queue: dict[str, str] = {}
         self.gone_since: dict[submitit.Job, float] = {}
         try:
@@ -191,7 +200,7 @@ class Slurm(Cluster):
         while waiting:
             part = waiting[: self.MOST]
             try:
-                jobs = self.executor.submit_array([RunJob(cell.key, cell.words) for cell in part])
+                jobs = self.executor.submit_array([self._job(cell) for cell in part])
             except FailedJobError as error:
                 if not self.jobs:
                     shutil.rmtree(self.folder)

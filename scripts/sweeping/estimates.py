@@ -32,6 +32,8 @@ def _seconds(config: Config, records: pd.DataFrame, device: str | None) -> float
     if by_iteration:
         names = [name for name in PER_ITERATION if hasattr(hparams, name)]
     wanted = {name: getattr(settings, name) for name in ALIKE}
+    if "processes" in records:  # older records have none
+        records = records[records.processes.fillna(1) == settings.processes]
     if config.trains:
         wanted |= {name: getattr(hparams, name, getattr(settings, name, None)) for name in names}
     if settings.test_dataset == "folder":

@@ -92,7 +92,7 @@ def cells(grid: dict, flags: Sequence[str], device: str | None = None) -> list[C
     rows += [["--method", str(name)] for name in grid.get("methods", [] if rows else ["so"])]
     shared = [[*words, *flags, "--wait"] for words in _combinations(grid.get("settings", {}))]
     if device and any(word.partition("=")[0] == "--device" for words in shared for word in words):
-        raise UserError("--cluster slurm: --gpus_per_task says where the runs are done; leave --device out")
+        raise UserError("--cluster slurm: --gpus_per_run says where the runs are done; leave --device out")
     axes = itertools.product(
         grid.get("seeds", [1, 2, 3]), grid.get("datasets", ["digits"]), grid.get("shots", [1, 2, 4, 8, 16])
     )
