@@ -58,8 +58,26 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
             else:
                 records = [do(run) for run in planned(config)]
             return records if config.settings.eval_datasets else records[0]
-        except torch.OutOfMemoryError:
-            raise UserError("the GPU's memory is too small; lower --batch_size or use --precision bf16") from None
+        except RuntimeError as error:
+            if not is_lack_of_memory(error):
+                raise
+            raise UserError(f"the memory is too small; {remedies(config)}") from None
+
+
+def is_lack_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error of torch says that the GPU's or the main memory is full, which libraries say in their
+    own words."""
+    words = ("ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def remedies(config: Config) -> str:
+    """Return what helps where the memory is too small, what changes no result first."""
+    settings, several = config.settings, torch.cuda.device_count() > config.settings.processes
+    found = [] if settings.checkpoint_blocks else ["--checkpoint_blocks changes no result"]
+    found += [f"--processes {torch.cuda.device_count()} shares it between GPUs"] if several else []
+    found += ["--precision bf16 changes last digits"] if settings.precision == "fp32" else []
+    return ", ".join([*found, "a smaller --batch_size is another setting of the method"])
 
 
 def in_processes(config: Config, argv: Sequence[str]) -> list[dict]:

@@ -167,6 +167,9 @@ class Settings(Options):
     processes: int = machine(
         1, "processes, one a GPU, that share each step; results differ only in rounding", at_least=1
     )
+    checkpoint_blocks: bool = machine(
+        False, "keep only each block's input for backward: less memory, a third more time"
+    )
     workers: int | None = machine(None, "processes that read images; default: from the cores", kind=int, at_least=0)
     image_cache_mb: int = machine(2048, "MB of decoded images; what does not fit is decoded each time", at_least=0)
     cache_dir: str = machine("~/.cache/clip-so", "folder for the features of test images under unchanged weights")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import distributed
 import metrics
+from clip.model import VisionTransformer
 from common import UserError, counted, note, progress
 from datasets.images import derive_seed
 from experiment import Experiment
@@ -134,7 +135,7 @@ def prepare(experiment: Experiment, start: int = 0) -> tuple[Adaptation, Iterabl
     """Return the method on this model, and the batches to train it with from iteration `start` on (counted from 0).
 
     There are no batches where the training loop is not used. Raise DatasetError if a training image is damaged, and
-    UserError if the method cannot be trained in this precision.
+    UserError if the method cannot be trained in this precision, or the tower's blocks not be checkpointed.
     """
     adaptation = adapt(experiment)
     if adaptation.scaler.is_enabled() and adaptation.instead_of_fp16:
@@ -142,7 +143,21 @@ def prepare(experiment: Experiment, start: int = 0) -> tuple[Adaptation, Iterabl
             f"--precision fp16 does not work with these settings of {experiment.settings.method}, which uses gradients "
             f"of the scaled loss; use {adaptation.instead_of_fp16}"
         )
+    if experiment.settings.checkpoint_blocks:
+        _checkpoint_blocks(experiment, adaptation)
     return adaptation, None if adaptation.optimizer is None else adaptation.batches(start)
+
+
+def _checkpoint_blocks(experiment: Experiment, adaptation: Adaptation) -> None:
+    model = experiment.model
+    if isinstance(model.visual, VisionTransformer):
+        model.visual.transformer.checkpoint_blocks(adaptation.noise)
+    elif adaptation.trains_images:
+        raise UserError(
+            f"--checkpoint_blocks: the image tower of {experiment.settings.backbone} is no transformer of CLIP's kind; "
+            "leave the flag out, or train the text tower alone"
+        )
+    model.transformer.checkpoint_blocks(adaptation.noise)
 
 
 def fit(

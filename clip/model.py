@@ -5,13 +5,15 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 Notation in shape comments: B images or prompts, T tokens, D width, H heads, E embedding size.
 """
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .layouts import IMAGES, MEAN_IMAGES, Layout, PackedPrompts, PaddedPrompts, Prompts
 from .preprocess import Preprocessing
@@ -242,6 +244,9 @@ class Transformer(nn.Module):
     For the tokens that are not used the last block computes only keys and values: nothing else of them is needed.
     """
 
+    checkpoints = False  # see `checkpoint_blocks`
+    noise: Sequence[torch.Generator] = ()
+
     def __init__(self, tower: Tower):
         super().__init__()
         width, layers = tower.width, tower.layers
@@ -259,9 +264,35 @@ class Transformer(nn.Module):
         *blocks, last = self.resblocks
         for index, block in enumerate(blocks):
             x, layout = enter(index, x, layout)
-            x = block(x, layout)
+            x = self._run(block, x, layout)
         x, layout = enter(len(blocks), x, layout)
-        return layout.used(last(x, layout)) if layout.pools else last.forward_used(x, layout)
+        return layout.used(self._run(last, x, layout)) if layout.pools else self._run(last.forward_used, x, layout)
+
+    def checkpoint_blocks(self, noise: Sequence[torch.Generator] = ()) -> None:
+        """From now on keep only the input of each block for backward, which computes the block again: the same bits for
+        less memory and about a third more time (Chen et al. 2016, arXiv 1604.06174). `noise` are the generators that
+        blocks draw from."""
+        self.checkpoints, self.noise = True, noise
+
+    def _run(self, function: Callable[[Tensor, Layout], Tensor], x: Tensor, layout: Layout) -> Tensor:
+        if not (self.checkpoints and torch.is_grad_enabled()):
+            return function(x, layout)
+        drawn = [generator.get_state() for generator in self.noise]
+        contexts = lambda: (contextlib.nullcontext(), _drawing_again(self.noise, drawn))  # noqa: E731
+        return checkpoint(function, x, layout, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _drawing_again(noise: Sequence[torch.Generator], drawn: Sequence[Tensor]) -> Iterator[None]:
+    """Let generators draw again what they drew from the states `drawn` on."""
+    now = [generator.get_state() for generator in noise]
+    for generator, state in zip(noise, drawn):
+        generator.set_state(state)
+    try:
+        yield
+    finally:
+        for generator, state in zip(noise, now):
+            generator.set_state(state)
 
 
 class VisionTransformer(nn.Module):

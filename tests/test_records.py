@@ -51,7 +51,11 @@ def files():
     "error, code, words",
     [
         (KeyboardInterrupt(), 130, ["interrupted"]),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore"), 2, ["error: ", "--batch_size"]),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore"),
+            2,
+            ["error: ", "--checkpoint_blocks", "--batch_size"],
+        ),
         (train.TrainingDiverged("the training loss is nan"), 2, ["error: ", "loss is nan"]),
         (OSError(28, "No space left on device", "result.json"), 2, ["error: ", "result.json", "free some space"]),
     ],

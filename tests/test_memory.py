@@ -1,0 +1,86 @@
+"""--checkpoint_blocks: the same bits for less memory; and what is said where memory is too small."""
+
+import pytest
+import torch
+from support.runs import error_of, experiment_of, in_folder, outcome
+from test_contracts import quick
+
+import clip
+import main as entry
+import train
+from arguments import parse
+from benchmarks.memory import step_bytes
+from clip.model import CLIP, Architecture
+from common import UserError
+
+RN = Architecture(32, 64, 8, (1, 1, 1, 1), None, context_length=77, vocab_size=49408, text_width=64, text_layers=2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        quick("so"),
+        quick("so_ablation"),
+        (*quick("so"), "--precision", "bf16"),
+        (*quick("lora"), "--dropout", 0.3),
+        (*quick("dora"), "--dropout", 0.3),
+        quick("maple", 6),
+        quick("mmrl", 6),
+        quick("cocoop", 3),
+    ],
+    ids=lambda flags: " ".join(map(str, (flags[1], *flags[-2:]))),
+)
+def test_blocks_that_are_computed_again_give_the_same_bits(run_main, flags):
+    outcomes = []
+    for more in ((), ("--checkpoint_blocks",)):
+        code, record, _, err = run_main(*flags, *in_folder(f"out{len(more)}"), *more)
+        assert code == 0, err
+        outcomes.append(outcome(f"out{len(more)}", record))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_only_the_inputs_of_blocks_are_kept(precision):
+    layers, width, tokens = 6, 64, 17
+    arch = Architecture(64, 32, width, layers, 8, context_length=77, vocab_size=49408, text_width=64, text_layers=4)
+    whole, inputs = (step_bytes(arch, 10, 8, precision, checkpoints) for checkpoints in (False, True))
+    one = 4 * 8 * tokens * width  # bytes of x [8, 17, 64]
+    assert (layers - 1) * one <= inputs["images"] <= (layers + 3) * one
+    assert whole["images"] > 5 * inputs["images"] and whole["text"] > 5 * inputs["text"]
+    assert whole["weights"] == inputs["weights"] == 4 * sum(p.numel() for p in CLIP(arch).parameters())
+
+
+def test_an_image_tower_without_such_blocks_is_rejected_if_it_is_trained():
+    model = CLIP(RN)
+    experiment = experiment_of("prolip", model=model, checkpoint_blocks=True)
+    assert "--checkpoint_blocks" in error_of(UserError, train._checkpoint_blocks, experiment, train.adapt(experiment))
+    experiment = experiment_of("so", model=model, checkpoint_blocks=True, encoder="text")
+    train._checkpoint_blocks(experiment, train.adapt(experiment))
+    assert model.transformer.checkpoints
+    assert not clip.load("tiny")[0].transformer.checkpoints
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_lack_of_memory_is_a_line_with_remedies(run_main, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(train, "fit", fails)
+    code, _, _, err = run_main(*quick("so"))
+    assert code == 2 and "Traceback" not in err and "--checkpoint_blocks" in err.splitlines()[-1]
+    config = parse(["--checkpoint_blocks", "--precision", "bf16", "--device", "cpu"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert "checkpoint" not in entry.remedies(config) and "--processes 4" in entry.remedies(config)
+
+
+def test_other_errors_keep_their_traceback(run_main, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run_main(*quick("so"))
