@@ -182,14 +182,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Map all tokens [..., D] to [..., D]."""
-        q, k, v = self.project(x, "qkv").chunk(3, dim=-1)
-        return self.out_proj(layout.attend(q, k, v, self.heads))
+        return self.out_proj(layout.attend(self.project(x, "qkv"), self.heads))
 
     def forward_used(self, x: Tensor, layout: Layout) -> Tensor:
         """Map all tokens [..., D] to the output [B, D] of the used token of each image or prompt."""
         q = self.project(layout.used(x), "q")
-        k, v = self.project(x, "kv").chunk(2, dim=-1)
-        return self.out_proj(layout.attend_used(q, k, v, self.heads))
+        return self.out_proj(layout.attend_used(q, self.project(x, "kv"), self.heads))
 
 
 def _use_openai_names(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
