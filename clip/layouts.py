@@ -41,20 +41,48 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = N
 class _Rearranged(torch.autograd.Function):
     """Rows of x [N, D] in another order, x[index]. The gradient is also only a gather, grad[inverse].
 
-    A row without a place in the result has any number in `inverse`, and `unplaced` [N, 1] is True there. A row with
-    several places has the gradient of one: the caller knows that those of the others are zero.
+    A row without a place in the result has any number in `inverse`, and `unplaced` [N, 1] is True there.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, unplaced: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, unplaced: Tensor) -> Tensor:
         ctx.save_for_backward(inverse, unplaced)
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         inverse, unplaced = ctx.saved_tensors
-        grad = grad.index_select(0, inverse)
-        return grad if unplaced is None else grad.masked_fill_(unplaced, 0), None, None, None
+        return grad.index_select(0, inverse).masked_fill_(unplaced, 0), None, None, None
+
+
+class _Padded(torch.autograd.Function):
+    """The `parts` of x [T, parts x D], (queries,) keys and values, as attention takes them, from packed prompts.
+
+    Return them for each prompt, queries [B, S, D] of its rest, keys and values [B, prefix + S, D], then for the common
+    prefix, all [prefix, D].
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, prompts: "PackedPrompts", parts: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.prompts, ctx.parts, (B, S), prefix = prompts, parts, prompts.shape, prompts.prefix
+        *queries, keys, values = x.index_select(0, prompts.filled).view(B, prefix + S, -1).chunk(parts, dim=-1)
+        return *(q[:, prefix:] for q in queries), keys, values, *x[:prefix].chunk(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        prefix, (*queries, keys, values) = ctx.prompts.prefix, grads[: ctx.parts]
+        # No token sees padding, and what it attends to is dropped: its gradient is zero.
+        rests = torch.cat([*queries, keys[:, prefix:], values[:, prefix:]], dim=-1).flatten(0, 1)
+        rests = rests.index_select(0, ctx.prompts.slots)
+        if prefix == 0:
+            return rests, None, None
+        shared = torch.cat([keys[:, :prefix], values[:, :prefix]], dim=-1).sum(dim=0)
+        if grads[-1] is not None:
+            first = torch.cat(grads[ctx.parts :], dim=-1)
+            first[:, -shared.shape[1] :].add_(shared)
+            shared = first
+        return torch.cat([shared, rests]), None, None
 
 
 class Images:
@@ -180,8 +208,12 @@ class PackedPrompts(Prompts):
         last = rests.cumsum(dim=0) - 1  # [B], each prompt's end among the rests
         # [T - prefix], each rest's place in the padded [B * S], and the other way round; a prompt's end fills its row.
         self.slots = is_token.view(-1).nonzero().view(-1)
-        self.filled = torch.minimum((last - rests + 1)[:, None] + columns, last[:, None]).view(-1)
         self.is_padding = ~is_token.view(-1, 1)
+        fillers = torch.minimum((last - rests + 1)[:, None] + columns, last[:, None])
+        self.fillers = fillers.view(-1)
+        # [B * (prefix + S)], the same places among the T, with the prefix before each rest.
+        prefixes = torch.arange(self.prefix, device=tokens.device).expand(len(tokens), -1)
+        self.filled = torch.cat([prefixes, self.prefix + fillers], dim=1).view(-1)
         self.ends = self.prefix + last  # [B], each prompt's end among the T, and [T], whose end a token is, if any
         self.is_no_end = torch.ones(len(self.ids), 1, dtype=torch.bool, device=tokens.device)
         self.is_no_end[self.ends] = False
@@ -205,31 +237,20 @@ class PackedPrompts(Prompts):
             self.masks[key] = mask.masked_fill_(~sees, -torch.inf)
         return self.masks[key]
 
-    def _pad(self, rests: Tensor) -> Tensor:  # [T - prefix, D] -> [B, S, D]
-        # No token sees padding, and what it attends to is dropped: its gradient is zero.
-        return _Rearranged.apply(rests, self.filled, self.slots, None).view(*self.shape, -1)
-
-    def _prefixed(self, prefix: Tensor, padded: Tensor) -> Tensor:  # [prefix, D], [B, S, D] -> [B, prefix + S, D]
-        return torch.cat([prefix.expand(self.shape[0], -1, -1), padded], dim=1) if self.prefix else padded
-
     def attend(self, qkv: Tensor, heads: int) -> Tensor:
-        D = qkv.shape[-1] // 3
-        shared, rests = qkv.split([self.prefix, len(qkv) - self.prefix])
-        (first_q, first_kv), (q, kv) = (x.split([D, 2 * D], dim=-1) for x in (shared, self._pad(rests)))
-        keys_values = self._prefixed(first_kv, kv).chunk(2, dim=-1)
-        rests = _attend(q, *keys_values, heads, self._mask("causal", qkv))
-        rests = _Rearranged.apply(rests.flatten(0, 1), self.slots, self.filled, self.is_padding)
+        q, k, v, *first = _Padded.apply(qkv, self, 3)
+        rests = _attend(q, k, v, heads, self._mask("causal", qkv)).flatten(0, 1)
+        rests = _Rearranged.apply(rests, self.slots, self.fillers, self.is_padding)
         if self.prefix == 0:
             return rests
-        first = _attend(*(x[None] for x in (first_q, *first_kv.chunk(2, dim=-1))), heads, is_causal=True)[0]
-        return torch.cat([first, rests])
+        first = _attend(*(x.unsqueeze(0) for x in first), heads, is_causal=True)
+        return torch.cat([first.squeeze(0), rests])
 
     def used(self, x: Tensor) -> Tensor:
         return _Rearranged.apply(x, self.ends, self.end_of, self.is_no_end)
 
     def attend_used(self, q: Tensor, kv: Tensor, heads: int) -> Tensor:
-        prefix, rests = kv.split([self.prefix, len(kv) - self.prefix])
-        keys, values = self._prefixed(prefix, self._pad(rests)).chunk(2, dim=-1)
+        keys, values, *_ = _Padded.apply(kv, self, 2)
         return _attend(q.unsqueeze(1), keys, values, heads, self._mask("until_end", q)).squeeze(1)
 
 

@@ -112,17 +112,17 @@ class QuickGELU(nn.Module):
 
 
 class _QuickGELU(torch.autograd.Function):
-    """The same with only its input kept for backward; the plain expression keeps three tensors of that size."""
+    """The same with one tensor kept for backward; the plain expression keeps three of that size."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        x = 1.702 * x
         ctx.save_for_backward(x)
-        return F.silu(1.702 * x).div_(1.702)  # silu(a x) / a = x sigmoid(a x)
+        return F.silu(x).div_(1.702)  # silu(a x) / a = x sigmoid(a x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, 1.702 * x)
+        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh")}
