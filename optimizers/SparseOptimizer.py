@@ -13,9 +13,8 @@ by side, a of all K and b of all S, so that tensors of different sizes need no l
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from numbers import Integral
 
 import torch
@@ -178,7 +177,6 @@ class SO(Optimizer):
         if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
             raise RuntimeError("SO needs dense gradients; use layers without sparse=True")
         self.draw_supports()
-        self.written.clear()
         for group in self.param_groups:
             if group["dense"]:
                 for p in group["params"]:
@@ -186,18 +184,14 @@ class SO(Optimizer):
                         self._dense_step(p, group)
             else:
                 self._sparse_step(group)
-        for leaf in self.leaves.values():
-            leaf.grad = None
         self.is_drawn = False
-        self._draw_ahead()
         return loss
 
     @torch.no_grad()
     def draw_supports(self) -> None:
         """Draw the supports that are due before the next step; do nothing if they are drawn.
 
-        `step` calls it. Code that needs S before the gradient exists may call it earlier, and may then give the values
-        at S to `add_gradient` instead of setting `.grad`.
+        `step` calls it. Code that needs S before the gradient exists may call it earlier.
         """
         if self.is_drawn:
             return
@@ -205,8 +199,6 @@ class SO(Optimizer):
         due = [(p, group) for group in self.param_groups for p in self.weights(group) if self._is_due(p, group)]
         for p, group in due:
             self._set_support(p, self._next_draw(p.numel(), entries_kept(p, group)))
-        if due:
-            self._undo_draws()
 
     def _is_due(self, p: Tensor, group: dict) -> bool:
         state = self.state[p]
@@ -224,78 +216,25 @@ class SO(Optimizer):
         state["support"] = support.to(p.device)
         if "kept" not in state:  # zero moments on the support are the same as no moments
             state["kept"] = state["support"].clone()
-            state["m"] = torch.zeros(len(support), dtype=_moment_dtype(p), device=p.device)
+            state["m"] = torch.zeros(len(support), dtype=moment_dtype(p), device=p.device)
             state["v"] = torch.zeros_like(state["m"])
 
     def _next_draw(self, numel: int, k: int) -> Tensor:
-        """Return the next support, which may be drawn already."""
-        if self.ahead and self.ahead[0][1:3] == (numel, k):
-            return self.ahead.pop(0)[3]
-        self._undo_draws()
         return draw_support(numel, k, self.generator)
-
-    def _undo_draws(self) -> None:
-        """Forget the draws ahead that were not used: the generator gives the same numbers again."""
-        if self.ahead:
-            self.generator.set_state(self.ahead[0][0])
-            self.ahead.clear()
-
-    def _draw_ahead(self) -> None:
-        """Draw a share of the supports that are due next, so that no step waits for all of them.
-
-        They are the same as if they were drawn when they are due.
-        """
-        coming = [
-            (-self.state[p]["step"] % group["T"], (p.numel(), entries_kept(p, group)))
-            for group in self.param_groups
-            for p in self.weights(group)
-        ]
-        steps = min((steps for steps, _ in coming), default=0)  # until the next draw
-        due = [what for own, what in coming if own == steps][len(self.ahead) :]
-        for numel, k in due[: -(-len(due) // (steps + 1))]:
-            before = self.generator.get_state()
-            self.ahead.append((before, numel, k, draw_support(numel, k, self.generator)))
 
     def weights(self, group: dict) -> list[Tensor]:
         """Return the parameters of a group that have a support; none of a dense group."""
-        if group["dense"]:
-            return []
-        return [p for p in group["params"] if p.requires_grad and p.numel() > 0 and p not in self.leaf_set]
-
-    def leaf(self, p: Tensor) -> Tensor:
-        """Return the tensor [k] whose `.grad` is the gradient of `p` at its support, beside `p.grad`.
-
-        It stands among the group's parameters, so that `zero_grad`, GradScaler and clipping find its gradient.
-        """
-        k, old = len(self.state[p]["support"]), self.leaves.get(p)
-        if old is not None and len(old) == k:
-            return old
-        leaf = torch.zeros(k, dtype=_moment_dtype(p), device=p.device, requires_grad=True)
-        group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
-        group["params"] = [q for q in group["params"] if q is not old] + [leaf]
-        self.leaves[p] = leaf
-        self.leaf_set = set(self.leaves.values())
-        return leaf
-
-    def add_gradient(self, p: Tensor, values: Tensor) -> None:
-        """Add values [k] to the gradient of `p` at its support."""
-        leaf = self.leaf(p)
-        values = values.to(leaf.dtype)
-        leaf.grad = values if leaf.grad is None else leaf.grad + values
+        return [] if group["dense"] else [p for p in group["params"] if p.requires_grad and p.numel() > 0]
 
     def _gradient(self, p: Tensor) -> Tensor | None:
-        """Return the gradient of `p` at its support, if it has one."""
-        values = self.leaves[p].grad if p in self.leaves else None
-        if p.grad is None:
-            return values
-        own = entries(p.grad, self.state[p]["support"]).to(_moment_dtype(p))
-        return own if values is None else values + own
+        """Return the gradient of `p` at its support [k], if it has one."""
+        return None if p.grad is None else entries(p.grad, self.state[p]["support"]).to(moment_dtype(p))
 
     def _dense_step(self, p: Tensor, group: dict) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[p]
         if not state:
-            state.update(step=0, m=torch.zeros_like(p, dtype=_moment_dtype(p)))
+            state.update(step=0, m=torch.zeros_like(p, dtype=moment_dtype(p)))
             state["v"] = torch.zeros_like(state["m"])
         state["step"] += 1
         grad = p.grad.to(state["m"].dtype)
@@ -320,11 +259,7 @@ class SO(Optimizer):
         states = [self.state[p] for p in params]
         kept, support, m, v = ([s[key] for s in states] for key in ("kept", "support", "m", "v"))
         counts = [len(indices) for indices in (*kept, *support)]
-        memory = common_memory(params)
-        starts = [p.storage_offset() for p in params]
-        if memory is None:
-            starts = [0, *accumulate(p.numel() for p in params[:-1])]
-        starts, tensors = self._arranged(params[0].device, tuple(starts), tuple(counts))
+        starts, tensors = self._arranged(params[0].device, tuple(self._starts(params)), tuple(counts))
 
         indices = torch.cat([*kept, *support]).add_(starts)
         of_kept, of_support = indices.split([sum(counts[: len(params)]), sum(counts[len(params) :])])
@@ -338,14 +273,18 @@ class SO(Optimizer):
             indices, moments, starts = new_kept, new_moments, starts_of_new
             counts, owners = counts[len(params) :], params
         update = adam_update(*moments, states[0]["step"], group["lr"], beta1, beta2, group["eps"])
-        if memory is None:
-            _subtract(owners, (indices - starts).split(counts), update)
-        else:
-            new = _subtract([memory], [indices], update)
-            for p in params:
-                torch.autograd.graph.increment_version(p)
-            self.written.append((params, memory, indices, new))
+        self._subtract(owners, indices, starts, counts, update)
         _set_kept(states, new_kept - starts_of_new, new_moments)
+
+    def _starts(self, params: Sequence[Tensor]) -> list[int]:
+        """Return for each tensor what its flat indices are counted from, so that no two tensors share an index."""
+        return [0, *accumulate(p.numel() for p in params[:-1])]
+
+    def _subtract(
+        self, owners: Sequence[Tensor], indices: Tensor, starts: Tensor, counts: Sequence[int], update: Tensor
+    ) -> None:
+        """Subtract `update` from entries of weights: `counts` of them of each of the `owners`, one after the other."""
+        subtract(owners, (indices - starts).split(counts), update)
 
     def _arranged(self, *key) -> tuple[Tensor, list]:
         if key not in self.arrangements:
@@ -353,39 +292,21 @@ class SO(Optimizer):
             self.arrangements[key] = arrange(*key)
         return self.arrangements[key]
 
-    @contextmanager
-    def _without_leaves(self) -> Iterator[None]:
-        """Hide the leaves, which are no part of what is saved."""
-        groups = [(group, group["params"]) for group in self.param_groups]
-        for group, params in groups:
-            group["params"] = [p for p in params if p not in self.leaf_set]
-        try:
-            yield
-        finally:
-            for group, params in groups:
-                group["params"] = params
-
     def state_dict(self) -> dict:
-        """Return the usual state and the generator's, so that a run can resume between two draws.
-
-        The generator's is that before the draws made ahead: who resumes makes them again.
-        """
-        with self._without_leaves():
-            generator = self.ahead[0][0] if self.ahead else self.generator.get_state()
-            return super().state_dict() | {"generator": generator}
+        """Return the usual state and the generator's, so that a run can resume between two draws."""
+        return super().state_dict() | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what `state_dict` returned. Raise ValueError if it is of another optimizer or of other shapes."""
         if "generator" not in state_dict:
             raise ValueError("this state_dict has no generator state; it was not made by SO")
-        params = [p for group in self.param_groups for p in group["params"] if p not in self.leaf_set]
+        params = [p for group in self.param_groups for p in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, p in zip(saved, params):
             state = state_dict["state"].get(index, {})
             if "support" in state and max(state["support"].max(), state["kept"].max()) >= p.numel():
                 raise ValueError(f"this state_dict is for other shapes: parameter {index} has {p.numel()} entries")
-        with self._without_leaves():
-            super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict)
         # The base class casts all state to the parameter's type, which rounds indices above 2**24: copy it unchanged.
         for index, p in zip(saved, params):
             for name, value in state_dict["state"].get(index, {}).items():
@@ -393,21 +314,12 @@ class SO(Optimizer):
         self.generator.set_state(state_dict["generator"].cpu())
 
     def _forget(self) -> None:
-        """Forget what is known between two steps beside the state."""
+        """Set what is known between two steps beside the state."""
         self.is_drawn = False  # whether the supports of the next step are drawn
-        # Supports drawn before they are due, in order: the generator's state before, numel, k, support.
-        self.ahead: list[tuple[Tensor, int, int, Tensor]] = []
-        self.leaves: dict[Tensor, Tensor] = {}  # parameter -> `leaf`
-        self.leaf_set: set[Tensor] = set()
         self.arrangements: dict[tuple, tuple[Tensor, list]] = {}  # what `arrange` returned
-        # What the last step wrote: parameters, the memory they share, indices there, new values.
-        self.written: list[tuple[Sequence[Tensor], Tensor, Tensor, Tensor]] = []
 
     def __getstate__(self) -> dict:  # for copy and pickle
-        with self._without_leaves():
-            groups = [dict(group) for group in self.param_groups]
-        self._undo_draws()
-        return super().__getstate__() | {"generator": self.generator, "param_groups": groups}
+        return super().__getstate__() | {"generator": self.generator}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -431,7 +343,7 @@ def arrange(
     return of_each.to(device), [(torch.stack(rows).to(device), k) for (_, k), rows in alike.items()]
 
 
-def _subtract(owners: Sequence[Tensor], indices: Sequence[Tensor], update: Tensor) -> Tensor:
+def subtract(owners: Sequence[Tensor], indices: Sequence[Tensor], update: Tensor) -> Tensor:
     """Subtract `update` from the entries of `owners` at flat `indices`, side by side; return their new values."""
     old = [entries(p, index) for p, index in zip(owners, indices)]
     new = ((torch.cat(old) if len(old) > 1 else old[0]) - update).to(owners[0].dtype)
@@ -453,21 +365,12 @@ def _set_kept(states: Sequence[dict], kept: Tensor, moments: Tensor) -> None:
                 s[name] = value.clone()
 
 
-def common_memory(params: Sequence[Tensor]) -> Tensor | None:
-    """Return the memory of contiguous parameters that lie one after the other in it, as one vector; else None."""
-    places = [(p.storage_offset(), p.storage_offset() + p.numel()) for p in params]
-    one = len({p.untyped_storage()._cdata for p in params}) == 1 and all(p.is_contiguous() for p in params)
-    if not one or any(end > start for (_, end), (start, _) in pairwise(places)):
-        return None
-    return params[0].detach().as_strided((places[-1][1],), (1,), 0)
-
-
 def entries_kept(p: Tensor, group: dict) -> int:
     """Return k, the number of entries in S and in K."""
     return max(1, int(p.numel() * group["density_ratio"]))
 
 
-def _moment_dtype(p: Tensor) -> torch.dtype:
+def moment_dtype(p: Tensor) -> torch.dtype:
     """Return the type of the moments: at least 32 bits, because 16 would lose small updates."""
     return torch.promote_types(p.dtype, torch.float32)
 

@@ -23,8 +23,7 @@ does not see these gradients: DistributedDataParallel, clipping of `model.parame
 one piece of memory (`share_memory`), and 16-bit copies of them into another, so that a step is few operations.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .SparseOptimizer import SO, entries
+from .so import SO, share_memory
+from .SparseOptimizer import entries
 
 # Density of the support above which the dense product is cheaper than gathering, by device type. Measured on a CPU
 # (benchmarks/RESULTS.md); an estimate on a GPU, whose products are faster.
@@ -131,7 +131,8 @@ class Attached:
     def _sampled(self, layer: nn.Linear, x: Tensor, rows: slice) -> Tensor:
         self.optimizer.draw_supports()
         device, weight, bias = x.device.type, layer.weight, layer.bias
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else x.dtype
         if bias is not None:
             bias = bias.to(dtype) if bias.requires_grad else self._cast(bias, dtype)
         used, place = self._cast(weight, dtype), partial(self._place, weight, rows)
@@ -203,26 +204,6 @@ class Attached:
             if copies is not None:
                 copies[indices] = values.to(copies.dtype)
                 self.casts |= {p: (self.casts[p][0], p._version) for p in params if p in current}
-
-
-def share_memory(params: Iterable[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
-    """Move contiguous parameters of the same type and device into one piece of memory, one after the other.
-
-    SO then updates all of them with one read and one write. They stay the same parameters with the same values. What
-    moves them apart again, such as `module.to`, costs only speed. Return each memory [sum of sizes] and what is there.
-    """
-    alike = defaultdict(list)
-    for p in params:
-        if p.is_contiguous() and p.numel():
-            alike[p.device, p.dtype].append(p)
-    memories = []
-    for (device, dtype), own in alike.items():
-        memory = torch.empty(sum(p.numel() for p in own), dtype=dtype, device=device)
-        for p, part in zip(own, memory.split([p.numel() for p in own])):
-            part.copy_(p.detach().view(-1))
-            p.data = part.view(p.shape)
-        memories.append((memory, own))
-    return memories
 
 
 def _needs_gradient(layer: nn.Linear) -> bool:
