@@ -39,7 +39,8 @@ def weights_of(backbone: str, device: str) -> list[nn.Parameter]:
 
 def attached_step(optimizer: SO, values: dict) -> None:
     optimizer.draw_supports()
-    optimizer.gradients = dict(values)
+    for p, gradient in values.items():
+        optimizer.add_gradient(p, gradient)
     optimizer.step()
 
 

@@ -14,6 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +27,7 @@ from benchmarks.plain import DenseSO, encode_image, encode_text
 from benchmarks.timing import alternately
 from clip.layouts import PackedPrompts
 from clip.model import CLIP, Architecture
+from clip.tokenizer import ClipTokenizer
 from common import Parser, one_line_errors
 from experiment import Experiment
 from methods.adapters import lora
@@ -61,48 +63,66 @@ class Side:
 
     params: list[nn.Parameter]
     optimizer: DenseSO | torch.optim.Optimizer
-    features: Callable[[], tuple[Tensor, Tensor]]
+    encode_images: Callable[[], Tensor]
+    encode_prompts: Callable[[], Tensor]
     labels: Tensor
+
+    def loss(self, *embeddings: Tensor) -> Tensor:
+        """Return the loss of embeddings of the images [B, E] and of the prompts [C, E]."""
+        image, text = (F.normalize(embedding.float(), dim=-1) for embedding in embeddings)
+        return F.cross_entropy(100 * image @ text.T, self.labels)
 
     def step(self) -> float:
         """Do one step and return its loss."""
-        image, text = (F.normalize(embeddings.float(), dim=-1) for embeddings in self.features())
-        loss = F.cross_entropy(100 * image @ text.T, self.labels)
+        loss = self.loss(self.encode_images(), self.encode_prompts())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return loss.item()
 
 
-def side(name: str, args: Namespace) -> Side:
+def tokens_of(args: Namespace) -> Tensor:
+    return utils.tokenize_classes(ClipTokenizer(TEXT["context_length"]), class_names(args.classes), "a photo of a {}.")
+
+
+def prompts_of(name: str, args: Namespace) -> PackedPrompts:
+    """Return the prompts of a side. Dropout makes a common beginning differ, so LoRA shares none."""
+    return PackedPrompts(tokens_of(args), share_prefix=name != "lora")
+
+
+def side(name: str, args: Namespace, prompts: PackedPrompts | None = None) -> Side:
     """Return one of SIDES: plain, fast (SO on this project's path) or LoRA on the same path, which is CLIP-LoRA's step:
     AdamW on rank 2 at q, k and v, dropout 0.25."""
     torch.manual_seed(0)
     device = torch.device(args.device)
-    model = CLIP(ARCHITECTURES[args.backbone]).to(device)
+    model = CLIP(ARCHITECTURES[args.backbone])
+    if device.type != "cpu":
+        model.to(device)
     params = list(select_matrices(model, Blocks()).values())
     generator = torch.Generator().manual_seed(1)
     R = model.arch.resolution
     images = torch.randn(args.batch_size, 3, R, R, generator=generator).to(device)
     labels = torch.randint(args.classes, (args.batch_size,), generator=generator).to(device)
-    tokens = utils.tokenize_classes(model.tokenize, class_names(args.classes), "a photo of a {}.").to(device)
     if name == "plain":
         optimizer = DenseSO(params, lr=2e-4, density_ratio=5e-5, T=5)
-        return Side(params, optimizer, lambda: (encode_image(model, images), encode_text(model, tokens)), labels)
+        tokens = tokens_of(args).to(device)
+        encoders = partial(encode_image, model, images), partial(encode_text, model, tokens)
+        return Side(params, optimizer, *encoders, labels)
     if name == "fast":
         optimizer = SO(params, lr=2e-4, density_ratio=5e-5, T=5)
         attach(model, optimizer)
-        prompts = PackedPrompts(tokens)
     else:
         hparams = lora.Hparams().settled(shots=1, images=1)
         adaptation = lora.prepare(Experiment(Settings(method="lora", seed=0), hparams, None, model, None, ""))
-        optimizer, prompts = adaptation.optimizer, PackedPrompts(tokens, adaptation.shares_prefix)
+        optimizer = adaptation.optimizer
 
-    def features() -> tuple[Tensor, Tensor]:
+    def encode(encoder: Callable, batch: Tensor | PackedPrompts) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            return model.encode_image(images), model.encode_text(prompts)
+            return encoder(batch)
 
-    return Side(params, optimizer, features, labels)
+    prompts = prompts or prompts_of(name, args)
+    encoders = partial(encode, model.encode_image, images), partial(encode, model.encode_text, prompts)
+    return Side(params, optimizer, *encoders, labels)
 
 
 SIDES = ("plain", "fast", "lora")

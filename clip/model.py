@@ -114,17 +114,17 @@ class QuickGELU(nn.Module):
 
 
 class _QuickGELU(torch.autograd.Function):
-    """The same with only its input kept for backward; the plain expression keeps three tensors of that size."""
+    """The same with one tensor kept for backward; the plain expression keeps three of that size."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        x = 1.702 * x
         ctx.save_for_backward(x)
-        return F.silu(1.702 * x).div_(1.702)  # silu(a x) / a = x sigmoid(a x)
+        return F.silu(x).div_(1.702)  # silu(a x) / a = x sigmoid(a x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, 1.702 * x)
+        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh")}
@@ -184,14 +184,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Map all tokens [..., D] to [..., D]."""
-        q, k, v = self.project(x, "qkv").chunk(3, dim=-1)
-        return self.out_proj(layout.attend(q, k, v, self.heads))
+        return self.out_proj(layout.attend(self.project(x, "qkv"), self.heads))
 
     def forward_used(self, x: Tensor, layout: Layout) -> Tensor:
         """Map all tokens [..., D] to the output [B, D] of the used token of each image or prompt."""
         q = self.project(layout.used(x), "q")
-        k, v = self.project(x, "kv").chunk(2, dim=-1)
-        return self.out_proj(layout.attend_used(q, k, v, self.heads))
+        return self.out_proj(layout.attend_used(q, self.project(x, "kv"), self.heads))
 
 
 def _use_openai_names(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

@@ -24,13 +24,13 @@ class CausalPrompts(PaddedPrompts):
     """Padded prompts in which each token sees those before it. Unlike `PackedPrompts` they have shapes that do not
     depend on the tokens, as a graph needs."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    def attend(self, qkv: Tensor, heads: int) -> Tensor:
+        q, k, v = (split_heads(x, heads) for x in qkv.chunk(3, dim=-1))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
-    def attend_used(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    def attend_used(self, q: Tensor, kv: Tensor, heads: int) -> Tensor:
         sees = (self.positions <= self.ends[:, None])[:, None, None]  # [B, 1, 1, T]
-        q, k, v = (split_heads(x, heads) for x in (q.unsqueeze(1), k, v))
+        q, k, v = (split_heads(x, heads) for x in (q.unsqueeze(1), *kv.chunk(2, dim=-1)))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).flatten(1)
 
 

@@ -8,11 +8,13 @@ ICCV 2025 (arXiv 2504.12436). This file needs only torch and can be copied into 
 
 Words: the *support* S of a tensor are the k entries whose gradient is used; they are random and drawn again every T
 steps. The *kept set* K are the k entries that have a first and a second moment. k = max(1, int(numel * density_ratio)).
-Entries are flat indices in row-major order. Shapes: n tensors updated as one batch, k entries of each.
+Entries are flat indices in row-major order. All tensors of a group are updated as one batch: their entries stand side
+by side, a of all K and b of all S, so that tensors of different sizes need no loop and no padding.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from numbers import Integral
 
 import torch
@@ -23,7 +25,7 @@ from torch.optim import Optimizer
 def draw_support(
     numel: int, k: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Return k distinct indices out of range(numel), uniform without replacement: int64 [k] on `device`.
+    """Return k distinct indices out of range(numel), uniform without replacement, ascending: int64 [k] on `device`.
 
     The numbers are drawn on the generator's device, so a CPU generator gives the same draws for every `device`. The
     cost is O(k log k): draw with repeats, keep first occurrences and draw the missing ones. If k is at least a quarter
@@ -33,12 +35,16 @@ def draw_support(
         raise ValueError(f"cannot draw {k} distinct indices out of {numel}")
     source = generator.device if generator is not None else "cpu"
     if 4 * k >= numel:
-        return torch.randperm(numel, generator=generator, device=source)[:k].to(device, non_blocking=True)
-    drawn = torch.empty(0, dtype=torch.int64, device=source)
-    while len(drawn) < k:
-        more = torch.randint(numel, (k + k // 4 + 8 - len(drawn),), generator=generator, device=source)
-        drawn = _first_occurrences(torch.cat([drawn, more]))
-    return drawn[:k].to(device, non_blocking=True)
+        drawn = torch.randperm(numel, generator=generator, device=source)
+        return drawn[:k].sort().values.to(device, non_blocking=True)
+    drawn = torch.randint(numel, (k + k // 4 + 8,), generator=generator, device=source)
+    first = drawn[:k].sort().values
+    if bool((first[1:] == first[:-1]).any()):  # else they are the first k without repeats
+        while len(drawn := _first_occurrences(drawn)) < k:
+            more = torch.randint(numel, (k + k // 4 + 8 - len(drawn),), generator=generator, device=source)
+            drawn = torch.cat([drawn, more])
+        first = drawn[:k].sort().values
+    return first.to(device, non_blocking=True)
 
 
 def _first_occurrences(x: Tensor) -> Tensor:
@@ -50,33 +56,40 @@ def _first_occurrences(x: Tensor) -> Tensor:
 
 
 def merge(
-    kept: Tensor, support: Tensor, m: Tensor, v: Tensor, grad: Tensor, beta1: float, beta2: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the moments of U = K union S: indices, m, v and `is_twin`, all [n, k + k'].
+    kept: Tensor, support: Tensor, moments: Tensor, grad: Tensor, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor]:
+    """Return the new moments [2, a + b] of U = K union S, those of K first, and `is_twin` [b].
 
-    `kept` [n, k] and `support` [n, k'] have sorted, distinct indices in each row; `m` and `v` belong to `kept`, `grad`
-    to `support`. An entry in both K and S appears twice with the same moments; `is_twin` marks the second.
+    `kept` [a] and `support` [b] are sorted and distinct; `moments` [2, a], m and v, belong to `kept`, `grad` [b] to
+    `support`. An entry in both K and S appears twice with the same moments; `is_twin` marks it in S.
     """
-    # For each entry of S its position in K, and whether it is there.
-    at = torch.searchsorted(kept, support).clamp_(max=kept.shape[1] - 1)
-    in_kept = kept.gather(1, at) == support
-    # Gradients of entries in both S and K go to their places in K; the others go to a last column that is cut off.
-    places = torch.where(in_kept, at, kept.shape[1])
-    grad_of_kept = grad.new_zeros(len(kept), kept.shape[1] + 1).scatter_(1, places, grad)[:, :-1]
-    m = beta1 * m + (1 - beta1) * grad_of_kept
-    v = beta2 * v + (1 - beta2) * grad_of_kept**2
-    m_of_support = torch.where(in_kept, m.gather(1, at), (1 - beta1) * grad)
-    v_of_support = torch.where(in_kept, v.gather(1, at), (1 - beta2) * grad**2)
-    is_twin = torch.cat([torch.zeros_like(kept, dtype=torch.bool), in_kept], dim=1)
-    return torch.cat([kept, support], 1), torch.cat([m, m_of_support], 1), torch.cat([v, v_of_support], 1), is_twin
+    at, is_new = _find(support, kept)
+    moments = torch.cat([moments, moments.index_select(1, at).masked_fill_(is_new, 0)], dim=1)
+    at, has_no_grad = _find(kept, support)
+    grad = torch.cat([grad.index_select(0, at).masked_fill_(has_no_grad, 0), grad])
+    m, v = moments
+    return torch.stack([beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2]), ~is_new
 
 
-def prune(indices: Tensor, m: Tensor, v: Tensor, is_twin: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the k entries of each row with the largest |m|, without twins: sorted indices, m, v, all [n, k]."""
-    best = m.abs().masked_fill(is_twin, -1).topk(k, dim=1, sorted=False).indices
-    kept, order = indices.gather(1, best).sort(dim=1)
-    best = best.gather(1, order)
-    return kept, m.gather(1, best), v.gather(1, best)
+def _find(wanted: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each of `wanted` its place in the sorted `among`, and whether it is missing there."""
+    at = torch.searchsorted(among, wanted).clamp_(max=len(among) - 1)
+    return at, among.index_select(0, at) != wanted
+
+
+def prune(
+    indices: Tensor, moments: Tensor, is_twin: Tensor, tensors: list[tuple[Tensor, int]]
+) -> tuple[Tensor, Tensor]:
+    """Return the entries of U with the largest |m|, without twins: sorted indices [b] and moments [2, b].
+
+    `indices` [a + b] and `moments` [2, a + b] are those of U. `tensors` are pairs of places in U [n, a' + b'], a row
+    for each of n tensors, and the number of entries that each of them keeps.
+    """
+    size = moments[0].abs()
+    size[len(size) - len(is_twin) :].masked_fill_(is_twin, -1)
+    best = torch.cat([rows.gather(1, size[rows].topk(k, dim=1, sorted=False).indices).view(-1) for rows, k in tensors])
+    kept, order = indices.index_select(0, best).sort()
+    return kept, moments.index_select(1, best.index_select(0, order))
 
 
 def adam_update(m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float) -> Tensor:
@@ -138,8 +151,7 @@ class SO(Optimizer):
         seed: int = 0,
     ):
         self.generator = torch.Generator().manual_seed(seed)
-        self.gradients: dict[Tensor, Tensor] = {}  # for the next step: parameter -> values [k] at its support
-        self.is_drawn = False  # whether the supports of the next step are drawn
+        self._forget()
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, density_ratio=density_ratio, T=T)
         defaults |= dict(dense=dense, prune_first=prune_first)
         super().__init__(params, defaults)
@@ -162,61 +174,61 @@ class SO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with_grad = [[p for p in group["params"] if p.grad is not None and p.numel()] for group in self.param_groups]
-        if any(p.grad.is_sparse for params in with_grad for p in params):
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
             raise RuntimeError("SO needs dense gradients; use layers without sparse=True")
         self.draw_supports()
-        for group, params in zip(self.param_groups, with_grad):
+        for group in self.param_groups:
             if group["dense"]:
-                for p in params:
-                    self._dense_step(p, group)
+                for p in group["params"]:
+                    if p.grad is not None and p.numel():
+                        self._dense_step(p, group)
             else:
-                for p in params:
-                    self.add_gradient(p, entries(p.grad, self.state[p]["support"]))
-                self._sparse_step([p for p in group["params"] if p in self.gradients], group)
-        self.gradients.clear()
+                self._sparse_step(group)
         self.is_drawn = False
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, also those at the support."""
-        super().zero_grad(set_to_none)
-        self.gradients.clear()
 
     @torch.no_grad()
     def draw_supports(self) -> None:
         """Draw the supports that are due before the next step; do nothing if they are drawn.
 
-        `step` calls it. Code that needs S before the gradient exists may call it earlier, and may then give the values
-        at S to `add_gradient` instead of setting `.grad`.
+        `step` calls it. Code that needs S before the gradient exists may call it earlier.
         """
         if self.is_drawn:
             return
         self.is_drawn = True
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and p.numel() > 0 and not group["dense"]:
-                    self._draw_if_due(p, group)
+        due = [(p, group) for group in self.param_groups for p in self.weights(group) if self._is_due(p, group)]
+        for p, group in due:
+            self._set_support(p, self._next_draw(p.numel(), entries_kept(p, group)))
 
-    def _draw_if_due(self, p: Tensor, group: dict) -> None:
+    def _is_due(self, p: Tensor, group: dict) -> bool:
         state = self.state[p]
         if not state:
             state.update(step=0, drawn_after=-1)
         # The second case: p was drawn for this step before, but had no gradient, so its counter did not change.
-        if state["step"] % group["T"] != 0 or state["drawn_after"] == state["step"]:
-            return
-        k = max(1, int(p.numel() * group["density_ratio"]))
-        state["support"] = draw_support(p.numel(), k, self.generator, p.device).sort().values
+        return state["step"] % group["T"] == 0 and state["drawn_after"] != state["step"]
+
+    def _set_support(self, p: Tensor, support: Tensor) -> None:
+        state = self.state[p]
         state["drawn_after"] = state["step"]
+        if "support" in state and len(state["support"]) == len(support):
+            state["support"].copy_(support, non_blocking=True)
+            return
+        state["support"] = support.to(p.device)
         if "kept" not in state:  # zero moments on the support are the same as no moments
             state["kept"] = state["support"].clone()
-            state["m"] = torch.zeros(k, dtype=_moment_dtype(p), device=p.device)
+            state["m"] = torch.zeros(len(support), dtype=moment_dtype(p), device=p.device)
             state["v"] = torch.zeros_like(state["m"])
 
-    def add_gradient(self, p: Tensor, values: Tensor) -> None:
-        """Add values [k] to the gradient of `p` at its support."""
-        values = values.to(_moment_dtype(p))
-        self.gradients[p] = self.gradients[p] + values if p in self.gradients else values
+    def _next_draw(self, numel: int, k: int) -> Tensor:
+        return draw_support(numel, k, self.generator)
+
+    def weights(self, group: dict) -> list[Tensor]:
+        """Return the parameters of a group that have a support; none of a dense group."""
+        return [] if group["dense"] else [p for p in group["params"] if p.requires_grad and p.numel() > 0]
+
+    def _gradient(self, p: Tensor) -> Tensor | None:
+        """Return the gradient of `p` at its support [k], if it has one."""
+        return None if p.grad is None else entries(p.grad, self.state[p]["support"]).to(moment_dtype(p))
 
     @torch.no_grad()
     def own_gradients(self) -> list[Tensor]:
@@ -239,7 +251,7 @@ class SO(Optimizer):
         beta1, beta2 = group["betas"]
         state = self.state[p]
         if not state:
-            state.update(step=0, m=torch.zeros_like(p, dtype=_moment_dtype(p)))
+            state.update(step=0, m=torch.zeros_like(p, dtype=moment_dtype(p)))
             state["v"] = torch.zeros_like(state["m"])
         state["step"] += 1
         grad = p.grad.to(state["m"].dtype)
@@ -249,35 +261,53 @@ class SO(Optimizer):
         state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         p.sub_(adam_update(state["m"], state["v"], state["step"], group["lr"], beta1, beta2, group["eps"]))
 
-    def _sparse_step(self, params: list[Tensor], group: dict) -> None:
-        batches = defaultdict(list)  # tensors that one batched update can treat together
-        for p in params:
-            state = self.state[p]
-            state["step"] += 1
-            batches[state["step"], len(state["support"]), len(state["kept"]), p.device, p.dtype].append(p)
+    def _sparse_step(self, group: dict) -> None:
+        batches = defaultdict(list)  # tensors that one update can treat together, and their gradients
+        for p in self.weights(group):
+            if (grad := self._gradient(p)) is not None:
+                state = self.state[p]
+                state["step"] += 1
+                batches[state["step"], p.device, p.dtype].append((p, grad))
         for batch in batches.values():
-            self._update_batch(batch, group)
+            self._update_batch(*zip(*batch), group)
 
-    def _update_batch(self, params: list[Tensor], group: dict) -> None:
+    def _update_batch(self, params: Sequence[Tensor], grads: Sequence[Tensor], group: dict) -> None:
         beta1, beta2 = group["betas"]
         states = [self.state[p] for p in params]
-        kept, support, m, v = (torch.stack([s[key] for s in states]) for key in ("kept", "support", "m", "v"))
-        step, k = states[0]["step"], support.shape[1]
-        grad = torch.stack([self.gradients[p] for p in params])
-        if group["weight_decay"]:
-            grad = grad + group["weight_decay"] * torch.stack(
-                [entries(p, s["support"]) for p, s in zip(params, states)]
-            )
+        kept, support, m, v = ([s[key] for s in states] for key in ("kept", "support", "m", "v"))
+        counts = [len(indices) for indices in (*kept, *support)]
+        starts, tensors = self._arranged(params[0].device, tuple(self._starts(params)), tuple(counts))
 
-        indices, m, v, is_twin = merge(kept, support, m, v, grad, beta1, beta2)
-        kept, kept_m, kept_v = prune(indices, m, v, is_twin, k)
+        indices = torch.cat([*kept, *support]).add_(starts)
+        of_kept, of_support = indices.split([sum(counts[: len(params)]), sum(counts[len(params) :])])
+        grad = torch.cat(grads)
+        if group["weight_decay"]:
+            grad = grad + group["weight_decay"] * torch.cat([entries(p, s) for p, s in zip(params, support)])
+        moments, is_twin = merge(of_kept, of_support, torch.cat([*m, *v]).view(2, -1), grad, beta1, beta2)
+        new_kept, new_moments = prune(indices, moments, is_twin, tensors)
+        starts_of_new, owners = starts[len(of_kept) :], [*params, *params]
         if group["prune_first"]:
-            indices, m, v = kept, kept_m, kept_v
-        updates = adam_update(m, v, step, group["lr"], beta1, beta2, group["eps"])
-        for p, state, index, update, *moments in zip(params, states, indices, updates, kept, kept_m, kept_v):
-            view, at = at_flat(p, index)
-            view[at] = (view[at] - update).to(p.dtype)  # twins write the same value
-            state["kept"], state["m"], state["v"] = moments
+            indices, moments, starts = new_kept, new_moments, starts_of_new
+            counts, owners = counts[len(params) :], params
+        update = adam_update(*moments, states[0]["step"], group["lr"], beta1, beta2, group["eps"])
+        self._subtract(owners, indices, starts, counts, update)
+        _set_kept(states, new_kept - starts_of_new, new_moments)
+
+    def _starts(self, params: Sequence[Tensor]) -> list[int]:
+        """Return for each tensor what its flat indices are counted from, so that no two tensors share an index."""
+        return [0, *accumulate(p.numel() for p in params[:-1])]
+
+    def _subtract(
+        self, owners: Sequence[Tensor], indices: Tensor, starts: Tensor, counts: Sequence[int], update: Tensor
+    ) -> None:
+        """Subtract `update` from entries of weights: `counts` of them of each of the `owners`, one after the other."""
+        subtract(owners, (indices - starts).split(counts), update)
+
+    def _arranged(self, *key) -> tuple[Tensor, list]:
+        if key not in self.arrangements:
+            self.arrangements.clear()
+            self.arrangements[key] = arrange(*key)
+        return self.arrangements[key]
 
     def state_dict(self) -> dict:
         """Return the usual state and the generator's, so that a run can resume between two draws."""
@@ -299,13 +329,65 @@ class SO(Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
         self.generator.set_state(state_dict["generator"].cpu())
-        self.gradients, self.is_drawn = {}, False
+
+    def _forget(self) -> None:
+        """Set what is known between two steps beside the state."""
+        self.is_drawn = False  # whether the supports of the next step are drawn
+        self.arrangements: dict[tuple, tuple[Tensor, list]] = {}  # what `arrange` returned
 
     def __getstate__(self) -> dict:  # for copy and pickle
-        return super().__getstate__() | {"generator": self.generator, "gradients": {}, "is_drawn": False}
+        return super().__getstate__() | {"generator": self.generator}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._forget()
 
 
-def _moment_dtype(p: Tensor) -> torch.dtype:
+def arrange(
+    device: torch.device, starts: Sequence[int], counts: Sequence[int]
+) -> tuple[Tensor, list[tuple[Tensor, int]]]:
+    """Return how the entries of n tensors stand side by side: those of K, tensor by tensor, then those of S.
+
+    `starts` [n] are what each tensor's flat indices are counted from, `counts` [2n] the lengths of each K, then of each
+    S. Return the start of each entry [a + b], and the `tensors` that `prune` takes.
+    """
+    n = len(starts)
+    alike = defaultdict(list)
+    pieces = torch.arange(sum(counts)).split(list(counts))
+    for kept, support in zip(pieces[:n], pieces[n:]):
+        alike[len(kept), len(support)].append(torch.cat([kept, support]))
+    of_each = torch.tensor([*starts, *starts]).repeat_interleave(torch.tensor(counts), output_size=sum(counts))
+    return of_each.to(device), [(torch.stack(rows).to(device), k) for (_, k), rows in alike.items()]
+
+
+def subtract(owners: Sequence[Tensor], indices: Sequence[Tensor], update: Tensor) -> Tensor:
+    """Subtract `update` from the entries of `owners` at flat `indices`, side by side; return their new values."""
+    old = [entries(p, index) for p, index in zip(owners, indices)]
+    new = ((torch.cat(old) if len(old) > 1 else old[0]) - update).to(owners[0].dtype)
+    for p, index, values in zip(owners, indices, new.split([len(index) for index in indices])):
+        view, at = at_flat(p, index)
+        view[at] = values  # twins write the same value
+    return new
+
+
+def _set_kept(states: Sequence[dict], kept: Tensor, moments: Tensor) -> None:
+    """Write each tensor's new K [k] and moments [2, k] into its state: in place, unless k has changed."""
+    counts = [len(s["support"]) for s in states]
+    new = [kept.split(counts), *(row.split(counts) for row in moments)]
+    for name, values in zip(("kept", "m", "v"), new):
+        if all(len(s[name]) == k for s, k in zip(states, counts)):
+            torch._foreach_copy_([s[name] for s in states], list(values))
+        else:
+            for s, value in zip(states, values):
+                s[name] = value.clone()
+
+
+def entries_kept(p: Tensor, group: dict) -> int:
+    """Return k, the number of entries in S and in K."""
+    return max(1, int(p.numel() * group["density_ratio"]))
+
+
+def moment_dtype(p: Tensor) -> torch.dtype:
     """Return the type of the moments: at least 32 bits, because 16 would lose small updates."""
     return torch.promote_types(p.dtype, torch.float32)
 

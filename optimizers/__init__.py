@@ -2,6 +2,6 @@
 
 from .ablations import SOAblation
 from .sampled_gradients import attach
-from .SparseOptimizer import SO
+from .so import SO
 
 __all__ = ["SO", "SOAblation", "attach"]

@@ -120,10 +120,12 @@ class SOAblation(Optimizer):
 
         if "kept" not in state:  # zero moments on the support are the same as no moments
             state["kept"], state["m"], state["v"] = support.clone(), torch.zeros_like(g), torch.zeros_like(g)
-        before = (state["kept"], support, state["m"], state["v"], g)
-        union, m, v, is_twin = (row[0] for row in merge(*(x[None] for x in before), beta1, beta2))
+        kept, before = state["kept"], torch.stack([state["m"], state["v"]])
+        union = torch.cat([kept, support])
+        (m, v), is_twin = merge(kept, support, before, g, beta1, beta2)
         # Each entry once: of all of U, or only of S, which comes after K.
-        once = slice(len(state["kept"]), None) if moments == "none" else ~is_twin
+        is_first = torch.cat([torch.ones_like(kept, dtype=torch.bool), ~is_twin])
+        once = slice(len(kept), None) if moments == "none" else is_first
         union, m, v = union[once], m[once], v[once]
 
         if moments == "importance":

@@ -8,72 +8,83 @@ product, and k columns of x kept for backward instead of all of x. The update eq
     attached = attach(model, optimizer)   # from now on forward, backward and optimizer.step() as usual
     attached.remove()                     # back to plain gradients
 
-How: `attach` replaces the forward of each `nn.Linear` whose weight SO trains sparsely. In backward the new forward
-gives `optimizer.add_gradient(weight, values)` the values at the support. All other parameters of the optimizer's sparse
-groups keep their ordinary gradient, and so do layers with so dense a support that a matrix product is cheaper. A hook
-reads this gradient at the support and frees it as soon as it is accumulated.
+How: `attach` replaces the forward of each `nn.Linear` whose weight SO trains sparsely. The new forward has one input
+more, `optimizer.leaf(weight)` [k], whose gradient is that of the weight at the support. All other parameters of the
+optimizer's sparse groups keep their ordinary gradient, and so do layers with so dense a support that a matrix product
+is cheaper. A hook reads this gradient at the support and frees it as soon as it is accumulated.
 
 A module may apply only some output rows of a linear layer, as CLIP's attention does. Such a module calls the layer
 `in_proj` and has two methods: `project(x, parts)` is the only place that applies `in_proj`, and `attach` replaces it;
 `rows(parts)` is the slice of output rows that `project` applies.
 
-Several backward passes before a step add up. Evaluation without gradients, activation checkpointing and autocast work
-as before. Code that reads `.grad` does not see these gradients: gradient clipping, GradScaler,
-DistributedDataParallel.
+Several backward passes before a step add up. Evaluation without gradients, activation checkpointing, autocast,
+GradScaler and clipping of all that is in `optimizer.param_groups` work as before. Code that reads the weights' `.grad`
+does not see these gradients: DistributedDataParallel, clipping of `model.parameters()`. `attach` moves the weights into
+one piece of memory (`share_memory`), and 16-bit copies of them into another, so that a step is few operations.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .SparseOptimizer import SO, at_flat, entries
+from .so import SO, share_memory
+from .SparseOptimizer import entries
 
 # Density of the support above which the dense product is cheaper than gathering, by device type. Measured on a CPU
 # (benchmarks/RESULTS.md); an estimate on a GPU, whose products are faster.
 DENSE_ABOVE = {"cpu": 0.01, "cuda": 0.002}
 
 
-class SampledLinear(torch.autograd.Function):
-    """Some output rows of `F.linear(x, weight, bias)`, with the weight gradient computed only at the support.
+class Place(NamedTuple):
+    """Where a layer's output needs a gradient: `rows` of the output and `columns` of the input, both [k].
 
-    `used` is `weight` in the type of the computation, and `rows` is a slice with start and stop.
+    `outside` [k] marks entries in other rows than those that the layer applies; None if it applies all.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    outside: Tensor | None
+
+
+class SampledLinear(torch.autograd.Function):
+    """`F.linear(x, weight, bias)`, with the weight gradient computed only at a place, as the gradient of `leaf` [k].
+
+    `weight` are the rows that are applied, in the type of the computation; `current` returns the place again.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor, rows: slice, optimizer: SO):
-        x, used = x.to(used.dtype), used[rows]
-        support = optimizer.state[weight]["support"]
-        ctx.weight, ctx.rows, ctx.optimizer, ctx.support = weight, rows, optimizer, support
-        i, j = support // weight.shape[1], support % weight.shape[1]
+    def forward(
+        ctx, x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor | None, place: Place, current: Callable[[], Place]
+    ) -> Tensor:
+        x = x.to(weight.dtype)
+        ctx.place, ctx.current = place, current
         flat = x.reshape(-1, x.shape[-1])
         # Columns of x are copied, one for each entry of the support; if that is more than half of x, x itself is kept.
-        ctx.few = len(j) <= weight.shape[1] // 2
-        ctx.save_for_backward(flat.index_select(1, j) if ctx.few else flat, used, i, j)
-        return F.linear(x, used, None if bias is None else bias[rows].to(used.dtype))
+        ctx.few = len(place.columns) <= weight.shape[1] // 2
+        ctx.save_for_backward(flat.index_select(1, place.columns) if ctx.few else flat, weight)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.optimizer.state[ctx.weight]["support"] is not ctx.support:
+        place = ctx.place
+        if ctx.current() is not place:
             raise RuntimeError("the support was drawn again between forward and backward; call step() after backward()")
-        x, used, i, j = ctx.saved_tensors
-        start, stop = ctx.rows.start, ctx.rows.stop
+        x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        # Entries outside these rows belong to another part of the weight: their values are set to zero.
-        inside = (i >= start) & (i < stop)
-        grad_at_i = flat.index_select(1, (i - start).clamp(0, stop - start - 1))
-        x_at_j = x if ctx.few else x.index_select(1, j)
+        grad_at_rows = flat.index_select(1, place.rows)
+        x_at_columns = x if ctx.few else x.index_select(1, place.columns)
         sum_type = torch.promote_types(grad.dtype, torch.float32)  # 16-bit products are summed in float32
-        values = (grad_at_i.to(sum_type) * x_at_j).sum(dim=0).masked_fill(~inside, 0)
-        ctx.optimizer.add_gradient(ctx.weight, values)
-        grad_x = grad @ used if ctx.needs_input_grad[0] else None
-        grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_bias = F.pad(flat.sum(dim=0), (start, ctx.weight.shape[0] - stop))
-        return grad_x, None, grad_bias, None, None, None
+        values = (grad_at_rows.to(sum_type) * x_at_columns).sum(dim=0)
+        if place.outside is not None:
+            values.masked_fill_(place.outside, 0)
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_bias = flat.sum(dim=0) if ctx.needs_input_grad[3] else None
+        return grad_x, values, None, grad_bias, None, None
 
 
 class Attached:
@@ -86,9 +97,13 @@ class Attached:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        # Weights in 16 bits for forward and backward, and the version of the weight that each is a copy of.
+        # Weights and biases in 16 bits for forward and backward, and the version of what each is a copy of. The copies
+        # of weights in one piece of memory lie in another, in the same order.
         self.casts: dict[Tensor, tuple[Tensor, int]] = {}
-        self.changing: dict[Tensor, Tensor] = {}  # during a step: weights with a current copy, and their kept set
+        self.memories: list[tuple[Tensor, list[Tensor]]] = []  # what `share_memory` returned
+        self.copies: dict[int, Tensor] = {}  # of a memory, by its number in the list
+        self.current: list[Tensor] = []  # during a step: what has a copy of its newest version
+        self.places: dict[tuple, tuple[Tensor, int, Place]] = {}
 
     def replace(self, module: nn.Module, method: str, replacement: Callable) -> None:
         setattr(module, method, replacement)
@@ -115,9 +130,30 @@ class Attached:
 
     def _sampled(self, layer: nn.Linear, x: Tensor, rows: slice) -> Tensor:
         self.optimizer.draw_supports()
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return SampledLinear.apply(x, layer.weight, layer.bias, self._cast(layer.weight, dtype), rows, self.optimizer)
+        device, weight, bias = x.device.type, layer.weight, layer.bias
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+        if bias is not None:
+            bias = bias.to(dtype) if bias.requires_grad else self._cast(bias, dtype)
+        used, place = self._cast(weight, dtype), partial(self._place, weight, rows)
+        if rows.stop - rows.start < len(weight):
+            used, bias = used[rows], None if bias is None else bias[rows]
+        return SampledLinear.apply(x, self.optimizer.leaf(weight), used, bias, place(), place)
+
+    def _place(self, weight: Tensor, rows: slice) -> Place:
+        """Return where the output `rows` of a layer need a gradient; a new place, in the same memory, for each draw."""
+        support, key = self.optimizer.state[weight]["support"], (weight, rows.start, rows.stop)
+        of, version, place = self.places.get(key, (None, None, None))
+        if of is support and version == support._version:
+            return place
+        new = [support // weight.shape[1], support % weight.shape[1], None]
+        if rows.stop - rows.start < len(weight):
+            new[2] = (new[0] < rows.start) | (new[0] >= rows.stop)
+            new[0] = (new[0] - rows.start).clamp_(0, rows.stop - rows.start - 1)
+        if of is support:
+            new = [None if value is None else old.copy_(value) for old, value in zip(place, new)]
+        self.places[key] = support, support._version, Place(*new)
+        return self.places[key][2]
 
     def take_gradient(self, p: Tensor) -> None:
         """Keep the values at the support of an ordinary gradient, and free the gradient."""
@@ -134,23 +170,40 @@ class Attached:
             return p.detach()
         copy, version = self.casts.get(p, (None, None))
         if copy is None or copy.dtype != dtype or version != p._version:
-            copy = p.detach().to(dtype)
-            self.casts[p] = copy, p._version
-        return copy
+            self._cast_again(p, dtype)
+        return self.casts[p][0]
+
+    @torch.no_grad()
+    def _cast_again(self, p: Tensor, dtype: torch.dtype) -> None:
+        """Copy `p`, and all that shares its memory: for autograd, a write into one of the copies is one into all."""
+        number = self._memory_of(p)
+        if number is None:
+            self.casts[p] = p.detach().to(dtype), p._version
+            return
+        memory, params = self.memories[number]
+        if number not in self.copies or self.copies[number].dtype != dtype:
+            self.copies[number] = torch.empty_like(memory, dtype=dtype)
+        self.copies[number].copy_(memory)
+        for q, copy in zip(params, self.copies[number].split([q.numel() for q in params])):
+            if self._memory_of(q) == number:
+                self.casts[q] = copy.view(q.shape), q._version
+
+    def _memory_of(self, p: Tensor) -> int | None:
+        storage = p.untyped_storage()._cdata
+        numbers = (i for i, (memory, _) in enumerate(self.memories) if memory.untyped_storage()._cdata == storage)
+        return next(numbers, None)
 
     def _before_step(self, *_) -> None:
-        state = self.optimizer.state
-        self.changing = {p: state[p]["kept"] for p, (_, version) in self.casts.items() if version == p._version}
+        self.current = [p for p, (_, version) in self.casts.items() if version == p._version]
 
     @torch.no_grad()
     def _after_step(self, *_) -> None:
-        for p, kept in self.changing.items():
-            copy, _ = self.casts[p]
-            changed = torch.cat([kept, self.optimizer.state[p]["support"]])
-            view, index = at_flat(copy, changed)
-            view[index] = entries(p, changed).to(copy.dtype)
-            self.casts[p] = copy, p._version
-        self.changing = {}
+        current = set(self.current)
+        for params, memory, indices, values in self.optimizer.written:
+            copies = self.copies.get(self._memory_of(memory))
+            if copies is not None:
+                copies[indices] = values.to(copies.dtype)
+                self.casts |= {p: (self.casts[p][0], p._version) for p in params if p in current}
 
 
 def _needs_gradient(layer: nn.Linear) -> bool:
@@ -163,9 +216,7 @@ def attach(model: nn.Module, optimizer: SO, dense_above: float | None = None) ->
     Parameter groups with `dense` stay as they are. `dense_above`: the density above which a layer keeps the dense
     product, by default DENSE_ABOVE of the weight's device; 0 keeps it everywhere, 1 nowhere.
     """
-    density = {
-        p: group["density_ratio"] for group in optimizer.param_groups if not group["dense"] for p in group["params"]
-    }
+    density = {p: group["density_ratio"] for group in optimizer.param_groups for p in optimizer.weights(group)}
 
     def is_sampled(layer: nn.Module) -> bool:
         if not isinstance(layer, nn.Linear) or layer.weight not in density:
@@ -174,12 +225,12 @@ def attach(model: nn.Module, optimizer: SO, dense_above: float | None = None) ->
         return density[layer.weight] <= limit
 
     attached = Attached(optimizer)
+    attached.memories = share_memory(density)
     for module in model.modules():
         if is_sampled(module):
             attached.replace(module, "forward", partial(attached.forward, module))
         elif is_sampled(getattr(module, "in_proj", None)) and hasattr(module, "project") and hasattr(module, "rows"):
             attached.replace(module, "project", partial(attached.project, module))
     for p in density:
-        if p.requires_grad:
-            attached.hooks.append(p.register_post_accumulate_grad_hook(attached.take_gradient))
+        attached.hooks.append(p.register_post_accumulate_grad_hook(attached.take_gradient))
     return attached

@@ -6,6 +6,7 @@ import importlib.util
 import pickle
 import shutil
 import sys
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -210,11 +211,13 @@ def give_gradients(params, step):
 
 @pytest.mark.parametrize("prune_first", [False, True])
 def test_a_group_of_mixed_types_is_trained_as_each_alone(monkeypatch, prune_first):
-    step = 0
+    drawn = Counter()  # of each optimizer, by its generator
 
-    def draw(numel, k, *_):
+    def draw(numel, k, generator):
         assert (numel, k) == (60, 12)
-        return (5 * torch.arange(12) + step) % 60
+        drawn[generator] += 1
+        interval = (drawn[generator] - 1) // (3 if generator is optimizer.generator else 1)
+        return ((5 * torch.arange(12) + interval) % 60).sort().values
 
     monkeypatch.setattr(SparseOptimizer, "draw_support", draw)
     options = dict(lr=0.05, density_ratio=0.2, T=2, weight_decay=0.1, prune_first=prune_first)

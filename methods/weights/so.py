@@ -50,5 +50,4 @@ def prepare(experiment: Experiment[Hparams]) -> Adaptation:
     adaptation = sparse_adaptation(experiment, SO)
     if experiment.hparams.sampled_gradients:
         attach(experiment.model, adaptation.optimizer)
-        adaptation.instead_of_fp16 = "--no-sampled_gradients"
     return adaptation
