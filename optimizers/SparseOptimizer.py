@@ -230,23 +230,6 @@ class SO(Optimizer):
         """Return the gradient of `p` at its support [k], if it has one."""
         return None if p.grad is None else entries(p.grad, self.state[p]["support"]).to(moment_dtype(p))
 
-    @torch.no_grad()
-    def own_gradients(self) -> list[Tensor]:
-        """Return what the coming step reads as gradient, in the order of the parameters: values [k] at the support, and
-        of dense groups the gradients. Whoever trains in several processes sums each over them, in place."""
-        self.draw_supports()
-        read = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if group["dense"]:
-                    read += [] if p.grad is None else [p.grad]
-                    continue
-                if p.grad is not None and p.numel():
-                    self.add_gradient(p, entries(p.grad, self.state[p]["support"]))
-                    p.grad = None
-                read += [self.gradients[p]] if p in self.gradients else []
-        return read
-
     def _dense_step(self, p: Tensor, group: dict) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[p]

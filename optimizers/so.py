@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import SparseOptimizer
-from .SparseOptimizer import entries_kept, moment_dtype, subtract
+from .SparseOptimizer import entries, entries_kept, moment_dtype, subtract
 
 
 class SO(SparseOptimizer.SO):
@@ -100,6 +100,22 @@ class SO(SparseOptimizer.SO):
         leaf = self.leaf(p)
         values = values.to(leaf.dtype)
         leaf.grad = values if leaf.grad is None else leaf.grad + values
+
+    @torch.no_grad()
+    def own_gradients(self) -> list[Tensor]:
+        """Return what the coming step reads as gradient, in the order of the parameters: values [k] at the support, and
+        the whole gradients of dense groups. Who trains in several processes sums each over them, in place."""
+        self.draw_supports()
+        for group in self.param_groups:
+            for p in self.weights(group):
+                if p.grad is not None:
+                    self.add_gradient(p, entries(p.grad, self.state[p]["support"]))
+                    p.grad = None
+        read = [q for group in self.param_groups for q in (group["params"] if group["dense"] else self._leaves(group))]
+        return [q.grad for q in read if q.grad is not None]
+
+    def _leaves(self, group: dict) -> list[Tensor]:
+        return [self.leaves[p] for p in self.weights(group) if p in self.leaves]
 
     def _gradient(self, p: Tensor) -> Tensor | None:
         own, values = super()._gradient(p), self.leaves[p].grad if p in self.leaves else None
