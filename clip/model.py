@@ -257,10 +257,11 @@ class Transformer(nn.Module):
             nn.init.zeros_(block.attn.in_proj.bias)
             nn.init.zeros_(block.attn.out_proj.bias)
 
-    def forward(self, x: Tensor, layout: Layout, enter: Enter = _unchanged) -> Tensor:
-        """`enter` may change tokens and layout before each block: (index of the block, x, layout) to (x, layout)."""
+    def forward(self, x: Tensor, layout: Layout, enter: Enter = _unchanged, first: int = 0) -> Tensor:
+        """`enter` may change tokens and layout before each block: (index of the block, x, layout) to (x, layout). `x`
+        is what block `first` reads."""
         *blocks, last = self.resblocks
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(blocks[first:], start=first):
             x, layout = enter(index, x, layout)
             x = self._run(block, x, layout)
         x, layout = enter(len(blocks), x, layout)
@@ -389,13 +390,30 @@ class CLIP(nn.Module):
         """
         prompts = self.prompts(tokens) if isinstance(tokens, Tensor) else tokens
         prompts = prompts.to(self.device)
+        return self._text_embedding(self.transformer(self._embedded(prompts, vectors), prompts, enter))
+
+    def encode_text_from(self, x: Tensor, prompts: Prompts, block: int) -> Tensor:
+        """Return what `encode_text` does, from `below_block`'s result on."""
+        return self._text_embedding(self.transformer(x, prompts, first=block))
+
+    @torch.no_grad()
+    def below_block(self, prompts: Prompts, block: int) -> Tensor:
+        """Return what a block of the text tower reads, [T, D] or [B, T, D], from 0 on; no gradient goes further."""
+        x = self._embedded(prompts)
+        for below in self.transformer.resblocks[:block]:
+            x = below(x, prompts)
+        return x
+
+    def _embedded(self, prompts: Prompts, vectors: Tensor | None = None) -> Tensor:
         x = self.token_embedding(prompts.ids)  # [T, D], or [B, T, D] if padded
         if (vectors is None) != (len(prompts.vector_places) == 0):
             raise ValueError("learned vectors need prompts with vector_at, and such prompts need vectors")
         if vectors is not None:
             x = x.flatten(0, -2).index_copy(0, prompts.vector_places, vectors[prompts.vector_rows]).view_as(x)
-        x = x + self.positional_embedding[prompts.positions]
-        x = self.ln_final(self.transformer(x, prompts, enter))
+        return x + self.positional_embedding[prompts.positions]
+
+    def _text_embedding(self, x: Tensor) -> Tensor:
+        x = self.ln_final(x)
         if self.arch.conventions.text_projection == "matrix":
             return x @ self.text_projection
         return self.text_projection(x) if self.arch.conventions.text_projection == "linear" else x

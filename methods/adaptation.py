@@ -141,9 +141,28 @@ class Adaptation:
         return distributed.rows_of_all(self.encode_own_prompts(), len(self.experiment.task.class_names))
 
     def encode_own_prompts(self) -> Tensor:
-        """Return unit text features of `prompts`."""
+        """Return unit text features of `prompts`. The blocks below the first trained one are computed only once."""
+        block = self.first_text_block
+        if not block:
+            with self.experiment.autocast():
+                return utils.encode_text(self.model, self.prompts)
         with self.experiment.autocast():
-            return utils.encode_text(self.model, self.prompts)
+            return F.normalize(self.model.encode_text_from(self._below_block, self.prompts, block).float(), dim=-1)
+
+    @cached_property
+    def first_text_block(self) -> int:
+        """The number of blocks of the text tower before the first whose output training changes."""
+        blocks = [
+            int(name.split(".")[2]) if name.startswith("transformer.resblocks.") else 0
+            for name in self.parameters
+            if not name.startswith(("visual.", "ln_final.", "text_projection"))
+        ]
+        return min(blocks, default=0)
+
+    @cached_property
+    def _below_block(self) -> Tensor:
+        with self.experiment.autocast():
+            return self.model.below_block(self.prompts, self.first_text_block)
 
     def text_features(self) -> Tensor:
         """Return the unit text features [C, E] of a training step, with gradients if they are trained."""

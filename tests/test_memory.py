@@ -1,4 +1,4 @@
-"""--checkpoint_blocks: the same bits for less memory; and what is said where memory is too small."""
+"""Less memory and less work for the same bits, and what is said where memory is too small."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from arguments import parse
 from benchmarks.memory import step_bytes
 from clip.model import CLIP, Architecture
 from common import UserError
+from methods.adaptation import Adaptation
 
 RN = Architecture(32, 64, 8, (1, 1, 1, 1), None, context_length=77, vocab_size=49408, text_width=64, text_layers=2)
 
@@ -84,3 +85,18 @@ def test_other_errors_keep_their_traceback(run_main, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         run_main(*quick("so"))
+
+
+@pytest.mark.parametrize("method", ["so", "lora", "dora", "bias", "shira"])
+def test_blocks_below_the_first_trained_one_are_computed_once(run_main, monkeypatch, method):
+    flags, outcomes, calls = (*quick(method, 6), "--encoder", "text", "--position", "top1"), [], []
+    below_block = CLIP.below_block
+    monkeypatch.setattr(CLIP, "below_block", lambda *args: calls.append(args[2]) or below_block(*args))
+    for folder in ("once", "always"):
+        code, record, _, err = run_main(*flags, *in_folder(folder))
+        assert code == 0, err
+        outcomes.append(outcome(folder, record))
+        monkeypatch.setattr(Adaptation, "first_text_block", 0)
+    assert outcomes[0] == outcomes[1]
+    layers = clip.load("tiny")[0].arch.text_layers
+    assert calls == [layers - 1]
