@@ -366,7 +366,7 @@ def test_lp_plus_plus_resumes_with_the_gradients_of_alpha(head_of):
     resumed.build()
     resumed.load_state_dict(head.state_dict())
     for iteration, batch in enumerate(resumed.batches(15), start=16):
-        train._step(resumed.experiment, resumed, *batch, True, True)
+        train._step(resumed.experiment, resumed, *batch, iteration)
         resumed.after_step(iteration)
     for name, tensor in whole.parameters.items():
         assert torch.equal(resumed.parameters[name], tensor), name
