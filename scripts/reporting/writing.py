@@ -18,11 +18,12 @@ from scripts.reporting.transfer import base_to_new_tables, transfer_tables
 TEMPLATE = Path(__file__).parent / "page.html"
 
 
-def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> None:
+def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path, remarks: Sequence[str] = ()) -> None:
     """Write the report on a folder of results into `out`, after all of it is known to work.
 
-    `compared` are pairs of methods, or labels of configurations; None compares SO with every other. Raise UserError for
-    results that cannot be read, and for names that are not among them.
+    `compared` are pairs of methods, or labels of configurations; None compares SO with every other. `remarks` are
+    lines for the top of the page. Raise UserError for results that cannot be read, and for names that are not among
+    them.
     """
     results = read_results(folder)
     pairs = comparison.chosen_pairs(results, compared)
@@ -42,7 +43,7 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     drawn, images = _drawn([*grids, *figures.reliability(results, errors)])
     runs_csv = results.tidy().to_csv(index=False)
     runs, constant = _runs_sheet(runs_csv)
-    notes = [*results.notes, *damaged, *unread]
+    notes = [*remarks, *results.notes, *damaged, *unread]
     for text in notes:
         note(text)
     page = _page(
