@@ -1,11 +1,15 @@
-"""The paper's tables in one command: from the empty folder to the page, killed, without a network; published numbers."""
+"""The paper's tables in one command: from the empty folder to the page, killed, offline; published numbers."""
 
+import functools
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
+from support.report import Folder, texts
 from support.runs import MEASURED, Killed, call, killed_after
 from support.server import offer
 
@@ -16,7 +20,7 @@ from scripts import reproduce, sweep
 from scripts.reporting import deviations, figures
 from scripts.reporting.results import ELEVEN, PUBLISHED, SUITES
 from scripts.reproducing import costs, machine
-from scripts.reproducing.parts import PARTS, read_part
+from scripts.reproducing.parts import read_part
 from scripts.sweeping.clusters import Cluster
 from scripts.sweeping.grid import cells
 
@@ -67,7 +71,7 @@ def outcome(out):
     runs = runs.drop(columns=[name for name in (*MEASURED, "finished_at") if name in runs]).sort_values(
         "run_id", ignore_index=True
     )
-    return runs.to_csv(), *(Path(out, "report", f"{name}.csv").read_text() for name in ("differences", "deviations"))
+    return runs.to_csv(index=False).splitlines(), *(Path(out, "report", f"{name}.csv").read_text() for name in ("differences", "deviations"))
 
 
 SMALL = ("--quick", "--datasets", "dtd", "eurosat", "--methods", "so_released", "zero_shot", "--root_path", "data")
@@ -149,10 +153,12 @@ REACHED = [
 ]
 
 
+@functools.cache
 def planned(part, label):
-    """The runs of a row of a part, by the real command line; the images are not there."""
+    """The first seed's runs of a row of a part, by the real command line; the images are not there."""
     grid = read_part(part).grid
-    return cells(grid | {"rows": {label: grid["rows"][label]}}, ["--root_path", "data"])
+    rows = {"rows": {label: grid["rows"][label]}, "seeds": grid["seeds"][:1]}
+    return cells(grid | rows, ["--root_path", "data"])
 
 
 @pytest.mark.parametrize("kind, row, part, label", REACHED, ids=lambda value: value if isinstance(value, str) else "")
@@ -160,13 +166,9 @@ def test_settings_of_the_runs_are_those_published(kind, row, part, label):
     protocol = dict.fromkeys(deviations.PROTOCOL, "unknown") | row.get("protocol", {})
     for cell in planned(part, label):
         settings, hparams = cell.settings, cell.config.hparams.settled(cell.settings.shots, 100)
-        values = vars(settings) | vars(hparams) | {"method": settings.method, "epochs": cell.epochs}
-        run_of_it = pd.Series(values)
-        if settings.dataset == "imagenet":  # published settings of these four methods differ there
-            run_of_it["epochs"] = {"coop": None, "prograd": None, "taskres": None}.get(settings.method, cell.epochs)
-            run_of_it["batch_size"] = {"mmrl": None}.get(settings.method, values.get("batch_size"))
+        values = pd.Series(vars(settings) | vars(hparams) | {"epochs": cell.epochs})
         classes = "base" if kind == "base_to_new" else "all"
-        mismatches = [deviations._mismatch(run_of_it, wanted, classes) for wanted in row["settings"]]
+        mismatches = [deviations.mismatch(values, wanted, classes) for wanted in row["settings"]]
         assert [] in mismatches and settings.method == row["method"], (cell.command, mismatches)
         prompts = protocol["prompts"]
         if prompts == "learned":
@@ -174,22 +176,60 @@ def test_settings_of_the_runs_are_those_published(kind, row, part, label):
         elif settings.dataset != "imagenet":  # some have their own choice there
             assert prompts in ("unknown", settings.prompts)
         assert protocol["precision"].partition(" ")[0] in ("unknown", settings.precision)
-        assert bool(cell.config.search) == protocol["validation"].startswith(("full", "searched")) or (
-            protocol["validation"] == "unknown" and not cell.config.search
-        )
-    assert protocol["seeds"] in ("unknown", len({cell.settings.seed for cell in planned(part, label)}))
+        searched = protocol["validation"].startswith(("full", "searched"))
+        assert bool(cell.config.search) == searched
+    assert protocol["seeds"] in ("unknown", len(read_part(part).grid["seeds"]))
 
 
 def test_every_published_number_is_reached_or_says_why_not():
     for kind in ("rows", "rn50", "base_to_new", "transfer", "ablations"):
         for row in PUBLISHED[kind]:
             assert ("runs" in row) != ("no_run" in row), row["name"]
-            own = [cell.settings for part, labels in row.get("runs", {}).items() for label in labels
-                   for cell in planned(part, label)]  # fmt: skip
+            cells_of_it = (planned(part, label) for part, labels in row.get("runs", {}).items() for label in labels)
+            own = [cell.settings for found in cells_of_it for cell in found]
             numbers = row.get("means", {16: 0}) if own else {}
             datasets = ["imagenet"] if kind == "transfer" else ELEVEN
             wanted = {*itertools.product(datasets, numbers)}
             assert wanted <= {(settings.dataset, settings.shots) for settings in own}, row["name"]
     assert {*ELEVEN, *SUITES["variants of ImageNet"]} == {*read_part("transfer").datasets}
-    rows = [label for part in PARTS for label in read_part(part).grid["rows"]]
-    assert len(rows) == len(REACHED) + 15  # the others nobody has published
+
+
+# --- what seeds explain
+
+
+def test_seeds_explain_a_deviation_or_do_not(tmp_path):
+    results, spread = Folder(tmp_path), np.array([-1.0, 0.0, 1.0])
+    for dataset, value in PUBLISHED["rows"][0]["data_sets"][4].items():
+        for seed, offset in enumerate(spread * (dataset != "food101") + 9 * (dataset == "fgvc")):
+            if (dataset, seed) not in (("dtd", 0), ("dtd", 1)):
+                results.add("so", dataset, seed=seed, accuracy=min(value + offset, 99))
+    rows, _ = deviations.deviations(results.read())
+    rows = rows.set_index("data_set")
+    half = stats.t.ppf(0.975, 2) * spread.std(ddof=1) * (1 / 3 + 1) ** 0.5
+    assert rows.explained["Aircraft"] == pytest.approx(half) and rows.explained["ImageNet"] == pytest.approx(half)
+    verdicts = {"Aircraft": "outside", "ImageNet": "within", "DTD": "not judged", "Food101": "not judged"}
+    assert rows.verdict[[*verdicts]].to_dict() == verdicts and rows.verdict["mean of 11"] == "not judged"
+    values = pd.Series([70.0, 71.0])
+    more = deviations.explained(values, 3, 0.3) - stats.t.ppf(0.975, 1) * values.std() * (1 / 2 + 1 / 3) ** 0.5
+    assert more == pytest.approx(0.3)
+
+
+def test_new_classes_other_datasets_and_ablations_are_compared_too(tmp_path):
+    results = Folder(tmp_path)
+    fewer = {"backbone": "ViT-B/16", "n_ctx": 4, "lr": 0.002, "batch_size": 32, "eval_only": True, "shots": 16}
+    for dataset in ELEVEN:
+        for seed in (1, 2):
+            new = {"classes": "new", "base_accuracy": 82.0 + seed}
+            results.add("coop", dataset, seed=seed, accuracy=60.0 + seed, **fewer | new)
+            results.add("coop", "imagenet", seed=seed, accuracy=60.0 + seed, **fewer | {"test_dataset": dataset})
+            static = {"gradient": "random", "moments": "none", "support": "dynamic"}
+            results.add("so_ablation", dataset, 1, seed, 60.0 + seed, prune_first=False, **static)
+    rows, _ = deviations.deviations(results.read())
+    found = rows.set_index("data_set")
+    assert found.deviation["new classes"] == pytest.approx(61.5 - 63.22)
+    assert found.measured["harmonic mean"] == pytest.approx(np.mean([2 * 83 * 61 / 144, 2 * 84 * 62 / 146]))
+    assert found.deviation["mean of 10 others"] == pytest.approx(61.5 - 63.88)
+    (ablation,) = rows[rows.data_set == "mean of 11"].itertuples()
+    assert (ablation.name, ablation.verdict) == ("no momentum", "not judged")
+    sheet = deviations.deviation_sheets(rows)[0]
+    assert sheet.header[:5] == ["dataset", "shots", "deviation", "explained", "verdict"] and texts(sheet)

@@ -48,10 +48,10 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
                 pairs = list(_pairs(kind, row, shots, group))
                 if not pairs:
                     continue
-                mismatch = min((_mismatch(group.iloc[0], wanted, classes) for wanted in row["settings"]), key=len)
-                if mismatch:
+                unlike = min((mismatch(group.iloc[0], wanted, classes) for wanted in row["settings"]), key=len)
+                if unlike:
                     where = f"{label}, {in_words(shots)},"
-                    notes.append(f"{where} is not compared with {row['name']}: {'; '.join(mismatch)}.")
+                    notes.append(f"{where} is not compared with {row['name']}: {'; '.join(unlike)}.")
                     continue
                 rows += [_deviation(kind, row, label, shots, *pair) for pair in pairs if pair[2] is not None]
     return pd.DataFrame(rows, columns=COLUMNS), notes
@@ -108,7 +108,7 @@ def _deviation(
     return head | {"sd": found.std(), "seeds": seeds, "deviation": deviation, "explained": most, "verdict": verdict}
 
 
-def _mismatch(run: pd.Series, wanted: dict, classes: str) -> list[str]:
+def mismatch(run: pd.Series, wanted: dict, classes: str) -> list[str]:
     """Return in words the settings in which a run is not as published."""
     wanted = {"classes": classes} | {name: value for name, value in wanted.items() if value is not None}
     if "n_iters" in wanted:

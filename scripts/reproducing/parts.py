@@ -17,7 +17,9 @@ STANDARD = ("main", "many_shots", "new_classes", "ablations")  # without --parts
 PARTS = (*STANDARD, "peers", "peers_new_classes", "rn50", "transfer")
 NEW_CLASSES = ("new_classes", "peers_new_classes")
 ELSEWHERE = (*list(ELEVEN)[1:], *SUITES["variants of ImageNet"])  # where weights trained on ImageNet are tested
-QUICK = "quick: one or two seeds, one number of shots, 5 epochs, the tiny CLIP; it shows that all works, and nothing else"
+QUICK = (
+    "quick: one or two seeds, one number of shots, 5 epochs, the tiny CLIP; it shows that all works, and nothing else"
+)
 
 
 @dataclass(frozen=True)
