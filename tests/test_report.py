@@ -346,7 +346,7 @@ def test_deviations_where_the_settings_match(results):
     assert rows[rows.configuration.str.contains("t 10")].deviation.tolist()[:11] == pytest.approx([-1] * 11)
     paper, code = deviations.deviation_sheets(rows)
     assert code.title == "so (density_ratio 5e-05, t 5, n_iters 2000) minus SO as published"
-    assert texts(code)["DTD"] == ["4", "+1.50", "66.4", "67.90 ± 0.71", "2"] and texts(paper)["DTD"][1] == "-1.00"
+    assert texts(code)["DTD"] == ["4", "+1.50", "± 11.00", "within", "66.4", "67.90 ± 0.71", "2"] and texts(paper)["DTD"][1] == "-1.00"
 
 
 OTHER = [{"backbone": "ViT-B/32"}, {"prompts": "specific"}, {"t": 10}, {"total_iters": 2000}, {"prune_first": True}]

@@ -66,12 +66,12 @@ def run(tmp_path, monkeypatch, feature_cache):
 
 
 def outcome(out):
-    """All tables of the page, except what is measured with a clock."""
+    """All tables of the page, without what is measured with a clock and without the runs' names, which hash paths."""
     runs = pd.read_csv(Path(out, "report", "runs.csv"))
-    runs = runs.drop(columns=[name for name in (*MEASURED, "finished_at") if name in runs]).sort_values(
-        "run_id", ignore_index=True
+    runs = runs.drop(columns=[name for name in (*MEASURED, "run_id") if name in runs])
+    return sorted(runs.to_csv(index=False).splitlines()), *(
+        Path(out, "report", f"{name}.csv").read_text() for name in ("differences", "deviations")
     )
-    return runs.to_csv(index=False).splitlines(), *(Path(out, "report", f"{name}.csv").read_text() for name in ("differences", "deviations"))
 
 
 SMALL = ("--quick", "--datasets", "dtd", "eurosat", "--methods", "so_released", "zero_shot", "--root_path", "data")
