@@ -24,7 +24,7 @@ import yaml
 from common import Parser, UserError, counted, fail, one_line_errors, write_atomically
 from scripts import sweep
 from scripts.reproducing import costs, machine
-from scripts.reproducing.parts import PARTS, QUICK, STANDARD, Choice, Part, chosen
+from scripts.reproducing.parts import NEW_CLASSES, PARTS, QUICK, STANDARD, Choice, Part, chosen
 from scripts.sweeping.grid import Cell, cells
 
 
@@ -56,8 +56,11 @@ def reproduce(parts: Sequence[Part], flags: list[str], options: argparse.Namespa
     root = Path(options.root_path or ".").expanduser()
     names = list(dict.fromkeys(name for part in parts for name in part.datasets))
     missing = machine.check_space([name for name in names if name != machine.EMBEDDED], root)
-    elsewhere = options.quick or "slurm" in flags or "--device" in flags
-    no_gpu = [] if elsewhere else machine.check_gpu()
+    given = any(word.partition("=")[0] == "--device" for word in flags)
+    needed_here = sweep.arguments(flags)[0].cluster == "local" and not (options.quick or given)
+    no_gpu = machine.check_gpu() if needed_here else []
+    for line in missing + no_gpu:
+        print(f"missing, before anything is downloaded: {line}")
     ready, unready = machine.prepare(names, root)
     planned = {part.name: _planned(part.stages(options.out / "weights")[0], flags) for part in parts}
     backbones = {name: {cell.settings.backbone for cell in of_part} for name, of_part in planned.items()}
@@ -84,7 +87,11 @@ def run(part: Part, flags: list[str], options: argparse.Namespace) -> list[str]:
         words = [*flags, "--results_dir", str(options.out / "results")]
         print(f"\n{part.name}{': what its weights do elsewhere' if number else ''}")
         workers = ["--workers", str(options.gpus)] if options.gpus else []
-        if sweep.sweep(["--grid", str(file), *workers, *words]):
+        try:
+            failed = sweep.sweep(["--grid", str(file), *workers, *words])
+        except UserError as error:
+            return [f"{part.name}: {error}"]
+        if failed:
             return [f"{part.name}: runs failed, listed above with their logs; correct that and run this again"]
     return []
 
@@ -102,7 +109,7 @@ def show(parts: Sequence[Part], flags: Sequence[str], gpu: costs.Gpu, out: Path)
         sum_of_part, number = 0.0, 0
         planned = _planned(part.stages(out / "weights")[0], [*flags, "--results_dir", str(out / "results")])
         for cell in planned:
-            after = part.elsewhere or ([cell.settings.dataset] if part.saves_weights else [])
+            after = part.elsewhere or ([cell.settings.dataset] if part.name in NEW_CLASSES else [])
             later = sum(costs.START + costs.testing(cell.config, name, gpu) for name in after)
             seconds = 0.0 if cell.finished() else costs.seconds(cell.config, gpu)
             print(f"{(seconds + later) / 3600:8.2f} h  {cell.command}" + (f"  (+ {len(after)} tests)" if after else ""))

@@ -120,11 +120,26 @@ def mismatch(run: pd.Series, wanted: dict, classes: str) -> list[str]:
     ]
 
 
+VERDICTS = ("within", "outside", "not judged")
+
+
+def verdict_sheet(rows: pd.DataFrame) -> Sheet:
+    """Return how many of the deviations seeds explain, by configuration and published row."""
+    table = []
+    for (label, name), part in rows.groupby(["configuration", "name"], sort=False):
+        counts = [number((part.verdict == verdict).sum(), "{}") for verdict in VERDICTS]
+        worst = part[part.verdict == "outside"]
+        where = [f"{row.data_set}, {in_words(row.shots)} ({row.deviation:+.2f})" for row in worst.itertuples()]
+        table.append([Cell(label), Cell(name), *counts, Cell("; ".join(where) or MISSING)])
+    header = ["here", "published", *VERDICTS, "where outside"]
+    return Sheet("Deviations from published accuracies: do seeds explain them?", header, table, [JUDGED])
+
+
 def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
-    """Return the same as tables, one for each configuration and published row."""
+    """Return all deviations as tables: how many seeds explain, then one for each configuration and published row."""
     kinds = ("rows", "rn50", "ablations", "base_to_new", "transfer")
     named = {(row["name"], PUBLISHED["papers"][row["paper"]]["url"]): row for kind in kinds for row in PUBLISHED[kind]}
-    sheets = []
+    sheets = [verdict_sheet(rows)] if len(rows) else []
     for (label, name, paper), part in rows.groupby(["configuration", "name", "paper"], sort=False):
         cells = [
             [
@@ -140,9 +155,9 @@ def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
             for row in part.itertuples(index=False)
         ]
         known = ", ".join(named[name, paper]["settings"][0])
-        notes = [JUDGED, f"The runs agree with what is known of the published settings: {known}."]
+        notes = [f"Percentage points. The runs agree with what is known of the published settings: {known}."]
         if any(row["name"] == name for row in PUBLISHED["ablations"]):
-            notes[0] = SUBSET
+            notes.append(SUBSET)
         header = ["dataset", "shots", "deviation", "explained", "verdict", "published", "here", "seeds"]
         sheets.append(Sheet(f"{label} minus {name} as published", header, cells, notes))
     return sheets
@@ -153,7 +168,8 @@ PROTOCOL_NOTE = "Protocol: prompts, use of validation images, precision, seeds; 
 
 
 def published_sheets() -> list[Sheet]:
-    """Return what papers report: averages over the eleven datasets with two backbones, base-to-new, and transfer."""
+    """Return what papers report: averages over the eleven datasets with two backbones, base-to-new, transfer, and
+    ablations of SO."""
     sheets = []
     for title, rows in {"Published averages": PUBLISHED["rows"], "Published averages, RN50": PUBLISHED["rn50"]}.items():
         shots = sorted({n for row in rows for n in row["means"]})
@@ -170,6 +186,10 @@ def published_sheets() -> list[Sheet]:
     note = "Per cent, ViT-B/16, trained on ImageNet with 16 shots; all from one paper."
     header = ["ImageNet", "mean of ten others", "mean of four variants"]
     sheets.append(_published("Published transfer from ImageNet", rows, header, cells, [note]))
+    rows = PUBLISHED["ablations"]
+    cells = [[number(row["means"].get(shots)) for shots in (1, 4)] for row in rows]
+    note = "Per cent, ViT-B/16, as cited elsewhere: means of some of the datasets, and it is not known which."
+    sheets.append(_published("Published ablations of SO", rows, [in_words(1), in_words(4)], cells, [note]))
     return sheets
 
 

@@ -15,7 +15,7 @@ from settings import Loop
 FOLDER = PROJECT / "configs" / "reproduce"
 STANDARD = ("main", "many_shots", "new_classes", "ablations")  # without --parts
 PARTS = (*STANDARD, "peers", "peers_new_classes", "rn50", "transfer")
-NEW_CLASSES = ("new_classes", "peers_new_classes")
+NEW_CLASSES, TRANSFER = ("new_classes", "peers_new_classes"), "transfer"
 ELSEWHERE = (*list(ELEVEN)[1:], *SUITES["variants of ImageNet"])  # where weights trained on ImageNet are tested
 QUICK = (
     "quick: one or two seeds, one number of shots, 5 epochs, the tiny CLIP; it shows that all works, and nothing else"
@@ -47,10 +47,6 @@ class Part:
         """All datasets that the part needs."""
         return (*self.grid["datasets"], *self.elsewhere)
 
-    @property
-    def saves_weights(self) -> bool:
-        return self.name in NEW_CLASSES or bool(self.elsewhere)
-
     def only(self, ready: Collection[str]) -> "Part | None":
         """Return the same with the datasets that are `ready`; None if there is nothing left to train on."""
         left = [name for name in self.grid["datasets"] if name in ready]
@@ -60,7 +56,7 @@ class Part:
     def stages(self, weights: Path) -> list[dict]:
         """Return the grids to sweep one after the other. A later one tests what the one before it saved in `weights`,
         so it can be planned only when that is done."""
-        if not self.saves_weights:
+        if self.name not in (*NEW_CLASSES, TRANSFER):
             return [self.grid]
         rows = {
             name: row | ({"save_path": str(weights), "filename": f"{self.name}-{name}"} if _trains(row) else {})
@@ -73,8 +69,8 @@ class Part:
             }
         else:
             tested = {"eval_only": True, "eval_datasets": ",".join(self.elsewhere)}
-            after = {name: row | tested for name, row in rows.items() if _trains(row)}
-        return [self.grid | {"rows": rows}, self.grid | {"rows": after}]
+            after = {name: row | tested for name, row in rows.items() if self.elsewhere}
+        return [self.grid | {"rows": each} for each in (rows, after) if each]
 
 
 def method_of(row: dict) -> str:
@@ -93,7 +89,7 @@ def read_part(name: str) -> Part:
         label: row | ({"config": str(PROJECT / row["config"])} if "config" in row else {})
         for label, row in grid["rows"].items()
     }
-    return Part(name, grid | {"rows": rows}, ELSEWHERE if name == "transfer" else ())
+    return Part(name, grid | {"rows": rows}, ELSEWHERE if name == TRANSFER else ())
 
 
 def chosen(choice: Choice) -> list[Part]:
@@ -147,5 +143,5 @@ def _quick(part: Part, datasets: Sequence[str]) -> Part:
     settings = {name: value for name, value in part.grid.get("settings", {}).items() if name != "backbone"}
     grid = part.grid | {"rows": rows, "settings": settings, "shots": part.grid["shots"][:1]}
     grid["seeds"] = [1, 2] if part.name == "main" else [1]
-    split = 1 if part.elsewhere else len(datasets)
+    split = 1 if part.name == TRANSFER else len(datasets)
     return Part(part.name, grid | {"datasets": list(datasets[:split])}, tuple(datasets[split:]))
