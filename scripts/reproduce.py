@@ -85,7 +85,7 @@ def run(part: Part, flags: list[str], options: argparse.Namespace) -> list[str]:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, yaml.safe_dump(grid, sort_keys=False))
         words = [*flags, "--results_dir", str(options.out / "results")]
-        print(f"\n{part.name}{': what its weights do elsewhere' if number else ''}")
+        print(f"\n{part.name}{', tests of its weights' if number else ''}")
         workers = ["--workers", str(options.gpus)] if options.gpus else []
         try:
             failed = sweep.sweep(["--grid", str(file), *workers, *words])

@@ -10,7 +10,6 @@ from methods import METHODS
 from records import PROJECT
 from scripts.reporting.results import ELEVEN, SUITES
 from scripts.sweeping.grid import read_grid
-from settings import Loop
 
 FOLDER = PROJECT / "configs" / "reproduce"
 STANDARD = ("main", "many_shots", "new_classes", "ablations")  # without --parts
@@ -20,6 +19,9 @@ ELSEWHERE = (*list(ELEVEN)[1:], *SUITES["variants of ImageNet"])  # where weight
 QUICK = (
     "quick: one or two seeds, one number of shots, 5 epochs, the tiny CLIP; it shows that all works, and nothing else"
 )
+
+
+SMALLER = {"epochs": 5, "depth": 2, "first_block": 2}  # the tiny CLIP has few blocks
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,9 @@ def _quick(part: Part, datasets: Sequence[str]) -> Part:
     """Return a part that takes little time, on these datasets; those after the first are tested on by `transfer`."""
     rows = {}
     for label, row in part.grid["rows"].items():
-        loops = issubclass(METHODS[method_of(row)].Hparams, Loop)
-        rows[label] = row | {"backbone": "tiny", "precision": "fp32"} | ({"epochs": 5} if loops else {})
+        own = METHODS[method_of(row)].Hparams.__dataclass_fields__
+        smaller = {name: value for name, value in SMALLER.items() if name in own}
+        rows[label] = row | {"backbone": "tiny", "precision": "fp32"} | smaller
     settings = {name: value for name, value in part.grid.get("settings", {}).items() if name != "backbone"}
     grid = part.grid | {"rows": rows, "settings": settings, "shots": part.grid["shots"][:1]}
     grid["seeds"] = [1, 2] if part.name == "main" else [1]
