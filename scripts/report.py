@@ -12,7 +12,8 @@ Needs requirements-all.txt. Files of the same names in the output folder are rep
                        method is below zero-shot; accuracy and cost, on one device; base to new, other datasets, domain
                        shift; calibration and accuracy per class; for runs with --test_part val: which settings are best
     differences.csv    paired differences with confidence intervals: reporting/comparison.py explains them
-    deviations.csv     measured minus published accuracy where the settings match: see reporting/published.yaml
+    deviations.csv     measured minus published accuracy where the settings match (reporting/published.yaml), and
+                       whether the spread over seeds explains it (reporting/deviations.py)
     figures/           PNG and SVG: accuracy against shots and cost, curves, reliability
 
 Calibration, classes and the images of the worst errors are from the runs' predictions.csv; the images are embedded,

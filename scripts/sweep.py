@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sweep(argv: Sequence[str]) -> int:
     """Do the sweep and return the exit code: 1 if runs failed."""
-    options, flags = _arguments(argv)
+    options, flags = arguments(argv)
     grid = read_grid(options.grid) if options.grid else {}
     grid |= {name: getattr(options, name) for name in LISTS if getattr(options, name)}
     device = None
@@ -64,7 +64,7 @@ def sweep(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the sweep's options, and the flags that are main.py's."""
     epilog = "All other flags are main.py's, for all runs. Flags of only some methods belong in a grid file's rows."
     parser = Parser(prog="sweep.py", description=__doc__.splitlines()[0], epilog=epilog)

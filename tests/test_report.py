@@ -15,7 +15,7 @@ from support.report import Folder, texts
 from support.runs import call
 
 from scripts import report
-from scripts.reporting import comparison, figures
+from scripts.reporting import comparison, deviations, figures
 from scripts.reporting.results import ELEVEN, PUBLISHED
 from scripts.reporting.sheets import accuracy_tables, cost_tables, validation_tables
 
@@ -316,14 +316,15 @@ def test_published_means_are_those_of_the_datasets():
 
 
 def test_published_tables_name_protocol_and_source():
-    vit, rn50, new, transfer = comparison.published_sheets()
+    vit, rn50, new, transfer, ablations = deviations.published_sheets()
     protocol = "prompts released; validation none; precision fp32; seeds unknown"
     assert texts(vit)["SO"] == ["73.8", "76.6", "78.9", "-", "-", protocol, "arxiv.org/abs/2504.12436"]
     assert texts(vit)["SkipTuning"][:5] == ["≈ 72.2", "≈ 75.2", "≈ 78.4", "≈ 81.0", "≈ 83.9"]
     assert texts(rn50)["GDA"][4] == "76.0" and texts(new)["2SFS"][:3] == ["85.55", "75.48", "80.20"]
     assert texts(transfer)["TCP"][:3] == ["71.40", "66.29", "-"]
+    assert texts(ablations)["no momentum"][:2] == ["67.80", "76.70"]
     rows = [row for part in ("rows", "rn50", "base_to_new") for row in PUBLISHED[part]]
-    assert all(row["protocol"].keys() == set(comparison.PROTOCOL) for row in rows if "protocol" in row)
+    assert all(row["protocol"].keys() == set(deviations.PROTOCOL) for row in rows if "protocol" in row)
 
 
 def test_deviations_where_the_settings_match(results):
@@ -335,7 +336,7 @@ def test_deviations_where_the_settings_match(results):
     results.add("so", "dtd", shots=1, accuracy=60)  # no mean without the other ten
     results.add("so", "dtd", eval_only=True)
     results.add("so", "digits")
-    rows, notes = comparison.deviations(results.read())
+    rows, notes = deviations.deviations(results.read())
     assert not notes and len(rows) == 24 and set(rows.shots) == {4}
     released = rows[rows.configuration.str.contains("t 5")].set_index("data_set")
     single = released.drop("mean of 11")
@@ -344,9 +345,13 @@ def test_deviations_where_the_settings_match(results):
     mean = released.loc["mean of 11"]
     assert (mean.published, mean.deviation, mean.sd) == pytest.approx((78.9, 78.9454 + 1.5 - 78.9, 0.5**0.5), abs=1e-3)
     assert rows[rows.configuration.str.contains("t 10")].deviation.tolist()[:11] == pytest.approx([-1] * 11)
-    paper, code = comparison.deviation_sheets(rows)
+    verdicts, paper, code = deviations.deviation_sheets(rows)
+    assert list(texts(verdicts).values()) == [["SO", "0", "0", "12", "-"], ["SO", "12", "0", "0", "-"]]
     assert code.title == "so (density_ratio 5e-05, t 5, n_iters 2000) minus SO as published"
-    assert texts(code)["DTD"] == ["4", "+1.50", "66.4", "67.90 ± 0.71", "2"] and texts(paper)["DTD"][1] == "-1.00"
+    assert (
+        texts(code)["DTD"] == ["4", "+1.50", "± 11.00", "within", "66.4", "67.90 ± 0.71", "2"]
+        and texts(paper)["DTD"][1] == "-1.00"
+    )
 
 
 OTHER = [{"backbone": "ViT-B/32"}, {"prompts": "specific"}, {"t": 10}, {"total_iters": 2000}, {"prune_first": True}]
@@ -355,7 +360,7 @@ OTHER = [{"backbone": "ViT-B/32"}, {"prompts": "specific"}, {"t": 10}, {"total_i
 @pytest.mark.parametrize("change", [*OTHER, {"encoder": None}], ids=str)
 def test_other_settings_are_not_compared_with_published_numbers(results, change):
     results.add("so", "dtd", **change)
-    rows, notes = comparison.deviations(results.read())
+    rows, notes = deviations.deviations(results.read())
     assert rows.empty and next(iter(change)) in notes[0]
 
 

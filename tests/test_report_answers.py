@@ -12,7 +12,7 @@ from support.report import Folder, texts
 from support.runs import call
 
 from scripts import report
-from scripts.reporting import comparison
+from scripts.reporting import comparison, deviations
 from scripts.reporting.errors import read_errors
 from scripts.reporting.summary import below_zero_shot_sheet, ranking
 from scripts.reporting.transfer import base_to_new_tables, transfer_tables
@@ -99,7 +99,7 @@ def test_runs_on_half_of_the_classes_stand_apart(results):
     assert set(read.tested.short_name) == {"DTD", "DTD base classes"}
     rows = comparison.differences(read, "so", "lora")
     assert rows.data_set.tolist() == ["DTD", "DTD base classes"] and rows.pairs.tolist() == [1, 1]
-    assert set(comparison.deviations(read)[0].data_set) <= {"DTD"}
+    assert set(deviations.deviations(read)[0].data_set) <= {"DTD"}
 
 
 def test_base_to_new_has_both_harmonic_means(results):

@@ -25,7 +25,8 @@ def ready_environment(tmp_path):
     (venv / "bin" / "python").chmod(0o755)
     (venv / "bin" / "activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
     wanted = "".join(f.read_text() for f in sorted(PROJECT.glob("requirements*.txt"))).rstrip("\n") + "\n"
-    (venv / "installed-requirements.txt").write_text(wanted)
+    for name in ("requirements", "requirements-all"):
+        (venv / f"installed-{name}.txt").write_text(wanted)
     return os.environ | {"VENV": str(venv)}
 
 
@@ -36,6 +37,16 @@ def test_quick_start_reuses_the_environment_and_runs_the_main_job(tmp_path, read
     assert done.returncode == 0, done.stderr
     assert "installing" not in done.stdout and "->  so" in done.stdout
     assert (tmp_path / "results" / "results.csv").is_file()
+
+
+def test_reproduce_gives_the_page_on_the_digits_in_processes_of_its_own(tmp_path, ready_environment):
+    out = tmp_path / "out"
+    flags = ["--quick", "--out", out, "--parts", "main", "--methods", "so_paper", "--seeds", "1"]
+    command = ["bash", PROJECT / "scripts" / "reproduce.sh", *flags, "--cache_dir", tmp_path]
+    done = subprocess.run(command, env=ready_environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 run: 1 done" in done.stdout and "error" not in done.stderr
+    assert "quick: " in (out / "report" / "tables.md").read_text()
 
 
 def test_an_old_python_is_rejected_with_the_remedy(tmp_path):

@@ -1,4 +1,4 @@
-"""Differences between configurations, and deviations from what papers report."""
+"""Differences between configurations."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,12 @@ import pandas as pd
 from scipy import stats
 
 from common import UserError
-from scripts.reporting.results import ELEVEN, PUBLISHED, Results, text
-from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number, suites
+from scripts.reporting.results import Results
+from scripts.reporting.sheets import MISSING, Cell, Sheet, number, suites
 
 CONFIDENCE = 0.95
 SIGNED = "{:+.2f}"
 DIFFERENCES = ["a", "b", "shots", "data_set", "pairs", "data_sets", "mean_a", "mean_b", "difference", "low", "high"]
-DEVIATIONS = ["name", "paper", "configuration", "shots", "data_set", "published", "read_off", "measured", "sd", "seeds"]
-DEVIATIONS += ["deviation"]
 # Over datasets: in 1000 simulated samples of 11 the t interval of the mean covered the truth more often than the
 # percentile and the BCa bootstrap: normal values 96, 90, 90 %; exponential 89, 85, 88 %; with outliers 73, 71, 70 %.
 ASSUMPTIONS = (
@@ -124,112 +122,3 @@ def difference_sheets(results: Results, pairs: Sequence[tuple[str, str]], rows: 
         title = f"{a} minus {next(iter(others))}" if len(others) == 1 else f"{a} minus each of the others"
         sheets.append(Sheet(title, header, cells, notes))
     return sheets
-
-
-def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
-    """Return measured minus published accuracy where the settings match, and notes on those that do not.
-
-    A configuration matches a published row if it is of its method, trained and tested on all classes, and equal to one
-    of the row's `settings` in every setting named there. Columns: name, paper, configuration, shots, data_set,
-    published, read_off (error of that), measured (mean over seeds), sd, seeds, deviation. Means over datasets are
-    compared if all eleven are there.
-    """
-    rows, notes = [], []
-    runs = results.tested[results.tested.tested_on.isin(ELEVEN)]
-    for row in PUBLISHED["rows"]:
-        own = runs[runs.method == row.get("method")]
-        for (label, shots), group in own.groupby(["configuration", "shots"], sort=False):
-            reported = {ELEVEN[name]: value for name, value in row.get("data_sets", {}).get(shots, {}).items()}
-            mean = row["means"].get(shots)
-            if mean is None and not reported:
-                continue
-            mismatch = min((_mismatch(group.iloc[0], wanted) for wanted in row["settings"]), key=len)
-            if mismatch:
-                notes.append(f"{label}, {in_words(shots)}, is not compared with {row['name']}: {'; '.join(mismatch)}.")
-                continue
-            measured = {name: part.test_accuracy for name, part in group.groupby("short_name", sort=False)}
-            compared = {name: (value, measured[name]) for name, value in reported.items() if name in measured}
-            averages = accuracies(group, list(ELEVEN))
-            if mean is not None and averages is not None:
-                compared["mean of 11"] = (mean, averages)
-            fewest = group.groupby("tested_on").size().min()
-            for name, (value, found) in compared.items():
-                head = {"name": row["name"], "paper": PUBLISHED["papers"][row["paper"]]["url"], "configuration": label}
-                head |= {"shots": shots, "data_set": name, "published": value, "read_off": row.get("read_off")}
-                head |= {"measured": found.mean(), "sd": found.std()}
-                head |= {"seeds": len(measured[name]) if name in measured else fewest}
-                rows.append(head | {"deviation": found.mean() - value})
-    return pd.DataFrame(rows, columns=DEVIATIONS), notes
-
-
-def _mismatch(run: pd.Series, wanted: dict) -> list[str]:
-    """Return in words the settings in which a run is not as published."""
-    wanted = {"classes": "all"} | {name: value for name, value in wanted.items() if value is not None}
-    if "n_iters" in wanted:
-        wanted["total_iters"] = wanted.pop("n_iters") * run.shots
-    return [
-        f"{name} is {text(run.get(name))}, published {text(value)}"
-        for name, value in wanted.items()
-        if text(run.get(name)) != text(value)
-    ]
-
-
-def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
-    """Return the same as tables, one for each configuration and published row."""
-    known = {row["name"]: ", ".join(row["settings"][0]) for row in PUBLISHED["rows"] if "settings" in row}
-    sheets = []
-    for (label, name), part in rows.groupby(["configuration", "name"], sort=False):
-        cells = [
-            [
-                Cell(row.data_set),
-                number(row.shots, "{}"),
-                number(row.deviation, SIGNED),
-                _reported(row.published, row.read_off),
-                number(row.measured, "{:.2f}" + ("" if pd.isna(row.sd) else f" ± {row.sd:.2f}")),
-                number(row.seeds, "{}"),
-            ]
-            for row in part.itertuples(index=False)
-        ]
-        notes = [f"Percentage points. The runs agree with what is known of the published settings: {known[name]}."]
-        header = ["dataset", "shots", "deviation", "published", "here", "seeds"]
-        sheets.append(Sheet(f"{label} minus {name} as published", header, cells, notes))
-    return sheets
-
-
-PROTOCOL = ("prompts", "validation", "precision", "seeds")
-PROTOCOL_NOTE = "Protocol: prompts, use of validation images, precision, seeds; unknown: not found."
-
-
-def published_sheets() -> list[Sheet]:
-    """Return what papers report: averages over the eleven datasets with two backbones, base-to-new, and transfer."""
-    sheets = []
-    for title, rows in {"Published averages": PUBLISHED["rows"], "Published averages, RN50": PUBLISHED["rn50"]}.items():
-        shots = sorted({n for row in rows for n in row["means"]})
-        cells = [[_reported(row["means"].get(n), row.get("read_off")) for n in shots] for row in rows]
-        backbone = "ViT-B/16" if rows is PUBLISHED["rows"] else "RN50"
-        notes = [f"Per cent, {backbone}, averages over the eleven datasets. ≈: read off a plot. {PROTOCOL_NOTE}"]
-        sheets.append(_published(title, rows, [in_words(n) for n in shots], cells, notes))
-    rows = PUBLISHED["base_to_new"]
-    cells = [[number(row[name]) for name in ("base", "new", "harmonic")] for row in rows]
-    note = f"Per cent, ViT-B/16, 16 shots: averages over the eleven datasets, their harmonic mean. {PROTOCOL_NOTE}"
-    sheets.append(_published("Published base-to-new accuracies", rows, ["base", "new", "harmonic mean"], cells, [note]))
-    rows = PUBLISHED["transfer"]
-    cells = [[number(row.get(name)) for name in ("imagenet", "others", "variants")] for row in rows]
-    note = "Per cent, ViT-B/16, trained on ImageNet with 16 shots; all from one paper."
-    header = ["ImageNet", "mean of ten others", "mean of four variants"]
-    sheets.append(_published("Published transfer from ImageNet", rows, header, cells, [note]))
-    return sheets
-
-
-def _published(title: str, rows: list[dict], header: list[str], cells: list[list[Cell]], notes: list[str]) -> Sheet:
-    """Return a table with a row's name first, its protocol and its source last."""
-    table = []
-    for row, own in zip(rows, cells):
-        protocol = "; ".join(f"{name} {row['protocol'][name]}" for name in PROTOCOL) if "protocol" in row else MISSING
-        source = PUBLISHED["papers"][row["paper"]]["url"].removeprefix("https://")
-        table.append([Cell(row["name"]), *own, Cell(protocol), Cell(source)])
-    return Sheet(title, ["method", *header, "protocol", "source"], table, notes)
-
-
-def _reported(value: float | None, read_off: float | None) -> Cell:
-    return number(value, "{:.1f}" if pd.isna(read_off) else "≈ {:.1f}")

@@ -47,14 +47,21 @@ def _trained(results: Results, trained: pd.DataFrame, evaluated: pd.DataFrame) -
 # --- base to new
 
 
-def base_to_new_tables(results: Results) -> list[Sheet]:
-    """Return for each suite and number of shots the accuracies on base and new classes and their harmonic means."""
+def new_class_runs(results: Results) -> pd.DataFrame:
+    """Return the runs on new classes with the accuracies `base`, `new` and `harmonic` of the same weights. Those whose
+    run on the base classes is missing are left out."""
     runs = results.runs[results.runs.test_part == "test"]
     new = runs[(runs.classes == "new") & (runs.dataset == runs.test_dataset)]
     base = new.base_accuracy.astype(float).fillna(_trained(results, runs[runs.classes == "base"], new))
     tested_on = new.tested_on.str.removesuffix(" new classes")
     pairs = new.assign(base=base, new=new.test_accuracy, tested_on=tested_on).dropna(subset="base")
     pairs["harmonic"] = [metrics.harmonic_mean(*both) for both in zip(pairs.base, pairs.new)]
+    return pairs
+
+
+def base_to_new_tables(results: Results) -> list[Sheet]:
+    """Return for each suite and number of shots the accuracies on base and new classes and their harmonic means."""
+    pairs = new_class_runs(results)
     return [
         _base_to_new_table(results, part, shots, suite, columns)
         for suite, columns in suites(pairs).items()
@@ -94,11 +101,16 @@ def _base_to_new_table(results: Results, runs: pd.DataFrame, shots: int, suite: 
 # --- other datasets
 
 
-def transfer_tables(results: Results) -> list[Sheet]:
-    """Return for each source, number of shots and suite the accuracies on datasets other than the one trained on."""
+def transfer_runs(results: Results) -> pd.DataFrame:
+    """Return the evaluations on other datasets than the one trained on, with the accuracy there as `source`."""
     whole = results.runs[(results.runs.test_part == "test") & (results.runs.classes == "all")]
     runs = whole[whole.evaluated & (whole.dataset != whole.test_dataset)]
-    runs = runs.assign(source=_trained(results, whole, runs))
+    return runs.assign(source=_trained(results, whole, runs))
+
+
+def transfer_tables(results: Results) -> list[Sheet]:
+    """Return for each source, number of shots and suite the accuracies on datasets other than the one trained on."""
+    runs = transfer_runs(results)
     return [
         _transfer_table(
             results, part, f"{TITLES.get(suite, 'Transfer')}: trained on {SHORT.get(source, source)}", columns

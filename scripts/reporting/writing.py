@@ -8,7 +8,7 @@ import jinja2
 import pandas as pd
 
 from common import counted, note, progress, write_atomically
-from scripts.reporting import comparison, figures
+from scripts.reporting import comparison, deviations, figures
 from scripts.reporting.errors import read_errors
 from scripts.reporting.results import PUBLISHED, read_results
 from scripts.reporting.sheets import EVALUATED, Cell, Sheet, accuracy_tables, cost_tables, validation_tables
@@ -18,11 +18,12 @@ from scripts.reporting.transfer import base_to_new_tables, transfer_tables
 TEMPLATE = Path(__file__).parent / "page.html"
 
 
-def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> None:
+def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path, remarks: Sequence[str] = ()) -> None:
     """Write the report on a folder of results into `out`, after all of it is known to work.
 
-    `compared` are pairs of methods, or labels of configurations; None compares SO with every other. Raise UserError for
-    results that cannot be read, and for names that are not among them.
+    `compared` are pairs of methods, or labels of configurations; None compares SO with every other. `remarks` are
+    lines for the top of the page. Raise UserError for results that cannot be read, and for names that are not among
+    them.
     """
     results = read_results(folder)
     pairs = comparison.chosen_pairs(results, compared)
@@ -36,13 +37,13 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
     per_class = [sheet for one in errors for sheet in (one.calibration, one.classes)]
     differences = [comparison.differences(results, a, b) for a, b in pairs]
     difference_sheets = comparison.difference_sheets(results, pairs, differences)
-    deviations, unmatched = comparison.deviations(results)
-    published = [*comparison.deviation_sheets(deviations), *comparison.published_sheets()]
+    compared_rows, unmatched = deviations.deviations(results)
+    published = [*deviations.deviation_sheets(compared_rows), *deviations.published_sheets()]
     grids, damaged = figures.grids(results, folder)
     drawn, images = _drawn([*grids, *figures.reliability(results, errors)])
     runs_csv = results.tidy().to_csv(index=False)
     runs, constant = _runs_sheet(runs_csv)
-    notes = [*results.notes, *damaged, *unread]
+    notes = [*remarks, *results.notes, *damaged, *unread]
     for text in notes:
         note(text)
     page = _page(
@@ -76,7 +77,7 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path) -> 
         "tables.md": "\n".join([*(f"{text}\n" for text in notes), *(sheet.markdown() for sheet in markdown)]),
         "tables.tex": "\n".join(sheet.latex() for sheet in (*tables, *transfers, *evaluated)),
         "differences.csv": rows.to_csv(index=False),
-        "deviations.csv": deviations.to_csv(index=False),
+        "deviations.csv": compared_rows.to_csv(index=False),
         "index.html": page,
     }
     for name, content in files.items():

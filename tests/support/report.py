@@ -9,7 +9,14 @@ from scripts.reporting.results import read_results
 
 SO = {"encoder": "both", "position": "all", "lr": 0.0002, "batch_size": 32, "early_stop_loss": 0.01, "min_area": 0.08}
 SO |= {"flip": True, "prune_first": False, "density_ratio": 5e-05, "t": 5, "eval_every": 0, "sampled_gradients": True}
-OWN = {"so": SO, "lora": {"lr": 0.0002, "rank": 2}, "adam": {"lr": 0.0002}, "zero_shot": {}}
+OWN = {
+    "so": SO,
+    "lora": {"lr": 0.0002, "rank": 2},
+    "adam": {"lr": 0.0002},
+    "zero_shot": {},
+    "coop": {},
+    "so_ablation": {},
+}
 PER_SHOT = {"so": 2000, "lora": 500, "adam": 2000}
 
 

@@ -174,7 +174,7 @@ def run_download(data_root):
     return run
 
 
-def original(name: str, folder: Path) -> tuple[bytes, bytes | None]:
+def original(name: str, folder: Path, classes: int = 3) -> tuple[bytes, bytes | None]:
     """Return the archive of a small dataset as its authors pack it, and its split file; `folder` is scratch space."""
     if name in VARIANTS:
         inside = "sketch" if name == "imagenet_sketch" else VARIANTS[name][0].partition("/")[2]
@@ -183,7 +183,7 @@ def original(name: str, folder: Path) -> tuple[bytes, bytes | None]:
         if name == "imagenet_sketch":
             return zip_of(folder), None
         return tar_of(folder, mode="w:gz" if name == "imagenet_v2" else "w"), None
-    images = fabricate(name, folder, per_class=4)
+    images = fabricate(name, folder, classes=classes, per_class=4)
     split_folder = folder / FOLDERS[name]["coop"][0]
     split = None
     if name in SPLIT_FILES:
@@ -213,9 +213,9 @@ def original(name: str, folder: Path) -> tuple[bytes, bytes | None]:
     return tar_of(images.parent), split
 
 
-def offer(world, name, tmp_path) -> tuple[str, bytes, bytes | None]:
+def offer(world, name, tmp_path, classes=3) -> tuple[str, bytes, bytes | None]:
     """Put the small dataset on the server; return the path of its archive, the archive and the split file."""
-    archive, split = original(name, tmp_path / f"original_{name}")
+    archive, split = original(name, tmp_path / f"original_{name}", classes)
     if split:
         world.has_split(name, split)
     return world.has_archive(name, archive), archive, split
