@@ -1,7 +1,7 @@
 """What one run works with: a model, a task, the settings, and the features that are computed only once."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -15,7 +15,7 @@ import datasets
 import distributed
 import utils
 from clip import trunks
-from clip.preprocess import mirror, train_transform
+from clip.preprocess import mirror, normalise, normalise_table, pixels_of, train_transform
 from common import progress
 from datasets import Item, Task
 from predictions import Predictions, predict
@@ -23,6 +23,22 @@ from settings import Hparams, Settings
 
 H = TypeVar("H", bound=Hparams)
 IMAGES_AT_ONCE = 256  # without gradients
+
+
+class Normalised:
+    """A loader's batches (images, labels), with the images as the model reads them, on its device.
+
+    They come as bytes from the processes that read them; `transform` says how bytes become numbers.
+    """
+
+    def __init__(self, loader: DataLoader, transform: Callable, device: torch.device):
+        self.loader, self.table = loader, normalise_table(transform).to(device)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((normalise(images, self.table), labels) for images, labels in self.loader)
 
 
 @dataclass
@@ -60,15 +76,15 @@ class Experiment(Generic[H]):
         dtype = torch.float16 if self.settings.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.settings.precision != "fp32")
 
-    def training_batches(self, start: int = 0) -> DataLoader:
+    def training_batches(self, start: int = 0) -> "Normalised":
         """Return the augmented training batches from iteration `start` (counted from 0) to the end of training.
 
         Raise DatasetError if a training image is damaged.
         """
         hparams, settings = self.hparams, self.settings
-        return datasets.training_loader(
+        loader = datasets.training_loader(
             self.task,
-            train_transform(self.model.preprocessing, hparams.min_area, hparams.flip),
+            pixels_of(self._train_transform),
             hparams.batch_size,
             hparams.total_iters,
             settings.seed,
@@ -78,10 +94,28 @@ class Experiment(Generic[H]):
             pin_memory=self.device.type == "cuda",
             drop_last=hparams.drop_last,
         )
+        return Normalised(loader, self._train_transform, self.device)
+
+    @property
+    def _train_transform(self) -> Callable:
+        return train_transform(self.model.preprocessing, self.hparams.min_area, self.hparams.flip)
+
+    def test_batches(self, items: Sequence[Item], batch_size: int, mirrored: bool = False) -> "Normalised":
+        """Return batches of the items, or of their mirror images, in order, not augmented."""
+        transform = pixels_of(self.preprocess)
+        loader = datasets.test_loader(
+            items,
+            self.task,
+            mirror(transform) if mirrored else transform,
+            batch_size,
+            self._workers(batch_size),
+            pin_memory=self.device.type == "cuda",
+        )
+        return Normalised(loader, self.preprocess, self.device)
 
     def _workers(self, batch_size: int) -> int:
-        """Return the number of processes that read images, for float32 batches of this many images."""
-        batch_bytes = batch_size * 3 * self.model.preprocessing.size**2 * 4
+        """Return the number of processes that read images, for batches of this many images, a byte a value."""
+        batch_bytes = batch_size * 3 * self.model.preprocessing.size**2
         return datasets.workers_that_fit(self.settings.workers, batch_bytes)
 
     @property
@@ -92,14 +126,9 @@ class Experiment(Generic[H]):
     def image_features(self, items: Sequence[Item], label: str, mirrored: bool = False) -> Tensor:
         """Return unit features [N, E] of the items, or of their mirror images, in main memory, by the model as it is
         now. Several processes share the batches."""
-        pin = self.device.type == "cuda"
-        transform = mirror(self.preprocess) if mirrored else self.preprocess
         own = [items[place] for place in distributed.mine_or_one(len(items), IMAGES_AT_ONCE)]
-        loader = datasets.test_loader(
-            own, self.task, transform, IMAGES_AT_ONCE, self._workers(IMAGES_AT_ONCE), pin_memory=pin
-        )
         with self.autocast():
-            features = utils.image_features(self.model, loader, label)
+            features = utils.image_features(self.model, self.test_batches(own, IMAGES_AT_ONCE, mirrored), label)
         return distributed.rows_of_all(features, len(items), IMAGES_AT_ONCE)
 
     def test_features(self) -> Tensor:
@@ -134,18 +163,18 @@ class Experiment(Generic[H]):
 
         They come from the cache on disk if another run computed them on such a machine.
         """
-        transform = train_transform(self.model.preprocessing, self.hparams.min_area, self.hparams.flip)
         processor = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else torch.get_num_threads()
-        about = repr(transform), self.settings.precision, self.device.type, f"{processor}", f"{self.settings.seed}"
+        transform, device = repr(self._train_transform), self.device.type
+        about = transform, self.settings.precision, device, f"{processor}", f"{self.settings.seed}"
         key = ("augmented", self.task.train, views, self.hparams.min_area, self.hparams.flip)
-        compute = partial(self._augmented_features, transform, views)
+        compute = partial(self._augmented_features, views)
         return self._once(key, compute, self.task.train, (*about, f"{views} views")).to(self.device)
 
     @torch.no_grad()
-    def _augmented_features(self, transform: Callable, views: int) -> Tensor:
+    def _augmented_features(self, views: int) -> Tensor:
         loader = datasets.augmented_loader(
             self.task,
-            transform,
+            pixels_of(self._train_transform),
             IMAGES_AT_ONCE,
             views,
             self.settings.seed,
@@ -154,10 +183,8 @@ class Experiment(Generic[H]):
             pin_memory=self.device.type == "cuda",
         )
         with self.autocast():
-            parts = [
-                self.model.encode_image(images.to(self.device, non_blocking=True)).float()
-                for images, _ in progress(loader, "augmented views")
-            ]
+            batches = Normalised(loader, self._train_transform, self.device)
+            parts = [self.model.encode_image(images).float() for images, _ in progress(batches, "augmented views")]
         number = views * len(self.task.train)
         return distributed.rows_of_all(torch.cat(parts), number, IMAGES_AT_ONCE).unflatten(0, (views, -1))
 

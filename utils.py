@@ -4,7 +4,7 @@ Shapes: B images, C classes, E embedding size, P prompts.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import clip
 from clip.layouts import Prompts
@@ -61,9 +60,9 @@ def text_classifier(model: clip.CLIP, class_names: Sequence[str], templates: Seq
 
 
 @torch.no_grad()
-def image_features(model: clip.CLIP, loader: DataLoader, label: str) -> Tensor:
-    """Return unit features [N, E] in float32, in main memory, of all the loader's images in order."""
-    return torch.cat([encode_image(model, images).cpu() for images, _ in progress(loader, label)])
+def image_features(model: clip.CLIP, batches: Iterable, label: str) -> Tensor:
+    """Return unit features [N, E] in float32, in main memory, of all images of batches (images, labels), in order."""
+    return torch.cat([encode_image(model, images).cpu() for images, _ in progress(batches, label)])
 
 
 def cache_file(folder: str, *key: str) -> Path:

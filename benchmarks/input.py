@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import datasets
-from clip.preprocess import Preprocessing, train_transform
+from clip.preprocess import Preprocessing, pixels_of, train_transform
 from common import Parser, one_line_errors
 
 
@@ -32,7 +32,9 @@ def photographs(folder: Path, count: int) -> tuple[datasets.Item, ...]:
 
 
 def images_per_second(task: datasets.Task, workers: int, cache_mb: int, batches: int) -> float:
-    loader = datasets.training_loader(task, train_transform(Preprocessing(224)), 32, batches + 2, 0, workers, cache_mb)
+    loader = datasets.training_loader(
+        task, pixels_of(train_transform(Preprocessing(224))), 32, batches + 2, 0, workers, cache_mb
+    )
     iterator = iter(loader)
     next(iterator)  # the time to start the workers does not count
     start, seen = time.perf_counter(), 0

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import float32
+import torch
+from torch import Tensor, float32
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,6 +44,29 @@ def test_transform(preprocessing: Preprocessing) -> Callable:
     else:
         resized = [v2.Resize(size, interpolation), v2.CenterCrop(size)]
     return v2.Compose([*resized, v2.RGB(), *preprocessing.to_tensor()])
+
+
+def pixels_of(transform: Callable) -> Callable:
+    """Return a transform of this module without its last steps: it gives uint8 [3, size, size], a quarter of the bytes,
+    for `normalise`."""
+    from torchvision.transforms import v2
+
+    return v2.Compose(transform.transforms[:-2])
+
+
+def normalise_table(transform: Callable) -> Tensor:
+    """Return what the last steps of a transform of this module make of each value of a channel: float32 [3, 256]."""
+    from torchvision.transforms import v2
+
+    values = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    return v2.Compose(transform.transforms[-2:])(values)[:, 0]
+
+
+def normalise(pixels: Tensor, table: Tensor) -> Tensor:
+    """Return uint8 images [B, 3, R, R] as the table's transform would give them, bit for bit, on the table's device."""
+    pixels = pixels.to(table.device, non_blocking=True)
+    channels = 256 * torch.arange(3, dtype=torch.int32, device=table.device).view(3, 1, 1)
+    return table.view(-1).index_select(0, (pixels + channels).view(-1)).view(pixels.shape)
 
 
 def mirror(transform: Callable) -> Callable:

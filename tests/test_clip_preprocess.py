@@ -92,3 +92,17 @@ def test_crop_area():
     assert 0.45 < area.min() < 0.6 and area.max() > 0.9
     area, _ = crops(preprocess.train_transform(preprocess.Preprocessing(64), min_area=1.0), 20)
     assert area.min() > 0.9
+
+
+@pytest.mark.parametrize("interpolation, resize", [("bicubic", "shortest"), ("bilinear", "squash")])
+def test_bytes_that_are_normalised_later_give_the_same_bits(interpolation, resize):
+    ours = preprocess.Preprocessing(48, (0.5, 0.4, 0.3), (0.21, 0.22, 0.23), interpolation, resize)
+    images = [image_of(width, height, mode) for (width, height), mode in zip(SIZES, MODES)]
+    for transform in (preprocess.test_transform(ours), preprocess.train_transform(ours)):
+        results = []
+        for step in (transform, preprocess.pixels_of(transform)):
+            torch.manual_seed(3)
+            results.append(torch.stack([step(image) for image in images]))
+        whole, pixels = results
+        assert pixels.dtype == torch.uint8
+        assert torch.equal(preprocess.normalise(pixels, preprocess.normalise_table(transform)), whole)

@@ -19,6 +19,7 @@ from clip.preprocess import Preprocessing
 from clip.preprocess import test_transform as centre_crop
 from common import UserError
 from datasets import Task
+from experiment import Experiment
 from methods import METHODS
 from methods.choice import reached, select_blocks
 from methods.weights.shira import MASKS
@@ -123,7 +124,7 @@ def test_shira_trains_the_masked_entries_beside_a_plain_loop(mask, monkeypatch):
     task = digits_task()
     options = {"density_ratio": 0.003, "lr": 1e-3, "total_iters": STEPS, "batch_size": 4}
     adaptation = prepared("shira", task, mask=mask, seed=7, **options)
-    monkeypatch.setattr("datasets.test_loader", double(datasets.test_loader))
+    monkeypatch.setattr(Experiment, "test_batches", double(Experiment.test_batches))
     batches = [(images, labels) for images, labels in noise(STEPS)]
     fit = fitted(adaptation, batches)
     if mask == "random":  # SO whose support is drawn once

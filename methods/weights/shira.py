@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import datasets
 import utils
 from experiment import IMAGES_AT_ONCE, Experiment
 from optimizers.SparseOptimizer import draw_support
@@ -86,10 +85,9 @@ class SHiRA(Adaptation):
         """Return the gradients of the mean loss over all training images, not augmented, in float32."""
         experiment, task = self.experiment, self.experiment.task
         size = min(IMAGES_AT_ONCE, experiment.hparams.batch_size)
-        loader = datasets.test_loader(task.train, task, experiment.preprocess, size, experiment.settings.workers)
         prompts = self.prompts_of(range(len(task.class_names)))
         sums = {name: torch.zeros_like(W) for name, W in self.matrices.items()}
-        for images, labels in loader:
+        for images, labels in experiment.test_batches(task.train, size):
             logits = self.logits(utils.encode_image(self.model, images), utils.encode_text(self.model, prompts))
             loss = F.cross_entropy(logits, labels.to(experiment.device), reduction="sum") / len(task.train)
             gradients = torch.autograd.grad(loss, self.matrices.values())
