@@ -1,14 +1,13 @@
 """What one run works with: a model, a task, the settings, and the features that are computed only once."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import clip
 import datasets
@@ -31,7 +30,7 @@ class Normalised:
     They come as bytes from the processes that read them; `transform` says how bytes become numbers.
     """
 
-    def __init__(self, loader: DataLoader, transform: Callable, device: torch.device):
+    def __init__(self, loader: Collection, transform: Callable, device: torch.device):
         self.loader, self.table = loader, normalise_table(transform).to(device)
 
     def __len__(self) -> int:
@@ -126,10 +125,23 @@ class Experiment(Generic[H]):
     def image_features(self, items: Sequence[Item], label: str, mirrored: bool = False) -> Tensor:
         """Return unit features [N, E] of the items, or of their mirror images, in main memory, by the model as it is
         now. Several processes share the batches."""
-        own = [items[place] for place in distributed.mine_or_one(len(items), IMAGES_AT_ONCE)]
+        own = distributed.mine_or_one(len(items), IMAGES_AT_ONCE)
+        if self.settings.cache_test_pixels and items is self.task.test:
+            batches = self._stored_test_batches(own)
+        else:
+            batches = self.test_batches([items[place] for place in own], IMAGES_AT_ONCE, mirrored)
         with self.autocast():
-            features = utils.image_features(self.model, self.test_batches(own, IMAGES_AT_ONCE, mirrored), label)
+            features = utils.image_features(self.model, batches, label)
         return distributed.rows_of_all(features, len(items), IMAGES_AT_ONCE)
+
+    def _stored_test_batches(self, places: Sequence[int]) -> "Normalised":
+        """Return batches of some test images from the cache on disk, where the first run that asks puts all of them."""
+        items, size = self.task.test, self.model.preprocessing.size
+        about = "pixels", self.task.fingerprint(items), repr(pixels_of(self.preprocess))
+        path = utils.cache_file(self.settings.cache_dir, *about).with_suffix(".npy")
+        loader = lambda: self.test_batches(items, IMAGES_AT_ONCE).loader  # noqa: E731
+        distributed.from_first(lambda: utils.store_pixels(path, loader, (len(items), 3, size, size)))
+        return Normalised(utils.stored_pixels(path, places, IMAGES_AT_ONCE), self.preprocess, self.device)
 
     def test_features(self) -> Tensor:
         """Return unit features [N, E] of the test images under the unchanged weights.

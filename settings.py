@@ -172,6 +172,7 @@ class Settings(Options):
     )
     workers: int | None = machine(None, "processes that read images; default: from the cores", kind=int, at_least=0)
     image_cache_mb: int = machine(2048, "MB of decoded images; what does not fit is decoded each time", at_least=0)
+    cache_test_pixels: bool = machine(False, "keep the test images in --cache_dir as the model reads them, for sweeps")
     cache_dir: str = machine("~/.cache/clip-so", "folder for the features of test images under unchanged weights")
 
     results_dir: str = output("results", "folder of run folders and results.csv")

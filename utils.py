@@ -4,10 +4,11 @@ Shapes: B images, C classes, E embedding size, P prompts.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from torch import Tensor
 import clip
 from clip.layouts import Prompts
 from clip.weights import save_tensors
-from common import note, progress
+from common import note, progress, replacing
 
 PROMPTS_AT_ONCE = 256  # without gradients, to bound memory
 
@@ -92,3 +93,23 @@ def save_features(path: Path, features: Tensor, seconds: float) -> None:
         save_tensors({"features": features.cpu(), "seconds": torch.tensor(seconds)}, path)
     except OSError as error:
         note(f"features are not cached in {path.parent} ({error.strerror}); --cache_dir chooses another folder")
+
+
+def store_pixels(path: Path, loader: Callable[[], Collection], shape: tuple[int, ...]) -> None:
+    """Write all images that a loader gives, uint8 [N, 3, R, R], to a file of numpy's, unless it is there."""
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        pixels, first = np.lib.format.open_memmap(part, "w+", np.uint8, shape), 0
+        for images, _ in progress(loader(), "storing test images"):
+            pixels[first : first + len(images)] = images.numpy()
+            first += len(images)
+        pixels.flush()
+
+
+def stored_pixels(path: Path, places: Sequence[int], at_once: int) -> list[tuple[Tensor, None]]:
+    """Return some of the images that `store_pixels` wrote, in batches; they are read when they are used."""
+    pixels = np.load(path, mmap_mode="c")  # torch wants memory that it could write to
+    parts = [places[first : first + at_once] for first in range(0, len(places), at_once)]
+    return [(torch.from_numpy(pixels[part[0] : part[-1] + 1]), None) for part in parts]

@@ -100,3 +100,29 @@ def test_blocks_below_the_first_trained_one_are_computed_once(run_main, monkeypa
     assert outcomes[0] == outcomes[1]
     layers = clip.load("tiny")[0].arch.text_layers
     assert calls == [layers - 1]
+
+
+def test_test_images_are_prepared_once_for_several_runs(run_main, tmp_path, monkeypatch):
+    flags = (*quick("so", 6), "--cache_dir", tmp_path / "cache")
+    _, plain, _, _ = run_main(*flags, *in_folder("plain"))
+    code, first, _, err = run_main(*flags, *in_folder("stored"), "--cache_test_pixels")
+    assert code == 0, err
+    assert outcome("stored", first) == outcome("plain", plain)
+    (stored,) = (tmp_path / "cache").glob("*.npy")
+    assert stored.stat().st_size == 128 + first_test_images() * 3 * 32 * 32
+
+    def fails(*_, **__):
+        raise UserError("an image is damaged; replace it")
+
+    monkeypatch.setattr("datasets.test_loader", fails)
+    code, again, _, err = run_main(*flags, *in_folder("again"), "--cache_test_pixels")
+    assert code == 0, err
+    assert outcome("again", again) == outcome("plain", plain)
+    stored.unlink()
+    assert run_main(*flags, *in_folder("other"), "--cache_test_pixels")[0] == 2
+    assert not [*(tmp_path / "cache").glob("*.npy*")]
+
+
+def first_test_images() -> int:
+    """Return the number of test images in a run of the tests."""
+    return len(entry.read_data(parse(["--device", "cpu"])).test)
