@@ -72,13 +72,17 @@ class Side:
         image, text = (F.normalize(embedding.float(), dim=-1) for embedding in embeddings)
         return F.cross_entropy(100 * image @ text.T, self.labels)
 
-    def step(self) -> float:
-        """Do one step and return its loss."""
+    def update(self) -> Tensor:
+        """Do one step and return its loss, for which a GPU is not waited."""
         loss = self.loss(self.encode_images(), self.encode_prompts())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return loss.detach()
+
+    def step(self) -> float:
+        """Do one step and return its loss."""
+        return self.update().item()
 
 
 def tokens_of(args: Namespace) -> Tensor:
