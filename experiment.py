@@ -92,6 +92,7 @@ class Experiment(Generic[H]):
             start,
             pin_memory=self.device.type == "cuda",
             drop_last=hparams.drop_last,
+            own=distributed.mine_or_one,
         )
         return Normalised(loader, self._train_transform, self.device)
 
@@ -193,6 +194,7 @@ class Experiment(Generic[H]):
             self._workers(IMAGES_AT_ONCE),
             self._image_cache_mb,
             pin_memory=self.device.type == "cuda",
+            own=partial(distributed.mine_or_one, at_once=IMAGES_AT_ONCE),
         )
         with self.autocast():
             batches = Normalised(loader, self._train_transform, self.device)

@@ -9,19 +9,19 @@ over augmented images for other purposes are -1, -2, ...
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-import distributed
 from common import counted, note, progress
 
 from .task import DatasetError, Item, Task
 
 Transform = Callable[[Image.Image], torch.Tensor]
+Own = Callable[[int], Iterable[int]]  # from a number of places to those that this process is to load
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -78,18 +78,19 @@ def training_loader(
     start: int = 0,
     pin_memory: bool = False,
     drop_last: bool = False,
+    own: Own = range,
 ) -> DataLoader:
     """Return a loader of the training batches `start`, ..., `iterations` - 1.
 
     A batch is (images [b, ...] as `transform` makes them, labels int64 [b]); b is `batch_size` except in the last batch
-    of an epoch. `transform` may draw only from torch's CPU generator, as torchvision's do, and must be picklable if
-    workers are spawned.
+    of an epoch. Where several processes share a batch, `own` says which of its places are loaded here. `transform` may
+    draw only from torch's CPU generator, as torchvision's do, and must be picklable if workers are spawned.
 
     All training images are decoded here, once, so that a damaged file is reported (DatasetError) before training
     begins. Up to `cache_mb` MB of pixels stay in memory; the other images are decoded again on every use.
     """
     data = _TrainingData(task, transform, seed, cache_mb)
-    batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start, drop_last)
+    batches = _TrainingBatches(len(task.train), batch_size, iterations, seed, start, drop_last, own)
     return _loader(data, workers, pin_memory, batch_sampler=batches)
 
 
@@ -102,17 +103,17 @@ def augmented_loader(
     workers: int,
     cache_mb: int = 2048,
     pin_memory: bool = False,
+    own: Own = range,
 ) -> DataLoader:
     """Return a loader that passes `passes` times over all training images in order, each time with new augmentations.
 
-    Image p of pass i is item number i * len(task.train) + p; batches may span two passes. Several processes share the
-    batches. The augmentations differ from
-    those of training with the same seed. Images, transform and errors are as in `training_loader`.
+    Image p of pass i is item number i * len(task.train) + p, of which those that `own` says are loaded; batches may
+    span two passes. The augmentations differ from those of training with the same seed. Images, transform and errors
+    are as in `training_loader`.
     """
     data = _TrainingData(task, transform, seed, cache_mb)
     keys = [(-1 - i, position) for i in range(passes) for position in range(len(task.train))]
-    own = [keys[place] for place in distributed.mine_or_one(len(keys), batch_size)]
-    return _loader(data, workers, pin_memory, batch_size=batch_size, sampler=own)
+    return _loader(data, workers, pin_memory, batch_size=batch_size, sampler=[keys[place] for place in own(len(keys))])
 
 
 def test_loader(
@@ -197,13 +198,15 @@ class _TrainingData(_OrderedData):
 
 
 class _TrainingBatches(Sampler):
-    """The keys (epoch, position) of all batches of a run, of each this process's part.
+    """The keys (epoch, position) of all batches of a run, of each only what `own` says.
 
     One sampler for all epochs, so that workers never restart.
     """
 
-    def __init__(self, n_items: int, batch_size: int, iterations: int, seed: int, start: int, drop_last: bool):
-        self.n_items = n_items
+    def __init__(
+        self, n_items: int, batch_size: int, iterations: int, seed: int, start: int, drop_last: bool, own: Own = range
+    ):
+        self.n_items, self.own = n_items, own
         self.batch_size = batch_size
         self.per_epoch = batches_per_epoch(n_items, batch_size, drop_last)
         self.iterations = iterations
@@ -220,7 +223,7 @@ class _TrainingBatches(Sampler):
             if epoch != ordered_epoch:
                 ordered_epoch, order = epoch, shuffled(self.n_items, self.seed, epoch).tolist()
             positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, positions[place]) for place in distributed.mine_or_one(len(positions))]
+            yield [(epoch, positions[place]) for place in self.own(len(positions))]
 
 
 # A DataLoader raises a worker's exception again with the worker's traceback as its message. The single line of a

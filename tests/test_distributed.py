@@ -31,10 +31,10 @@ FORK = multiprocessing.get_context("fork")
 
 def in_processes(count: int, function, joins: bool = False) -> list:
     """Return what `function`, which may join them itself, returns in each of several processes, or what it raises."""
-    store, pipes = distributed.serve(), [FORK.Pipe() for _ in range(count)]
+    pipes = [FORK.Pipe() for _ in range(count)]
 
     def child(number: int) -> None:
-        os.environ |= distributed.environment(store.port, number, count)
+        os.environ |= distributed.environment(pipes[number][1].recv(), number, count)
         del os.environ[distributed.LAUNCHED]
         try:
             with contextlib.nullcontext() if joins else distributed.joined():
@@ -47,13 +47,16 @@ def in_processes(count: int, function, joins: bool = False) -> list:
     children = [FORK.Process(target=child, args=(number,)) for number in range(count)]
     for process in children:
         process.start()
+    store = distributed.serve()  # only now: a fork may copy a lock that a thread of the store holds
+    for here, _ in pipes:
+        here.send(store.port)
     answers = []
-    for (receiver, sender), process in zip(pipes, children):
-        assert receiver.poll(60), "a process hangs"
-        answers.append(receiver.recv())
+    for (here, there), process in zip(pipes, children):
+        assert here.poll(60), "a process hangs"
+        answers.append(here.recv())
         process.join()
-        receiver.close()
-        sender.close()
+        here.close()
+        there.close()
     return answers
 
 

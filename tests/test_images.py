@@ -235,7 +235,7 @@ def test_all_loaders_of_a_run_fit_into_shared_memory(run_main, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "workers_that_fit", lambda workers, size: asked.append((workers, size)) or 0)
     run_main("--total_iters", "1", "--batch_size", "4", "--workers", "3")
-    image = 3 * 32**2 * 4  # the tiny CLIP's, in float32
+    image = 3 * 32**2  # the tiny CLIP's, a byte a value
     assert {workers for workers, _ in asked} == {3} and {size for _, size in asked} == {4 * image, 256 * image}
 
 

@@ -31,7 +31,7 @@ class Here(Cluster):
     poll_seconds = 0
 
     def __init__(self, feature_cache):
-        super().__init__(Path("logs"))
+        super().__init__(Path("logs"), gpus_per_run=1)
         self.flags = ["--cache_dir", feature_cache, "--workers", 0]
 
     def start(self, waiting):

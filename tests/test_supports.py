@@ -92,7 +92,7 @@ def test_an_unequal_run_records_its_rule_and_is_a_run_of_its_own(run_main):
     assert [record["imbalance_ratio"] for record in records] == [None, 4, 4]
     assert len({record["run_id"] for record in records}) == 3 and len(support_of(records[1])["val"]) == 40
     table = pd.read_csv("results/results.csv")
-    assert list(table.columns[-4:]) == ["imbalance", "imbalance_ratio", "label_noise", "noise_kind"]
+    assert list(table.columns[-5:-1]) == ["imbalance", "imbalance_ratio", "label_noise", "noise_kind"]
     assert support_of(records[1])["train"] != support_of(records[2])["train"]
 
 
