@@ -77,7 +77,9 @@ def remedies(config: Config) -> str:
     found = [] if settings.checkpoint_blocks else ["--checkpoint_blocks changes no result"]
     found += [f"--processes {torch.cuda.device_count()} shares it between GPUs"] if several else []
     found += ["--precision bf16 changes last digits"] if settings.precision == "fp32" else []
-    return ", ".join([*found, "a smaller --batch_size is another setting of the method"])
+    found += ["a smaller --batch_size is another setting of the method"]
+    trains_both = getattr(config.hparams, "encoder", None) == "both"
+    return ", ".join(found + ["--encoder text or vision trains one tower alone"] * trains_both)
 
 
 def in_processes(config: Config, argv: Sequence[str]) -> list[dict]:

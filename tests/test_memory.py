@@ -65,6 +65,7 @@ def test_an_image_tower_without_such_blocks_is_rejected_if_it_is_trained():
     "error",
     [
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
         torch.OutOfMemoryError("CUDA out of memory."),
     ],
@@ -79,6 +80,7 @@ def test_lack_of_memory_is_a_line_with_remedies(run_main, monkeypatch, error):
     config = parse(["--checkpoint_blocks", "--precision", "bf16", "--device", "cpu"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert "checkpoint" not in entry.remedies(config) and "--processes 4" in entry.remedies(config)
+    assert "--encoder" in entry.remedies(config) and "--encoder" not in entry.remedies(parse(["--method", "coop"]))
 
 
 def test_other_errors_keep_their_traceback(run_main, monkeypatch):
