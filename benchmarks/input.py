@@ -18,6 +18,7 @@ from PIL import Image
 import datasets
 from clip.preprocess import Preprocessing, pixels_of, train_transform
 from common import Parser, one_line_errors
+from experiment import Normalised
 
 
 def photographs(folder: Path, count: int) -> tuple[datasets.Item, ...]:
@@ -32,10 +33,9 @@ def photographs(folder: Path, count: int) -> tuple[datasets.Item, ...]:
 
 
 def images_per_second(task: datasets.Task, workers: int, cache_mb: int, batches: int) -> float:
-    loader = datasets.training_loader(
-        task, pixels_of(train_transform(Preprocessing(224))), 32, batches + 2, 0, workers, cache_mb
-    )
-    iterator = iter(loader)
+    transform = train_transform(Preprocessing(224))
+    loader = datasets.training_loader(task, pixels_of(transform), 32, batches + 2, 0, workers, cache_mb)
+    iterator = iter(Normalised(loader, transform, torch.device("cpu")))
     next(iterator)  # the time to start the workers does not count
     start, seen = time.perf_counter(), 0
     for images, _ in iterator:
