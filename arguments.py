@@ -68,6 +68,8 @@ class Config:
         left_out = {"force", "wait", *LENGTHS} - {in_force}
         values = {name: value for name, value in values.items() if name not in left_out}
         values |= {"template": list(self.settings.template)}
+        if distributed.is_member():  # each has its own GPU
+            values["device"] = self.settings.device.partition(":")[0]
         if self.settings.draw == ALL:
             values["shots"] = ALL
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))  # a setting a line

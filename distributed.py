@@ -55,8 +55,8 @@ class ReplicasDiffer(RuntimeError):
 
 
 def is_member() -> bool:
-    """Return whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    """Return whether this process was started as one of several, with torchrun's environment variables."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def rank() -> int:
@@ -71,9 +71,9 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def local_rank() -> int:
-    """Return this process's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", rank()))
+def own_gpu() -> int:
+    """Return the number of this process's GPU. A cluster may show each process its own GPU alone."""
+    return int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count())
 
 
 def local_size() -> int:
@@ -94,7 +94,9 @@ def joined() -> Iterator[None]:
     _join()
     try:
         yield
-    except PeerGone:
+    except PeerGone as gone:
+        if _is_first_to_say():  # the others run: what failed is the exchange itself
+            print(f"error: processes cannot exchange data: {gone.__cause__}", file=sys.__stderr__)
         sys.exit(PEER_GONE)
     except BaseException:
         sys.stderr = sys.__stderr__ if _is_first_to_say() else open(os.devnull, "w")  # noqa: SIM115, until the end
@@ -131,7 +133,7 @@ def _join() -> None:
     if LAUNCHED in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: do not outlive a launcher that is killed
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(own_gpu())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _store, number, count = next(dist.rendezvous("env://"))
     _store.set_timeout(FOREVER)
@@ -158,6 +160,8 @@ def said_by_launcher() -> Iterator[None]:
 def _checked(collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
         return collective(*args, **options)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise PeerGone from error
 
@@ -339,16 +343,17 @@ def launch(count: int, command: Sequence[str]) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _wait(processes, received)
+        codes = _wait(processes, received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return _exit_code([process.returncode for process in processes], received)
+    return _exit_code(codes, received)
 
 
-def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int]) -> None:
-    """Wait for the end of all processes; end the others when one has failed."""
-    bad_since, terminated = None, False
+def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int]) -> list[int]:
+    """Wait for the end of all processes; end the others when one has failed. Return the exit codes of those that ended
+    by themselves."""
+    bad_since, terminated, codes = None, False, []
     while any(process.poll() is None for process in processes):
         if bad_since is None and (received or any(process.poll() for process in processes)):
             bad_since = time.monotonic()
@@ -357,20 +362,22 @@ def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int]) -> Non
             if late > GRACE + LAST_GRACE:
                 process.kill()
             elif late > GRACE and not terminated:
+                codes = codes or [other.poll() for other in processes if other.poll() is not None]
                 process.terminate()
         terminated |= late > GRACE
         time.sleep(POLL)
+    return codes or [process.returncode for process in processes]
 
 
 def _exit_code(codes: Sequence[int], received: Sequence[int]) -> int:
     if received:
         return 128 + received[0]
-    spoken = [(number, code) for number, code in enumerate(codes) if code not in (0, PEER_GONE, -signal.SIGTERM)]
+    spoken = [code for code in codes if code not in (0, PEER_GONE, -signal.SIGTERM)]
     if not spoken:
         return max(map(abs, codes))
-    number, code = min(spoken, key=lambda ended: ended[1])  # a signal before all others: it is why they ended
+    code = min(spoken)  # a signal before all others: it is why they ended
     if code < 0:
-        note(f"process {number + 1} of {len(codes)} was ended by signal {-code}; the same command goes on")
+        note(f"one of the processes was ended by signal {-code}; the same command goes on")
     return code if code > 0 else 128 - code
 
 
@@ -387,7 +394,8 @@ def check(processes: int, device: str) -> None:
         raise UserError(
             f"--device {device} is one GPU, and each of {here} processes needs its own; write --device cuda"
         )
-    if here > torch.cuda.device_count():
+    one_each = is_member() and LAUNCHED not in os.environ and torch.cuda.device_count() == 1
+    if here > torch.cuda.device_count() and not one_each:
         raise UserError(
             f"{here} processes need as many GPUs, and this machine has {torch.cuda.device_count()}; use fewer processes"
         )

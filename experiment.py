@@ -114,8 +114,9 @@ class Experiment(Generic[H]):
         return Normalised(loader, self.preprocess, self.device)
 
     def _workers(self, batch_size: int) -> int:
-        """Return the number of processes that read images, for batches of this many images, a byte a value."""
-        batch_bytes = batch_size * 3 * self.model.preprocessing.size**2
+        """Return the number of processes that read images, for batches of this many images, a byte a value. The
+        machine's other processes need the same."""
+        batch_bytes = batch_size * 3 * self.model.preprocessing.size**2 * distributed.local_size()
         return datasets.workers_that_fit(self.settings.workers, batch_bytes)
 
     @property
@@ -127,7 +128,7 @@ class Experiment(Generic[H]):
         """Return unit features [N, E] of the items, or of their mirror images, in main memory, by the model as it is
         now. Several processes share the batches."""
         own = distributed.mine_or_one(len(items), IMAGES_AT_ONCE)
-        if self.settings.cache_test_pixels and items is self.task.test:
+        if self.settings.cache_test_pixels and items is self.task.test and not mirrored:
             batches = self._stored_test_batches(own)
         else:
             batches = self.test_batches([items[place] for place in own], IMAGES_AT_ONCE, mirrored)

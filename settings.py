@@ -310,7 +310,7 @@ def choose_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and distributed.is_member():
-        name = f"cuda:{distributed.local_rank()}"
+        name = f"cuda:{distributed.own_gpu()}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -151,13 +151,13 @@ def prepare(experiment: Experiment, start: int = 0) -> tuple[Adaptation, Iterabl
 def _checkpoint_blocks(experiment: Experiment, adaptation: Adaptation) -> None:
     model = experiment.model
     if isinstance(model.visual, VisionTransformer):
-        model.visual.transformer.checkpoint_blocks(adaptation.noise)
+        model.visual.transformer.checkpoint_blocks(adaptation.generators)
     elif adaptation.trains_images:
         raise UserError(
             f"--checkpoint_blocks: the image tower of {experiment.settings.backbone} is no transformer of CLIP's kind; "
             "leave the flag out, or train the text tower alone"
         )
-    model.transformer.checkpoint_blocks(adaptation.noise)
+    model.transformer.checkpoint_blocks(adaptation.generators)
 
 
 def fit(

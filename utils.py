@@ -18,7 +18,7 @@ from torch import Tensor
 import clip
 from clip.layouts import Prompts
 from clip.weights import save_tensors
-from common import note, progress, replacing
+from common import acquire_lock, note, progress, replacing
 
 PROMPTS_AT_ONCE = 256  # without gradients, to bound memory
 
@@ -97,15 +97,16 @@ def save_features(path: Path, features: Tensor, seconds: float) -> None:
 
 def store_pixels(path: Path, loader: Callable[[], Collection], shape: tuple[int, ...]) -> None:
     """Write all images that a loader gives, uint8 [N, 3, R, R], to a file of numpy's, unless it is there."""
-    if path.is_file():
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        pixels, first = np.lib.format.open_memmap(part, "w+", np.uint8, shape), 0
-        for images, _ in progress(loader(), "storing test images"):
-            pixels[first : first + len(images)] = images.numpy()
-            first += len(images)
-        pixels.flush()
+    with acquire_lock(path.with_suffix(".lock"), seconds=-1):  # of the runs of a sweep one writes, the others wait
+        if path.is_file():
+            return
+        for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
+            part.unlink()
+        with replacing(path) as part, part.open("wb") as file:  # no memory map: a full disk would kill the process
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for images, _ in progress(loader(), "storing test images"):
+                file.write(images.numpy())
 
 
 def stored_pixels(path: Path, places: Sequence[int], at_once: int) -> list[tuple[Tensor, None]]:

@@ -243,7 +243,7 @@ class Transformer(nn.Module):
     """
 
     checkpoints = False  # see `checkpoint_blocks`
-    noise: Sequence[torch.Generator] = ()
+    generators: Sequence[torch.Generator] = ()
 
     def __init__(self, tower: Tower):
         super().__init__()
@@ -267,30 +267,30 @@ class Transformer(nn.Module):
         x, layout = enter(len(blocks), x, layout)
         return layout.used(self._run(last, x, layout)) if layout.pools else self._run(last.forward_used, x, layout)
 
-    def checkpoint_blocks(self, noise: Sequence[torch.Generator] = ()) -> None:
+    def checkpoint_blocks(self, generators: Sequence[torch.Generator] = ()) -> None:
         """From now on keep only the input of each block for backward, which computes the block again: the same bits for
-        less memory and about a third more time (Chen et al. 2016, arXiv 1604.06174). `noise` are the generators that
-        blocks draw from."""
-        self.checkpoints, self.noise = True, noise
+        less memory and about a third more time (Chen et al. 2016, arXiv 1604.06174). Blocks may draw from torch's own
+        generators and from `generators`."""
+        self.checkpoints, self.generators = True, generators
 
     def _run(self, function: Callable[[Tensor, Layout], Tensor], x: Tensor, layout: Layout) -> Tensor:
         if not (self.checkpoints and torch.is_grad_enabled()):
             return function(x, layout)
-        drawn = [generator.get_state() for generator in self.noise]
-        contexts = lambda: (contextlib.nullcontext(), _drawing_again(self.noise, drawn))  # noqa: E731
-        return checkpoint(function, x, layout, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        drawn = [generator.get_state() for generator in self.generators]
+        contexts = lambda: (contextlib.nullcontext(), _drawing_again(self.generators, drawn))  # noqa: E731
+        return checkpoint(function, x, layout, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
-def _drawing_again(noise: Sequence[torch.Generator], drawn: Sequence[Tensor]) -> Iterator[None]:
+def _drawing_again(generators: Sequence[torch.Generator], drawn: Sequence[Tensor]) -> Iterator[None]:
     """Let generators draw again what they drew from the states `drawn` on."""
-    now = [generator.get_state() for generator in noise]
-    for generator, state in zip(noise, drawn):
+    now = [generator.get_state() for generator in generators]
+    for generator, state in zip(generators, drawn):
         generator.set_state(state)
     try:
         yield
     finally:
-        for generator, state in zip(noise, now):
+        for generator, state in zip(generators, now):
             generator.set_state(state)
 
 

@@ -64,9 +64,8 @@ def normalise_table(transform: Callable) -> Tensor:
 
 def normalise(pixels: Tensor, table: Tensor) -> Tensor:
     """Return uint8 images [B, 3, R, R] as the table's transform would give them, bit for bit, on the table's device."""
-    pixels = pixels.to(table.device, non_blocking=True)
-    channels = 256 * torch.arange(3, dtype=torch.int32, device=table.device).view(3, 1, 1)
-    return table.view(-1).index_select(0, (pixels + channels).view(-1)).view(pixels.shape)
+    channels = zip(table, pixels.to(table.device, non_blocking=True).unbind(dim=1))
+    return torch.stack([row.index_select(0, x.flatten().int()).view(x.shape) for row, x in channels], dim=1)
 
 
 def mirror(transform: Callable) -> Callable:

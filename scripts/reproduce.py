@@ -99,7 +99,7 @@ def run(part: Part, flags: list[str], options: argparse.Namespace) -> list[str]:
 def _planned(grid: dict, flags: Sequence[str]) -> list[Cell]:
     """Return the runs of a grid; those of a cluster with GPUs need none here."""
     options, own = sweep.arguments(flags)
-    return cells(grid, own, "cuda" if options.cluster == "slurm" and options.gpus_per_task else None)
+    return cells(grid, own, "cuda" if options.cluster == "slurm" and options.gpus_per_run else None)
 
 
 def show(parts: Sequence[Part], flags: Sequence[str], gpu: costs.Gpu, out: Path) -> None:

@@ -52,7 +52,7 @@ def sweep(argv: Sequence[str]) -> int:
     to_do = [cell for cell in progress(planned, "looking for finished runs", "run") if not cell.finished()]
     results = Path(planned[0].settings.results_dir)
     if options.dry_run:
-        show(planned, to_do, results, anywhere=device is not None)
+        show(planned, to_do, results, device is not None, options.gpus_per_run)
         return 0
     failures = watch(_cluster(options, results, to_do), to_do, len(planned)) if to_do else []
     rebuild_table(results)  # a run may have been killed after its record and before the table
@@ -111,7 +111,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def show(planned: Sequence[Cell], to_do: Sequence[Cell], results: Path, anywhere: bool) -> None:
+def show(planned: Sequence[Cell], to_do: Sequence[Cell], results: Path, anywhere: bool, gpus_per_run: int) -> None:
     """Print every run, whether it is recorded, and the time that the others will take by the records in `results`.
 
     If the runs are done `anywhere`, records of all GPUs count.
@@ -127,7 +127,7 @@ def show(planned: Sequence[Cell], to_do: Sequence[Cell], results: Path, anywhere
         if cell in to_do:
             on_gpu = cell.settings.device != "cpu"
             device = None if on_gpu and anywhere else device_name(cell.settings.device)
-            seconds = estimates.seconds(cell.config, records, device)
+            seconds = estimates.seconds(cell.config, records, device, gpus_per_run)
             hours["GPU" if on_gpu else "CPU"] += (seconds or 0) / 3600
             unknown += seconds is None
             state = "to do" if seconds is None else f"to do, {seconds / 3600:.3f} h"

@@ -140,6 +140,11 @@ def test_dry_run_lists_runs_and_hours(run):
     hours = [float(line.split()[0]) for line in listed]
     assert len(listed) == 44 and min(hours) > 0 and not Path("reproduced").exists()
     assert float(lines[-2].split(", ")[1].split()[0]) == pytest.approx(sum(hours), abs=0.5)
+    on_cluster = ("--cluster", "slurm", "--partition", "gpu", "--parts", "new_classes", "--seeds", 1)
+    code, again, _ = run("--root_path", "data", "--dry_run", "--gpu", "A100", *on_cluster)
+    assert code == 0 and again.splitlines()[-2] == lines[-2]
+    code, _, (error,) = run("--root_path", "data", "--dry_run", "--backbone", "ViT-B/32")
+    assert code == 2 and "ViT-B/32" in error
 
 
 # --- published numbers

@@ -32,7 +32,7 @@ MEASURED = {
     *("stopped_early", "train_seconds", "eval_seconds", "search_seconds", "peak_memory_mb", "trainable_weights"),
     *("changed_weights", "optimizer_bytes", "checkpoint_bytes", "split_sha256", "data_sha256", "weights_sha256"),
     *("git_commit", "torch_version", "finished_at", "largest_class_share", *CALIBRATION, *ZERO_SHOT),
-    *("temperature", *SCALED, "base_accuracy", "harmonic_mean"),
+    *("temperature", *SCALED, "base_accuracy", "harmonic_mean", "processes"),
 }
 PLACE = {"dataset", "test_dataset", "root_path", "shots", "seed"}  # the data of a run, and its repetition
 # Settings that old records may lack: they had the defaults.

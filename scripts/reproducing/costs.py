@@ -85,6 +85,10 @@ def gpu_named(name: str | None) -> Gpu:
 def seconds(config: Config, gpu: Gpu) -> float:
     """Return the estimated time of a run that trains, if its method trains, and tests on its own dataset."""
     settings, own = config.settings, config.hparams
+    if settings.backbone not in PER_IMAGE:
+        raise UserError(
+            f"--dry_run counts the work of {', '.join(PER_IMAGE)}, not of {settings.backbone}; leave it out"
+        )
     classes = class_count(settings.dataset, settings.classes)
     images = settings.shots * classes
     own = own.settled(settings.shots, images)

@@ -12,19 +12,19 @@ ALIKE = ("method", "dataset", "test_dataset", "classes", "backbone", "precision"
 PER_ITERATION = ("batch_size", "encoder", "position", "sampled_gradients")  # the time of an iteration depends on these
 
 
-def seconds(config: Config, records: pd.DataFrame, device: str | None) -> float | None:
+def seconds(config: Config, records: pd.DataFrame, device: str | None, processes: int = 1) -> float | None:
     """Return the time of training and final evaluation, if training does not stop early.
 
-    It is made of medians over records of the same method, dataset, backbone and precision on the same device; with
-    `device` None on any GPU. Where a method trains by iterations, records say how long one takes; elsewhere only those
-    with as many shots (and epochs) count. Return None if there are no such records, and for a search, because records
-    do not say how long its candidates take.
+    It is made of medians over records of the same method, dataset, backbone and precision on the same device, shared by
+    as many `processes`; with `device` None on any GPU. Where a method trains by iterations, records say how long one
+    takes; elsewhere only those with as many shots (and epochs) count. Return None if there are no such records, and for
+    a search, because records do not say how long its candidates take.
     """
-    parts = [_seconds(single, records, device) for single in config.one_by_one()]
+    parts = [_seconds(single, records, device, processes) for single in config.one_by_one()]
     return None if None in parts else sum(parts)
 
 
-def _seconds(config: Config, records: pd.DataFrame, device: str | None) -> float | None:
+def _seconds(config: Config, records: pd.DataFrame, device: str | None, processes: int) -> float | None:
     settings, hparams = config.settings, config.hparams.settled(config.settings.shots, 1)
     iterates = isinstance(hparams, Loop)
     by_iteration = iterates and hparams.epochs is None and config.trains
@@ -33,7 +33,7 @@ def _seconds(config: Config, records: pd.DataFrame, device: str | None) -> float
         names = [name for name in PER_ITERATION if hasattr(hparams, name)]
     wanted = {name: getattr(settings, name) for name in ALIKE}
     if "processes" in records:  # older records have none
-        records = records[records.processes.fillna(1) == settings.processes]
+        records = records[records.processes.fillna(1) == max(processes, settings.processes)]
     if config.trains:
         wanted |= {name: getattr(hparams, name, getattr(settings, name, None)) for name in names}
     if settings.test_dataset == "folder":
