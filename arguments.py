@@ -19,6 +19,7 @@ import yaml
 
 import datasets
 import distributed
+import launching
 from clip.delta import checkpoint_metadata
 from common import Parser, UserError, note
 from config_files import flags_of, read_config, sections, typed
@@ -223,7 +224,7 @@ def _checked(config: Config) -> Config:
     check_output(settings)
     if settings.eval_only:
         _check_saved(settings)
-    distributed.check(settings.processes, settings.device)
+    launching.check(settings.processes, settings.device)
     workers = settings.workers
     if workers is None:
         workers = datasets.default_workers(distributed.local_size())

@@ -12,19 +12,17 @@ The sum is that of one process up to rounding: nothing is averaged, and W divide
 computed in every process, from equal bits; `check_replicas` makes sure that it stays so. The first process alone reads
 and writes files (`from_first`).
 
-Processes are started by `launch` (main.py --processes W) or by torchrun, whose environment variables both use. In one
-process all functions here return what they are given. GPUs use NCCL, CPUs gloo; tested with gloo alone.
+Processes are started by launching.py (main.py --processes W) or by torchrun, whose environment variables both use. In
+one process all functions here return what they are given. GPUs use NCCL, CPUs gloo; tested with gloo alone.
 """
 
 import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -33,15 +31,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common import UserError, note
-
 T = TypeVar("T")
 PEER_GONE = 75  # exit code of a process that stopped because another one did
-LAUNCHED = "LAUNCHED_BY_MAIN"  # environment variable of the processes that `launch` starts
+LAUNCHED = "LAUNCHED_BY_MAIN"  # environment variable of the processes that `launching.launch` starts
 FOREVER = timedelta(days=7)  # the others wait as long as the first does, for a lock or an evaluation
 SMALL = 2**18  # entries up to which a tensor is summed together with others
-GRACE, LAST_GRACE = 5.0, 25.0  # seconds to end in order, before SIGTERM and before SIGKILL
-POLL = 0.05  # seconds
 
 _store: dist.Store | None = None
 
@@ -294,108 +288,3 @@ def held_by_first(manager: Callable[[], AbstractContextManager]) -> Iterator[Non
     with contextlib.ExitStack() as stack:
         from_first(lambda: stack.enter_context(manager()) and None)
         yield
-
-
-# --- the launcher
-
-
-def serve() -> dist.TCPStore:
-    """Return the store where processes that get `environment` of its port find each other."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-
-def environment(port: int, number: int, count: int) -> dict[str, str]:
-    """Return torchrun's environment variables for one of several processes on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the launcher's
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # no C++ traces when a process is gone
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
-        LAUNCHED: "1",
-    }
-
-
-def launch(count: int, command: Sequence[str]) -> int:
-    """Run a command in `count` processes on this machine, and return the exit code: 0, or that of the process that
-    failed.
-
-    SIGTERM and Ctrl-C are passed on. When one process ends badly, the others are ended.
-    """
-    store = serve()
-    # Sessions of their own, or a terminal's Ctrl-C would reach them twice.
-    processes = [
-        subprocess.Popen(command, env=os.environ | environment(store.port, number, count), start_new_session=True)
-        for number in range(count)
-    ]
-    received: list[int] = []
-
-    def pass_on(number: int, _: object) -> None:
-        received.append(number)
-        for process in processes:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        codes = _wait(processes, received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return _exit_code(codes, received)
-
-
-def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int]) -> list[int]:
-    """Wait for the end of all processes; end the others when one has failed. Return the exit codes of those that ended
-    by themselves."""
-    bad_since, terminated, codes = None, False, []
-    while any(process.poll() is None for process in processes):
-        if bad_since is None and (received or any(process.poll() for process in processes)):
-            bad_since = time.monotonic()
-        late = 0.0 if bad_since is None else time.monotonic() - bad_since
-        for process in processes:
-            if late > GRACE + LAST_GRACE:
-                process.kill()
-            elif late > GRACE and not terminated:
-                codes = codes or [other.poll() for other in processes if other.poll() is not None]
-                process.terminate()
-        terminated |= late > GRACE
-        time.sleep(POLL)
-    return codes or [process.returncode for process in processes]
-
-
-def _exit_code(codes: Sequence[int], received: Sequence[int]) -> int:
-    if received:
-        return 128 + received[0]
-    spoken = [code for code in codes if code not in (0, PEER_GONE, -signal.SIGTERM)]
-    if not spoken:
-        return max(map(abs, codes))
-    code = min(spoken)  # a signal before all others: it is why they ended
-    if code < 0:
-        note(f"one of the processes was ended by signal {-code}; the same command goes on")
-    return code if code > 0 else 128 - code
-
-
-def check(processes: int, device: str) -> None:
-    """Raise UserError unless this many processes can share the run: `processes` and `device` as the user gave them."""
-    if is_member() and processes not in (1, int(os.environ["WORLD_SIZE"])):
-        raise UserError(
-            f"--processes {processes}: torchrun has started {os.environ['WORLD_SIZE']} processes; leave --processes out"
-        )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) if is_member() else processes
-    if here == 1 or device == "cpu" or not torch.cuda.is_available():
-        return
-    if ":" in device:
-        raise UserError(
-            f"--device {device} is one GPU, and each of {here} processes needs its own; write --device cuda"
-        )
-    one_each = is_member() and LAUNCHED not in os.environ and torch.cuda.device_count() == 1
-    if here > torch.cuda.device_count() and not one_each:
-        raise UserError(
-            f"{here} processes need as many GPUs, and this machine has {torch.cuda.device_count()}; use fewer processes"
-        )

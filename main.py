@@ -28,6 +28,7 @@ import torch
 import clip
 import datasets
 import distributed
+import launching
 import run_utils
 import train
 import utils
@@ -84,7 +85,7 @@ def remedies(config: Config) -> str:
 
 def in_processes(config: Config, argv: Sequence[str]) -> list[dict]:
     """Do the runs in several processes, and return their records. Exit as these do if they fail."""
-    code = distributed.launch(config.settings.processes, [sys.executable, __file__, *map(str, argv)])
+    code = launching.launch(config.settings.processes, [sys.executable, __file__, *map(str, argv)])
     if code:
         sys.exit(code)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # said before

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import distributed
+import launching
 from benchmarks.step import ARCHITECTURES, class_names
 from clip.model import CLIP
 from common import Parser, one_line_errors
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         os.environ["OMP_NUM_THREADS"] = str(args.processes)  # of the process that is alone
         os.chdir(Path(__file__).parent.parent)
-        sys.exit(distributed.launch(args.processes, [sys.executable, "-m", "benchmarks.processes", *argv]))
+        sys.exit(launching.launch(args.processes, [sys.executable, "-m", "benchmarks.processes", *argv]))
 
 
 if __name__ == "__main__":

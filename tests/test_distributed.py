@@ -17,6 +17,7 @@ from support.runs import call, in_folder, outcome
 from test_contracts import FIELDS, LOOPS, quick
 
 import distributed
+import launching
 import main as entry
 import train
 from arguments import parse
@@ -34,7 +35,7 @@ def in_processes(count: int, function, joins: bool = False) -> list:
     pipes = [FORK.Pipe() for _ in range(count)]
 
     def child(number: int) -> None:
-        os.environ |= distributed.environment(pipes[number][1].recv(), number, count)
+        os.environ |= launching.environment(pipes[number][1].recv(), number, count)
         del os.environ[distributed.LAUNCHED]
         try:
             with contextlib.nullcontext() if joins else distributed.joined():
@@ -47,7 +48,7 @@ def in_processes(count: int, function, joins: bool = False) -> list:
     children = [FORK.Process(target=child, args=(number,)) for number in range(count)]
     for process in children:
         process.start()
-    store = distributed.serve()  # only now: a fork may copy a lock that a thread of the store holds
+    store = launching.serve()  # only now: a fork may copy a lock that a thread of the store holds
     for here, _ in pipes:
         here.send(store.port)
     answers = []
@@ -303,7 +304,7 @@ def test_a_run_that_is_terminated_and_then_loses_a_process_resumes(in_two, tmp_p
 
 
 def test_what_cannot_work_is_said_before_a_process_is_started(run_main, monkeypatch):
-    monkeypatch.setattr(distributed, "launch", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(launching, "launch", lambda *_: pytest.fail("started"))
     assert run_main("--processes", 0)[0] == 2
     assert run_main("--processes", 2, "--lr", -1)[0] == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,5 +1,5 @@
 """What the reproduction needs of this machine: a GPU, space, the datasets and CLIP's weights. What is missing is one
-line each, and the rest goes on."""
+line each, and the rest continues."""
 
 import shutil
 from collections.abc import Iterable, Sequence
