@@ -175,6 +175,11 @@ def test_settings_of_the_runs_are_those_published(kind, row, part, label):
         classes = "base" if kind == "base_to_new" else "all"
         mismatches = [deviations.mismatch(values, wanted, classes) for wanted in row["settings"]]
         assert [] in mismatches and settings.method == row["method"], (cell.command, mismatches)
+        if "as_by_default" in row:
+            run = pd.DataFrame([values])
+            assert not deviations.unlike_default(run, row["as_by_default"])
+            (unlike,) = deviations.unlike_default(run.assign(epochs=5), row["as_by_default"])
+            assert unlike.startswith(f"{settings.dataset}: epochs is 5")
         prompts = protocol["prompts"]
         if prompts == "learned":
             assert METHODS[settings.method].__name__.startswith("methods.prompts.")

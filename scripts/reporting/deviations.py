@@ -1,11 +1,12 @@
 """Deviations from what papers report, and whether the spread over seeds explains them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from scipy import stats
 
 import metrics
+from arguments import parse
 from scripts.reporting.comparison import CONFIDENCE, SIGNED
 from scripts.reporting.results import ELEVEN, PUBLISHED, SUITES, Results, text
 from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number
@@ -36,9 +37,10 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
     """Return measured minus published accuracy where the settings match, and notes on those that do not.
 
     A configuration matches a published row if it is of its method, was trained and tested on the same classes, and is
-    equal to one of the row's `settings` in every setting named there. Columns: name, paper, configuration, shots,
-    data_set, published, read_off (error of that), measured (mean over seeds), sd, seeds, deviation, explained (by
-    seeds, points), verdict (within, outside, not judged). Means over datasets are compared if all of them are there.
+    equal to one of the row's `settings` in every setting named there, and in those of `as_by_default` to what main.py
+    has for the dataset and shots. Columns: name, paper, configuration, shots, data_set, published, read_off (error of
+    that), measured (mean over seeds), sd, seeds, deviation, explained (by seeds, points), verdict (within, outside, not
+    judged). Means over datasets are compared if all of them are there.
     """
     rows, notes = [], []
     for kind, classes, runs in _kinds(results):
@@ -49,6 +51,7 @@ def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
                 if not pairs:
                     continue
                 unlike = min((mismatch(group.iloc[0], wanted, classes) for wanted in row["settings"]), key=len)
+                unlike = unlike or unlike_default(group, row.get("as_by_default", ()))
                 if unlike:
                     where = f"{label}, {in_words(shots)},"
                     notes.append(f"{where} is not compared with {row['name']}: {'; '.join(unlike)}.")
@@ -118,6 +121,17 @@ def mismatch(run: pd.Series, wanted: dict, classes: str) -> list[str]:
         for name, value in wanted.items()
         if text(run.get(name)) != text(value)
     ]
+
+
+def unlike_default(runs: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Return in words where a run has other values of these hyperparameters than main.py has by default: those that were
+    published for its method, dataset and number of shots."""
+    for _, run in runs.drop_duplicates(["dataset", "shots"]).iterrows():
+        words = ["--method", run.method, "--dataset", run.dataset, "--shots", f"{run.shots}", "--root_path", "."]
+        hparams = parse([*words, "--backbone", "ViT-B/16", "--device", "cpu"]).hparams
+        if unlike := mismatch(run, {name: getattr(hparams, name) for name in names}, run.classes):
+            return [f"{run.dataset}: {words}" for words in unlike]
+    return []
 
 
 VERDICTS = ("within", "outside", "not judged")
