@@ -343,7 +343,7 @@ def test_the_adapter_serves_other_classes(run_main):
 
 def test_views_are_computed_once_for_a_search_and_for_other_methods(run_main, monkeypatch, tmp_path):
     computed, compute = [], Experiment._augmented_features
-    monkeypatch.setattr(Experiment, "_augmented_features", lambda *args: computed.append(args[2]) or compute(*args))
+    monkeypatch.setattr(Experiment, "_augmented_features", lambda *args: computed.append(args[1]) or compute(*args))
     flags = ("--shots", 1, "--cache_dir", "cache", "--epochs", 2)
     _, first, _, _ = run_main("--method", "clap", *flags, "--search", "lr=0.01,0.1")
     for method in ("zs_lp", "taskres", "clip_adapter", "clap"):

@@ -124,7 +124,7 @@ def mismatch(run: pd.Series, wanted: dict, classes: str) -> list[str]:
 
 
 def unlike_default(runs: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    """Return in words where a run has other values of these hyperparameters than main.py has by default: those that were
+    """Return in words where a run has other values of these hyperparameters than main.py has by default, as they were
     published for its method, dataset and number of shots."""
     for _, run in runs.drop_duplicates(["dataset", "shots"]).iterrows():
         words = ["--method", run.method, "--dataset", run.dataset, "--shots", f"{run.shots}", "--root_path", "."]
