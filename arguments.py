@@ -8,10 +8,11 @@ out and where each value is from.
 import dataclasses
 import difflib
 import itertools
+import json
 from argparse import SUPPRESS, BooleanOptionalAction
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import distributed
 import launching
 from clip.delta import checkpoint_metadata
 from common import Parser, UserError, note
-from config_files import flags_of, read_config, sections, typed
+from config_files import by_data, flags_of, read_config, sections, typed
 from methods import METHODS, saved_settings
 from settings import ALL, GROUPS, LENGTHS, SUPPORT, Hparams, Settings, check_data, check_output, choose_device
 
@@ -36,10 +37,17 @@ class Config:
     settings: Settings
     hparams: Hparams
     search: dict[str, list]  # hyperparameter: values to choose from on val images
+    # Settings that a config file sets by dataset or number of shots: its name, and a hash of what it says.
+    by_data: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def trains(self) -> bool:
         return METHODS[self.settings.method].prepare is not None and not self.settings.eval_only
+
+    @property
+    def searched(self) -> str | None:
+        """What is recorded of a search."""
+        return "; ".join(f"{name} of {', '.join(map(str, values))}" for name, values in self.search.items()) or None
 
     def one_by_one(self) -> list["Config"]:
         """Return what each single run is asked for: one, or one for each of --eval_datasets."""
@@ -65,8 +73,7 @@ class Config:
     def as_yaml(self) -> str:
         """Return a config file that repeats the run."""
         values = dataclasses.asdict(self.settings) | dataclasses.asdict(self.hparams) | {"search": self.search}
-        in_force = next((name for name in ("total_iters", "epochs", "n_iters") if values.get(name) is not None), None)
-        left_out = {"force", "wait", *LENGTHS} - {in_force}
+        left_out = {"force", "wait", *LENGTHS} - {self.hparams.length}
         values = {name: value for name, value in values.items() if name not in left_out}
         values |= {"template": list(self.settings.template)}
         if distributed.is_member():  # each has its own GPU
@@ -115,6 +122,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
                 part["tuned_on"] = "none"
                 others[where] = elsewhere
             values.add(where, part)
+        values.add_by_data(source, layer)
     source = values.sources.get("tuned_on")
     if source in others:
         note(f"{source}: its values were chosen on other images, those of {others[source]}; tuned_on is none")
@@ -157,6 +165,7 @@ class Layers:
         self.own = {f.name: f for f in dataclasses.fields(self.kind)}
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
+        self.by_data: dict[str, str] = {}
 
     def add(self, source: str, layer: dict[str, Any]) -> None:
         """Put a layer on top of the others. A value replaces all ways of saying the same."""
@@ -170,6 +179,21 @@ class Layers:
                 raise UserError(f"{source}: {twice[0]} and {twice[1]} set the same thing; give only one")
             self.values |= dict.fromkeys(same) | {name: value}
             self.sources |= dict.fromkeys(same, source)
+
+    def add_by_data(self, source: str, layer: dict[str, Any]) -> None:
+        """Note which settings the layer, now on top, sets by dataset or number of shots, and which for all of them."""
+        names, digest = by_data(layer, self.method)
+        set_by_all = {*layer, *layer.get("methods", {}).get(self.method, {})}
+        for name in self._alternatives(set_by_all):
+            self.by_data.pop(name, None)
+        file = Path(source.removeprefix("--config ").removeprefix("published, ")).name.replace(";", ",")
+        self.by_data |= dict.fromkeys(self._alternatives(names), f"{file} {digest}")
+
+    def _alternatives(self, names: Iterable[str]) -> set[str]:
+        """Return all settings of the run that are set by these names."""
+        complements = {f.metadata["complement"]: f.name for f in self.own.values()}
+        same = {other for name in names for other in self.kind.alternatives(complements.get(name, name))}
+        return same & {*self.own, *self.common}
 
     def _with_complements(self, source: str, layer: dict[str, Any]) -> dict[str, Any]:
         """Return the layer with `s: 0.9` as `density_ratio: 0.1`."""
@@ -203,7 +227,8 @@ class Layers:
         hparams = self.kind(**{name: value for name, value in self.values.items() if name in self.own})
         source = self.sources.get("search", "")
         where = "--search" if source == "command line" else f"{source}: search"
-        return Config(settings, hparams, _search(self.values.get("search", {}), hparams, self.method, where))
+        search = _search(self.values.get("search", {}), hparams, self.method, where)
+        return Config(settings, hparams, search, self.by_data)
 
     def described(self, config: Config) -> str:
         """Return all settings as a config file, each with a comment that says where its value comes from."""
@@ -256,15 +281,19 @@ def _evaluated(config: Config, given: dict[str, Any]) -> Config:
     """Return the same with the settings that the saved weights were trained with: these are the truth. Prompts may be
     given on the command line."""
     settings, path = config.settings, config.settings.weights_file
-    hparams, trained = saved_settings(path, checkpoint_metadata(path))
+    metadata = checkpoint_metadata(path)
+    hparams, trained = saved_settings(path, metadata)
     if trained["method"] != settings.method:
         raise UserError(f"{path} was trained with --method {trained['method']}; evaluate it with that")
     known = {name: trained[name] for name in ("tuned_on", "draw", *SUPPORT)}
     if trained["draw"] == ALL:
         known["shots"] = trained["shots"]
-    if not {"prompts", "template"} & given.keys():
+    by_data = json.loads(metadata.get("by_data", "{}"))
+    if {"prompts", "template"} & given.keys():
+        by_data = {name: file for name, file in by_data.items() if name not in ("prompts", "template")}
+    else:
         known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
-    return _checked(Config(dataclasses.replace(settings, **known), hparams, {}))
+    return _checked(Config(dataclasses.replace(settings, **known), hparams, {}, by_data))
 
 
 # --- the command line

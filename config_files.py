@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,32 @@ def sections(source: str, layer: dict[str, Any], chosen: dict[str, Any], depth: 
         own = layer.get(section, {}).get(chosen[section])
         parts += sections(f"{source}, {section}: {chosen[section]}", own, chosen, depth + 1) if own else []
     return parts
+
+
+def by_data(layer: dict[str, Any], method: str) -> tuple[set[str], str]:
+    """Return the settings of a layer that have sections for numbers of shots or datasets, whichever is chosen, and a
+    hash of all that the layer says of the method."""
+    own = _of_method(layer, method)
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
+    return _conditional(own), digest
+
+
+def _of_method(layer: dict[str, Any], method: str) -> dict[str, Any]:
+    """Return a layer without its sections for other methods."""
+    own = {name: value for name, value in layer.items() if name not in SECTIONS}
+    for section in layer.keys() & set(SECTIONS):
+        parts = layer[section].items()
+        own[section] = {
+            name: _of_method(part, method) for name, part in parts if section != "methods" or name == method
+        }
+    return own
+
+
+def _conditional(layer: dict[str, Any], inside: bool = False) -> set[str]:
+    names = {name for name in layer if inside and name not in SECTIONS}
+    for section in layer.keys() & set(SECTIONS):
+        names |= set().union(*(_conditional(part, inside or section != "methods") for part in layer[section].values()))
+    return names
 
 
 def typed(value: Any, about: dict[str, Any], where: str) -> Any:

@@ -34,10 +34,10 @@ FIRST = (
 )
 LAST = (
     *("encoder", "position", "precision", "draw", "classes", "prompts", "template", "test_dataset", "root_path"),
-    *("eval_only", "tuned_on", "split_sha256", "data_sha256", "weights_sha256", "git_commit", "torch_version"),
-    *("device", "finished_at", "macro_accuracy", "nll", "brier", "ece", "zero_shot_macro_accuracy", "zero_shot_nll"),
-    *("zero_shot_brier", "zero_shot_ece", "ece_bins", "temperature", "scaled_nll", "scaled_brier", "scaled_ece"),
-    *("base_accuracy", "harmonic_mean", "imbalance", "imbalance_ratio", "label_noise", "noise_kind"),
+    *("eval_only", "tuned_on", "by_data", "split_sha256", "data_sha256", "weights_sha256", "git_commit"),
+    *("torch_version", "device", "finished_at", "macro_accuracy", "nll", "brier", "ece", "zero_shot_macro_accuracy"),
+    *("zero_shot_nll", "zero_shot_brier", "zero_shot_ece", "ece_bins", "temperature", "scaled_nll", "scaled_brier"),
+    *("scaled_ece", "base_accuracy", "harmonic_mean", "imbalance", "imbalance_ratio", "label_noise", "noise_kind"),
     "processes",
 )
 

@@ -262,6 +262,7 @@ class Run:
             "templates": json.dumps(self.task.templates),
             "test_sha256": self.task.test_sha256,
         }
+        about |= {"by_data": json.dumps(self.config.by_data)} if self.config.by_data else {}
         about |= {} if adapted is None else {"test_accuracy": json.dumps(adapted.accuracy)}
         return about if temperature is None else about | {"temperature": json.dumps(temperature)}
 
@@ -335,12 +336,13 @@ class Run:
             "optimizer_bytes": adaptation.optimizer_bytes if adaptation else 0,
             "checkpoint_bytes": self.weights.stat().st_size if adaptation and self.weights else None,
             "tuned_on": self.tuned_on,
-            "searched": "; ".join(f"{n} of {', '.join(map(str, v))}" for n, v in self.config.search.items()) or None,
+            "searched": self.config.searched,
             **self._measured(adapted, zero_shot),
             **result,
             **self._support(),
             "draw": self._draw(),
-            "epochs": getattr(experiment.hparams, "epochs", None) if self.config.trains else None,
+            "epochs": getattr(experiment.hparams, "epochs", None),
+            "by_data": "; ".join(f"{name}: {file}" for name, file in sorted(self.config.by_data.items())) or None,
             "prompts": "own" if settings.template else settings.prompts,
             "root_path": _as_text(Path(settings.root_path).expanduser().resolve()) if own_data else None,
             "template": self.template,

@@ -336,6 +336,11 @@ class Hparams(Options):
         return self
 
     @property
+    def length(self) -> str | None:
+        """The name of the hyperparameter that says how long training is; None without a loop."""
+        return None
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The values that identify a run and are recorded."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -370,6 +375,10 @@ class Loop(Hparams):
         if self.epochs is not None:
             return dataclasses.replace(self, total_iters=self.epochs * self.batches_per_epoch(images))
         return dataclasses.replace(self, total_iters=self.n_iters * shots)
+
+    @property
+    def length(self) -> str:
+        return next(name for name in ("total_iters", "epochs", "n_iters") if getattr(self, name) is not None)
 
     def batches_per_epoch(self, images: int) -> int:
         """Return the number of batches in a pass over this many images, at least 1."""

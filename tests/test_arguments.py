@@ -12,7 +12,7 @@ from arguments import parse
 from common import UserError
 from methods import METHODS
 from run_utils import run_identity
-from settings import Settings, option
+from settings import LENGTHS, Settings, option
 
 DTD = ("--dataset", "dtd", "--root_path", "data")
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -82,6 +82,10 @@ def test_sections_are_for_a_method_a_number_of_shots_and_a_dataset(config):
     assert (lora.hparams.lr, lora.hparams.rank) == (4e-4, 7)
     assert config(text, *DTD, "--method", "lora", "--shots", 4).hparams.rank == 8
     assert config(text, *DTD, "--shots", 2, "--lr", 6e-4).hparams.lr == 6e-4
+    assert so.by_data.keys() == {"lr", "t"} and lora.by_data.keys() == {"lr", "rank"}  # whichever is chosen
+    assert config(text, "--method", "lora", "--shots", 1).by_data == lora.by_data
+    assert config(text, *DTD, "--lr", 6e-4).by_data.keys() == {"t"}
+    assert config("datasets: {dtd: {s: 0.9, epochs: 1}}").by_data.keys() == {"density_ratio", *LENGTHS}
 
 
 @pytest.mark.parametrize(

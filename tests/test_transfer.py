@@ -20,6 +20,8 @@ from datasets.fewshot import base_or_new
 from datasets.splits import imagenet_classes
 from datasets.task import Item
 from methods import METHODS
+from scripts.reporting.results import read_results
+from scripts.reporting.transfer import base_to_new_tables
 
 TINY = ("--backbone", "tiny", "--shots", 2, "--workers", 0)
 QUICK = (*TINY, "--total_iters", 3, "--lr", "1e-3")
@@ -234,6 +236,20 @@ def test_training_on_base_and_evaluation_on_both(data, run_main):
     _, whole, _, err = run_main(*DTD, "--eval_only", "--draw", "coop")
     assert "another split" not in err, "the test part is the same for every draw"
     assert whole["test_accuracy"] == data["test_accuracy"], "the weights of all classes are still there"
+
+
+def test_settings_by_number_of_shots_are_one_configuration_and_so_are_their_evaluations(run_main):
+    Path("by_shots.yaml").write_text("method: coop\nby_shots: {1: {epochs: 1}, 2: {epochs: 2, lr: 1e-3}}\n")
+    for shots, *more in ((1,), (2,), (2, "--epochs", 3)):
+        flags = ("--config", "by_shots.yaml", "--backbone", "tiny", "--shots", shots, *more)
+        flags += ("--save_path", "saved", "--filename", f"coop{len(more)}")
+        assert run_main(*flags, "--classes", "base")[0] == 0
+        assert run_main(*flags, "--classes", "new", "--eval_only")[0] == 0
+    results = read_results(Path("results"))
+    found = {label: (own.shots.tolist(), own.lr.tolist()) for label, own in results.runs.groupby("configuration")}
+    assert sorted(found.values()) == [([1, 2], [0.002, 0.001])] * 2 + [([2], [0.001])] * 2
+    (table, *_) = [sheet for sheet in base_to_new_tables(results) if "2 shots" in sheet.title]
+    assert sorted("by_shots.yaml" in row[0].text for row in table.rows) == [False, True]
 
 
 def test_new_classes_of_your_own_images_are_not_another_split(run_main):

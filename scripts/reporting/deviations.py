@@ -1,26 +1,34 @@
 """Deviations from what papers report, and whether the spread over seeds explains them."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 
 import pandas as pd
 from scipy import stats
 
 import metrics
-from arguments import parse
+from arguments import Config
 from scripts.reporting.comparison import CONFIDENCE, SIGNED
 from scripts.reporting.results import ELEVEN, PUBLISHED, SUITES, Results, text
 from scripts.reporting.sheets import MISSING, Cell, Sheet, accuracies, in_words, number
 from scripts.reporting.transfer import new_class_runs, transfer_runs
+from scripts.reproducing.parts import read_part
+from scripts.sweeping.grid import cells
+from settings import LENGTHS
 
-COLUMNS = ["name", "paper", "configuration", "shots", "data_set", "published", "read_off", "measured", "sd", "seeds"]
-COLUMNS += ["deviation", "explained", "verdict"]
+KINDS = ("rows", "rn50", "base_to_new", "transfer", "ablations")  # the lists of published.yaml
+COLUMNS = [
+    *("list", "name", "paper", "configuration", "shots", "data_set", "published", "read_off", "measured", "sd"),
+    *("seeds", "deviation", "explained", "verdict"),
+]
 JUDGED = (
     "Percentage points. Explained by seeds: t s sqrt(1/n + 1/m), and the error of values that were read off a figure. "
     f"s is the standard deviation over our n seeds, t Student's quantile for {CONFIDENCE:.0%} with n - 1 degrees of "
     "freedom, m the published number of seeds, 1 if it is unknown. It assumes that published runs vary as ours do. "
-    "Within: the deviation is not larger. Not judged: there is one seed, or seeds make no difference."
+    "Within: the deviation is not larger. Not judged: there is one seed, or seeds make no difference, or not enough is "
+    "known of how the published number came about."
 )
-SUBSET = "Not judged: the published mean is of some of the datasets, and it is not known which."
+WITHOUT_EFFECT = {*LENGTHS, "eval_every", "sampled_gradients"}  # on what is learned, beside the length in force
 
 
 def explained(found: pd.Series, published_seeds: int | str, read_off: float | None) -> float | None:
@@ -36,25 +44,23 @@ def explained(found: pd.Series, published_seeds: int | str, read_off: float | No
 def deviations(results: Results) -> tuple[pd.DataFrame, list[str]]:
     """Return measured minus published accuracy where the settings match, and notes on those that do not.
 
-    A configuration matches a published row if it is of its method, was trained and tested on the same classes, and is
-    equal to one of the row's `settings` in every setting named there, and in those of `as_by_default` to what main.py
-    has for the dataset and shots. Columns: name, paper, configuration, shots, data_set, published, read_off (error of
-    that), measured (mean over seeds), sd, seeds, deviation, explained (by seeds, points), verdict (within, outside, not
-    judged). Means over datasets are compared if all of them are there.
+    A configuration matches a published row if it is of its method, was trained and tested on the same classes, is equal
+    to one of the row's `settings` in every setting named there, and has all hyperparameters of the runs of
+    configs/reproduce/ that are planned for the row. Columns: list (of published.yaml), name, paper, configuration,
+    shots, data_set, published, read_off (error of that), measured (mean over seeds), sd, seeds, deviation, explained
+    (by seeds, points), verdict (within, outside, not judged). Means over datasets are compared if all are there.
     """
     rows, notes = [], []
     for kind, classes, runs in _kinds(results):
-        for row in PUBLISHED[kind]:
-            own = runs[runs.method == row.get("method")]
+        for row in [row for row in PUBLISHED[kind] if "runs" in row]:
+            own = runs[runs.method == row["method"]]
             for (label, shots), group in own.groupby(["configuration", "shots"], sort=False):
                 pairs = list(_pairs(kind, row, shots, group))
                 if not pairs:
                     continue
-                unlike = min((mismatch(group.iloc[0], wanted, classes) for wanted in row["settings"]), key=len)
-                unlike = unlike or unlike_default(group, row.get("as_by_default", ()))
-                if unlike:
+                if words := unlike(row, classes, group):
                     where = f"{label}, {in_words(shots)},"
-                    notes.append(f"{where} is not compared with {row['name']}: {'; '.join(unlike)}.")
+                    notes.append(f"{where} is not compared with {row['name']}: {'; '.join(words)}.")
                     continue
                 rows += [_deviation(kind, row, label, shots, *pair) for pair in pairs if pair[2] is not None]
     return pd.DataFrame(rows, columns=COLUMNS), notes
@@ -104,34 +110,60 @@ def _deviation(
 ) -> dict:
     read_off, deviation = row.get("read_off"), found.mean() - value
     published_seeds = row.get("protocol", {}).get("seeds", "unknown")
-    most = None if kind == "ablations" else explained(found, published_seeds, read_off)
+    most = None if "not_judged" in row else explained(found, published_seeds, read_off)
     verdict = "not judged" if most is None else "within" if abs(deviation) <= most else "outside"
-    head = {"name": row["name"], "paper": PUBLISHED["papers"][row["paper"]]["url"], "configuration": label}
-    head |= {"shots": shots, "data_set": name, "published": value, "read_off": read_off, "measured": found.mean()}
-    return head | {"sd": found.std(), "seeds": seeds, "deviation": deviation, "explained": most, "verdict": verdict}
+    head = {"list": kind, "name": row["name"], "paper": PUBLISHED["papers"][row["paper"]]["url"]}
+    head |= {"configuration": label, "shots": shots, "data_set": name, "published": value, "read_off": read_off}
+    head |= {"measured": found.mean(), "sd": found.std(), "seeds": seeds}
+    return head | {"deviation": deviation, "explained": most, "verdict": verdict}
 
 
-def mismatch(run: pd.Series, wanted: dict, classes: str) -> list[str]:
-    """Return in words the settings in which a run is not as published."""
-    wanted = {"classes": classes} | {name: value for name, value in wanted.items() if value is not None}
+def unlike(row: dict, classes: str, runs: pd.DataFrame) -> list[str]:
+    """Return in words the settings in which runs with one number of shots are not as published or as planned."""
+    for _, run in runs.drop_duplicates("dataset").iterrows():
+        published = [mismatch(run, {"classes": classes} | wanted) for wanted in row["settings"]]
+        plans = [_planned(part, label, run.dataset, run.shots) for part in row["runs"] for label in row["runs"][part]]
+        of_plans = [_unlike_plan(run, plan) for plan in plans if plan]
+        if words := min(published, key=len) or min(of_plans, key=len):
+            return [f"{run.dataset}: {word}" for word in words]
+    return []
+
+
+def mismatch(run: pd.Series, wanted: dict) -> list[str]:
+    """Return in words the settings in which a run has another value than the wanted one; None is any."""
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     if "n_iters" in wanted:
         wanted["total_iters"] = wanted.pop("n_iters") * run.shots
     return [
-        f"{name} is {text(run.get(name))}, published {text(value)}"
+        f"{name} is {text(run.get(name))}, not {text(value)}"
         for name, value in wanted.items()
         if text(run.get(name)) != text(value)
     ]
 
 
-def unlike_default(runs: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    """Return in words where a run has other values of these hyperparameters than main.py has by default, as they were
-    published for its method, dataset and number of shots."""
-    for _, run in runs.drop_duplicates(["dataset", "shots"]).iterrows():
-        words = ["--method", run.method, "--dataset", run.dataset, "--shots", f"{run.shots}", "--root_path", "."]
-        hparams = parse([*words, "--backbone", "ViT-B/16", "--device", "cpu"]).hparams
-        if unlike := mismatch(run, {name: getattr(hparams, name) for name in names}, run.classes):
-            return [f"{run.dataset}: {words}" for words in unlike]
-    return []
+@functools.cache
+def _planned(part: str, label: str, dataset: str, shots: int) -> Config | None:
+    """Return what a row of configs/reproduce/ asks for on this dataset; None if it has no such run."""
+    grid = read_part(part).grid
+    if dataset not in grid["datasets"] or shots not in grid["shots"]:
+        return None
+    one = grid | {"rows": {label: grid["rows"][label]}, "datasets": [dataset], "shots": [shots], "seeds": [1]}
+    (cell,) = cells(one, ["--root_path", ".", "--device", "cpu"])
+    return cell.config
+
+
+def _unlike_plan(run: pd.Series, plan: Config) -> list[str]:
+    """Return in words the hyperparameters in which a run is not as planned, and how they were to be chosen."""
+    values = plan.hparams.identity
+    wanted = {name: value for name, value in values.items() if name not in {*WITHOUT_EFFECT, *plan.search}}
+    wanted |= {name: getattr(plan.hparams, name) for name in [plan.hparams.length] if name}
+    words = mismatch(run, wanted | ({"tuned_on": "val"} if plan.search else {}))
+    chosen = {name: [text(value) for value in values] for name, values in plan.search.items()}
+    return words + [
+        f"{name} is {text(run.get(name))}, not one of {', '.join(choices)}"
+        for name, choices in chosen.items()
+        if text(run.get(name)) not in choices
+    ]
 
 
 VERDICTS = ("within", "outside", "not judged")
@@ -151,10 +183,9 @@ def verdict_sheet(rows: pd.DataFrame) -> Sheet:
 
 def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
     """Return all deviations as tables: how many seeds explain, then one for each configuration and published row."""
-    kinds = ("rows", "rn50", "ablations", "base_to_new", "transfer")
-    named = {(row["name"], PUBLISHED["papers"][row["paper"]]["url"]): row for kind in kinds for row in PUBLISHED[kind]}
+    named = {(kind, row["name"]): row for kind in KINDS for row in PUBLISHED[kind]}
     sheets = [verdict_sheet(rows)] if len(rows) else []
-    for (label, name, paper), part in rows.groupby(["configuration", "name", "paper"], sort=False):
+    for (label, kind, name), part in rows.groupby(["configuration", "list", "name"], sort=False):
         cells = [
             [
                 Cell(row.data_set),
@@ -168,10 +199,12 @@ def deviation_sheets(rows: pd.DataFrame) -> list[Sheet]:
             ]
             for row in part.itertuples(index=False)
         ]
-        known = ", ".join(named[name, paper]["settings"][0])
+        published = named[kind, name]
+        known, plans = ", ".join(published["settings"][0]), ", ".join(published["runs"])
         notes = [f"Percentage points. The runs agree with what is known of the published settings: {known}."]
-        if any(row["name"] == name for row in PUBLISHED["ablations"]):
-            notes.append(SUBSET)
+        notes[0] += f" All other hyperparameters are those of configs/reproduce/ ({plans})."
+        if "not_judged" in published:
+            notes.append(f"Not judged: {published['not_judged']}.")
         header = ["dataset", "shots", "deviation", "explained", "verdict", "published", "here", "seeds"]
         sheets.append(Sheet(f"{label} minus {name} as published", header, cells, notes))
     return sheets

@@ -6,6 +6,7 @@ of it: they are the tables' captions and columns.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def arrange(runs: pd.DataFrame, notes: list[str]) -> Results:
     filled = {name: getattr(Settings, name) for name in ALWAYS}
     filled |= {"test_dataset": runs.dataset, "split_sha256": "", "data_sha256": ""}
     optional = ("root_path", "searched", "template", "device", "weights_sha256", "zero_shot_accuracy", "base_accuracy")
+    optional += ("by_data",)
     for name in (*optional, *BUDGETS, *filled):
         if name not in runs:
             runs[name] = None
@@ -194,7 +196,7 @@ def _columns(runs: pd.DataFrame) -> pd.Series:
 
 def _settings(runs: pd.DataFrame) -> pd.DataFrame:
     """Return all settings of each run as text, a column for each."""
-    added = {"evaluated", "tested_on", "short_name"}
+    added = {"evaluated", "tested_on", "short_name", "by_data"}
     names = [name for name in runs if name not in MEASURED | PLACE | added and name not in BUDGETS]
     settings = runs[names].apply(lambda column: column.map(text))
     # Prompts that belong to the dataset vary with it; the user's own are a setting.
@@ -207,10 +209,17 @@ def _settings(runs: pd.DataFrame) -> pd.DataFrame:
     settings["trained_on"] = runs.dataset.where(runs.dataset != runs.test_dataset, "the same")
     # Values that a run chose from a list are outcomes; the list is the setting.
     chosen = runs.searched.map(text).map(lambda searched: {part.split(" of ")[0] for part in searched.split("; ")})
+    # So are values that a config file sets by dataset or number of shots: the file is the setting.
+    files = runs.by_data.map(lambda said: dict(re.findall("(.+?): (.+?)(?:; |$)", text(said))))
     for name in settings:
+        file = files.map(lambda own, name=name: own.get(name))
+        settings[name] = settings[name].mask(file.notna(), "as in " + file.map(text))
         settings[name] = settings[name].mask(chosen.map(lambda names, name=name: name in names), "searched")
     open_budget = chosen.map(lambda names: bool(names & {*BUDGETS}))
-    settings["iterations"] = _budgets(runs, settings).mask(open_budget, "iterations searched")
+    budgets = _budgets(runs, settings)
+    file = files.map(lambda own: own.get("epochs"))
+    budgets = budgets.mask(file.notna(), "iterations as in " + file.map(text))
+    settings["iterations"] = budgets.mask(open_budget, "iterations searched")
     return settings
 
 

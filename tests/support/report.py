@@ -13,9 +13,6 @@ OWN = {
     "so": SO,
     "lora": {"lr": 0.0002, "rank": 2},
     "adam": {"lr": 0.0002},
-    "zero_shot": {},
-    "coop": {},
-    "so_ablation": {},
 }
 PER_SHOT = {"so": 2000, "lora": 500, "adam": 2000}
 
@@ -39,7 +36,7 @@ class Folder:
             **{"split_sha256": f"{dataset} {shots} {seed}", "weights_sha256": "f" * 64, "git_commit": "abc"},
             **{"torch_version": "2.6.0", "device": "cpu"},
             **{"finished_at": f"2026-01-01T00:{number // 60:02}:{number % 60:02}"},
-            **OWN[method],
+            **OWN.get(method, {}),
             **({"total_iters": PER_SHOT[method] * shots} if method in PER_SHOT else {}),
             **changes,
         }
