@@ -92,9 +92,14 @@ def prune(
     return kept, moments.index_select(1, best.index_select(0, order))
 
 
-def adam_update(m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float) -> Tensor:
-    """Return what Adam subtracts from the weights in step 1, 2, ... (Kingma and Ba 2015, algorithm 1)."""
-    return lr / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt() + eps)
+def corrections(step: int, lr: float, beta1: float, beta2: float) -> tuple[float, float]:
+    """Return what depends on the step 1, 2, ... in Adam's update: the factor of m, and the divisor of v."""
+    return lr / (1 - beta1**step), 1 - beta2**step
+
+
+def adam_update(m: Tensor, v: Tensor, factor: float | Tensor, divisor: float | Tensor, eps: float) -> Tensor:
+    """Return what Adam subtracts from the weights (Kingma and Ba 2015, algorithm 1), by the step's `corrections`."""
+    return factor * m / ((v / divisor).sqrt() + eps)
 
 
 def at_flat(tensor: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -177,15 +182,39 @@ class SO(Optimizer):
         if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
             raise RuntimeError("SO needs dense gradients; use layers without sparse=True")
         self.draw_supports()
-        for group in self.param_groups:
-            if group["dense"]:
-                for p in group["params"]:
-                    if p.grad is not None and p.numel():
-                        self._dense_step(p, group)
-            else:
-                self._sparse_step(group)
+        batches = self.batches()
+        self.advance(batches)
+        for group, params in batches:
+            self._update(group, params)
         self.is_drawn = False
         return loss
+
+    def batches(self) -> list[tuple[dict, list[Tensor]]]:
+        """Return the parameters that have a gradient, those together that one update can treat together, with their
+        group."""
+        alike = defaultdict(list)
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"] if group["dense"] else self.weights(group):
+                if p.numel() and self._has_gradient(p):
+                    alike[number, self.state[p].get("step", 0), p.device, p.dtype].append(p)
+        return [(self.param_groups[key[0]], params) for key, params in alike.items()]
+
+    def advance(self, batches: list[tuple[dict, list[Tensor]]]) -> None:
+        """Count the step of the parameters in `batches`."""
+        for _, params in batches:
+            for p in params:
+                self.state[p]["step"] = self.state[p].get("step", 0) + 1
+
+    def _corrections(self, group: dict, params: Sequence[Tensor]) -> tuple[float | Tensor, float | Tensor]:
+        return corrections(self.state[params[0]]["step"], group["lr"], *group["betas"])
+
+    def _update(self, group: dict, params: list[Tensor]) -> None:
+        adam = (*self._corrections(group, params), group["eps"])
+        if not group["dense"]:
+            self._update_sparsely(group, params, adam)
+            return
+        for p in params:
+            self._update_densely(group, p, adam)
 
     @torch.no_grad()
     def draw_supports(self) -> None:
@@ -226,35 +255,27 @@ class SO(Optimizer):
         """Return the parameters of a group that have a support; none of a dense group."""
         return [] if group["dense"] else [p for p in group["params"] if p.requires_grad and p.numel() > 0]
 
-    def _gradient(self, p: Tensor) -> Tensor | None:
-        """Return the gradient of `p` at its support [k], if it has one."""
-        return None if p.grad is None else entries(p.grad, self.state[p]["support"]).to(moment_dtype(p))
+    def _has_gradient(self, p: Tensor) -> bool:
+        return p.grad is not None
 
-    def _dense_step(self, p: Tensor, group: dict) -> None:
+    def _gradient(self, p: Tensor) -> Tensor:
+        """Return the gradient of `p` at its support [k]."""
+        return entries(p.grad, self.state[p]["support"]).to(moment_dtype(p))
+
+    def _update_densely(self, group: dict, p: Tensor, adam: tuple) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[p]
-        if not state:
-            state.update(step=0, m=torch.zeros_like(p, dtype=moment_dtype(p)))
+        if "m" not in state:
+            state["m"] = torch.zeros_like(p, dtype=moment_dtype(p))
             state["v"] = torch.zeros_like(state["m"])
-        state["step"] += 1
         grad = p.grad.to(state["m"].dtype)
         if group["weight_decay"]:
             grad = grad + group["weight_decay"] * p.to(grad.dtype)
         state["m"].mul_(beta1).add_(grad, alpha=1 - beta1)
         state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        p.sub_(adam_update(state["m"], state["v"], state["step"], group["lr"], beta1, beta2, group["eps"]))
+        p.sub_(adam_update(state["m"], state["v"], *adam))
 
-    def _sparse_step(self, group: dict) -> None:
-        batches = defaultdict(list)  # tensors that one update can treat together, and their gradients
-        for p in self.weights(group):
-            if (grad := self._gradient(p)) is not None:
-                state = self.state[p]
-                state["step"] += 1
-                batches[state["step"], p.device, p.dtype].append((p, grad))
-        for batch in batches.values():
-            self._update_batch(*zip(*batch), group)
-
-    def _update_batch(self, params: Sequence[Tensor], grads: Sequence[Tensor], group: dict) -> None:
+    def _update_sparsely(self, group: dict, params: list[Tensor], adam: tuple) -> None:
         beta1, beta2 = group["betas"]
         states = [self.state[p] for p in params]
         kept, support, m, v = ([s[key] for s in states] for key in ("kept", "support", "m", "v"))
@@ -263,7 +284,7 @@ class SO(Optimizer):
 
         indices = torch.cat([*kept, *support]).add_(starts)
         of_kept, of_support = indices.split([sum(counts[: len(params)]), sum(counts[len(params) :])])
-        grad = torch.cat(grads)
+        grad = torch.cat([self._gradient(p) for p in params])
         if group["weight_decay"]:
             grad = grad + group["weight_decay"] * torch.cat([entries(p, s) for p, s in zip(params, support)])
         moments, is_twin = merge(of_kept, of_support, torch.cat([*m, *v]).view(2, -1), grad, beta1, beta2)
@@ -272,7 +293,7 @@ class SO(Optimizer):
         if group["prune_first"]:
             indices, moments, starts = new_kept, new_moments, starts_of_new
             counts, owners = counts[len(params) :], params
-        update = adam_update(*moments, states[0]["step"], group["lr"], beta1, beta2, group["eps"])
+        update = adam_update(*moments, *adam)
         self._subtract(owners, indices, starts, counts, update)
         _set_kept(states, new_kept - starts_of_new, new_moments)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .SparseOptimizer import adam_update, check_group, draw_support, merge
+from .SparseOptimizer import adam_update, check_group, corrections, draw_support, merge
 
 GRADIENTS = ("random", "importance", "dense")
 MOMENTS = ("importance", "random", "dense", "none")
@@ -106,7 +106,7 @@ class SOAblation(Optimizer):
         k = max(1, int(len(weights) * group["density_ratio"]))
         support = self._support(grad, state, k, group)
         state["step"] = state.get("step", 0) + 1
-        adam = (state["step"], group["lr"], beta1, beta2, group["eps"])
+        adam = (*corrections(state["step"], group["lr"], beta1, beta2), group["eps"])
         g = grad[support] + group["weight_decay"] * weights[support]
 
         if moments == "dense":

@@ -116,6 +116,12 @@ class Attached:
         for hook in self.hooks:
             hook.remove()
 
+    def draw(self) -> None:
+        """Draw the supports that are due, and find where they are in each layer, in the memory that they have."""
+        self.optimizer.draw_supports()
+        for weight, start, stop in list(self.places):
+            self._place(weight, slice(start, stop))
+
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Return a linear layer's output. `attach` puts this in the place of its forward."""
         if not _needs_gradient(layer):
@@ -129,7 +135,8 @@ class Attached:
         return self._sampled(module.in_proj, x, module.rows(parts))
 
     def _sampled(self, layer: nn.Linear, x: Tensor, rows: slice) -> Tensor:
-        self.optimizer.draw_supports()
+        if not self.optimizer.is_drawn:
+            self.draw()
         device, weight, bias = x.device.type, layer.weight, layer.bias
         cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if cast else x.dtype

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import SparseOptimizer
-from .SparseOptimizer import entries, entries_kept, moment_dtype, subtract
+from .SparseOptimizer import corrections, entries, entries_kept, moment_dtype, subtract
 
 
 class SO(SparseOptimizer.SO):
@@ -23,8 +23,10 @@ class SO(SparseOptimizer.SO):
         super()._forget()
         # Supports drawn before they are due, in order: the generator's state before, numel, k, support.
         self.ahead: list[tuple[Tensor, int, int, Tensor]] = []
+        self.is_counted = False  # whether `advance` was called for the next step
         self.leaves: dict[Tensor, Tensor] = {}  # parameter -> `leaf`
         self.leaf_set: set[Tensor] = set()
+        self.scalars: dict[Tensor, tuple[Tensor, Tensor]] = {}  # first of a batch -> `corrections` of the step
         # What the last step wrote: parameters, the memory they share, indices there, new values.
         self.written: list[tuple[Sequence[Tensor], Tensor, Tensor, Tensor]] = []
 
@@ -34,7 +36,7 @@ class SO(SparseOptimizer.SO):
         loss = super().step(closure)
         for leaf in self.leaves.values():
             leaf.grad = None
-        self._draw_ahead()
+        self.finish()
         return loss
 
     # --- draws
@@ -117,9 +119,40 @@ class SO(SparseOptimizer.SO):
     def _leaves(self, group: dict) -> list[Tensor]:
         return [self.leaves[p] for p in self.weights(group) if p in self.leaves]
 
-    def _gradient(self, p: Tensor) -> Tensor | None:
-        own, values = super()._gradient(p), self.leaves[p].grad if p in self.leaves else None
-        return own if values is None else values if own is None else values + own
+    def _has_gradient(self, p: Tensor) -> bool:
+        return super()._has_gradient(p) or (p in self.leaves and self.leaves[p].grad is not None)
+
+    def _gradient(self, p: Tensor) -> Tensor:
+        values = self.leaves[p].grad if p in self.leaves else None
+        if values is None:
+            return super()._gradient(p)
+        return values if p.grad is None else values + super()._gradient(p)
+
+    # --- what changes with the step
+
+    @torch.no_grad()
+    def advance(self, batches: list[tuple[dict, list[Tensor]]]) -> None:
+        """Count the coming step, unless that is done, and write its `corrections` where the update reads them: in
+        tensors that stay in place. Then forward, backward and update are the same operations in every step, which a GPU
+        can record as a graph. Before each repetition call `Attached.draw` and this, after it `finish`."""
+        if self.is_counted:
+            return
+        super().advance(batches)
+        self.is_counted = True
+        for group, (p, *_) in batches:
+            if p not in self.scalars:
+                self.scalars[p] = torch.empty(2, dtype=moment_dtype(p), device=p.device).unbind()
+            for tensor, value in zip(self.scalars[p], corrections(self.state[p]["step"], group["lr"], *group["betas"])):
+                tensor.fill_(value)
+
+    def _corrections(self, group: dict, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.scalars[params[0]]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End a step: what comes belongs to the next one, whose supports are drawn in part."""
+        self.is_drawn = self.is_counted = False
+        self._draw_ahead()
 
     # --- one read and one write
 

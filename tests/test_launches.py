@@ -2,11 +2,13 @@
 
 import copy
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from support.replay import Recorded
 from torch import nn
 
 import clip
@@ -228,3 +230,54 @@ def test_clipping_and_hooks_see_the_gradients():
     assert norm.item() == pytest.approx(2 * 60**0.5) and leaf.grad.norm().item() == pytest.approx(1)
     optimizer.zero_grad()
     assert leaf.grad is None
+
+
+# --- the same operations in every step
+
+
+def test_the_operations_of_one_step_repeated_are_training():
+    """As a CUDA graph does it, which has the numbers and addresses of the step that it recorded: the fifth. Between two
+    repetitions the host draws supports, and writes the step's corrections where the update reads them."""
+
+    def trained(repeats):
+        torch.manual_seed(0)
+        model = CLIP(SMALL)
+        optimizer = SO(select_matrices(model, Blocks()).values(), lr=1e-3, density_ratio=0.002, T=3)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+        attached = attach(model, optimizer, dense_above=1)
+        prompts = PackedPrompts(clip.tokenize(["a photo of a cat.", "a photo of a small dog."]))
+        images, labels, losses = torch.zeros(3, 3, 32, 32), torch.zeros(3, dtype=torch.long), []
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16):
+                image, text = model.encode_image(images), model.encode_text(prompts)
+            loss = F.cross_entropy(100 * F.normalize(image.float()) @ F.normalize(text.float()).T, labels)
+            loss.backward()
+            updated[:] = optimizer.batches()
+            optimizer.step()
+            return loss
+
+        updated, recorded = [], None
+        for number in range(24):
+            generator = torch.Generator().manual_seed(number)
+            images.copy_(torch.randn(images.shape, generator=generator))
+            labels.copy_(torch.randint(2, labels.shape, generator=generator))
+            if not repeats or number < 4:
+                loss = step()
+            else:
+                attached.draw()
+                optimizer.advance(updated)
+                if recorded is None:
+                    with mock.patch.object(optimizer, "finish"), Recorded() as recorded:
+                        loss_of_record = step()
+                    loss = loss_of_record
+                else:
+                    loss = recorded.replay()[id(loss_of_record)]
+                optimizer.finish()
+            losses.append(loss.item())
+            scheduler.step()
+        return losses, model.state_dict()
+
+    (losses, weights), (again, repeated) = trained(repeats=False), trained(repeats=True)
+    assert losses == again and len({*losses}) == 24
+    assert all(torch.equal(t, repeated[name]) for name, t in weights.items())
