@@ -6,8 +6,8 @@
 Steps: ViT-B/16 with random weights and 32 images, for SO, LoRA and the plain dense computation. A block of steps is
 timed without waiting for the GPU in between, and the better of three blocks counts. Each side has a process of its own,
 so that its peak of memory is its own. Launches are kernels by torch's profiler in a step without a draw; "waits" says
-whether such a step makes the host wait for the GPU. Runs: each method twice on the digits; their curves must be equal,
-to the byte. Not run on a GPU yet.
+whether such a step makes the host wait for the GPU. Features: a test pass beside its matrix products. Runs: each method
+twice on the digits; their curves must be equal, to the byte. Not run on a GPU yet.
 """
 
 import json
@@ -103,6 +103,11 @@ def page(device: str, tests: bool) -> Iterator[str]:
         ended = done.stderr.strip().splitlines()[-1:] or ["no output"]
         row = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else dict(zip(COLUMNS, (*case, *ended)))
         yield "| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |"
+    yield "\nImage features, ViT-B/16:\n"
+    for precision in ("fp32", "bf16"):
+        words = [sys.executable, "-m", "benchmarks.features", "--device", device, "--precision", precision]
+        done = subprocess.run([*words, "--batch_size", "256"], capture_output=True, text=True, cwd=PROJECT)
+        yield "- " + "; ".join((done.stdout or done.stderr).strip().splitlines())
     yield "\nTwo runs of each method on the digits:\n"
     with tempfile.TemporaryDirectory() as folder:
         for method in progress(METHODS, "runs", "method"):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .activations import ACTIVATIONS
 from .layouts import IMAGES, MEAN_IMAGES, Layout, PackedPrompts, PaddedPrompts, Prompts
 from .preprocess import Preprocessing
 from .resnet import ModifiedResNet
@@ -104,30 +105,6 @@ class Architecture:
     @property
     def is_vit(self) -> bool:
         return isinstance(self.vision_layers, int)
-
-
-class QuickGELU(nn.Module):
-    """The GELU approximation that OpenAI's weights were trained with: x * sigmoid(1.702 x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _QuickGELU.apply(x)
-
-
-class _QuickGELU(torch.autograd.Function):
-    """The same with one tensor kept for backward; the plain expression keeps three of that size."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = 1.702 * x
-        ctx.save_for_backward(x)
-        return F.silu(x).div_(1.702)  # silu(a x) / a = x sigmoid(a x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
-
-
-ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh")}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 from benchmarks.plain import DenseSO, encode_image, encode_text
+from clip.activations import QuickGELU
 from clip.layouts import PackedPrompts
 from clip.model import CLIP, Architecture
 from methods.choice import Blocks, select_matrices
@@ -181,6 +182,18 @@ def test_a_shared_prefix_is_computed_once_and_padding_never():
     assert len(prompts.ids) == T
     expected = 2 * 2 * T * 12 * D**2 + 2 * T * 2 * D**2 + 3 * (2 * 10 * D**2 + 2 * D * 32)
     assert linear_flops(model.encode_text, prompts) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_quick_gelu_has_the_same_bits_with_and_without_gradients_and_in_place(dtype):
+    x = torch.linspace(-20, 20, 4001).to(dtype)
+    expected = QuickGELU()(x.clone().requires_grad_()).detach()
+    x64, tolerance = x.double(), 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(expected.double(), x64 * torch.sigmoid(1.702 * x64), rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        for inplace in (False, True):
+            own = x.clone()
+            assert torch.equal(QuickGELU(inplace)(own), expected) and torch.equal(own, x) != inplace
 
 
 def test_frozen_parts_are_outside_the_graph():
