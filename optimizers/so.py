@@ -141,7 +141,7 @@ class SO(SparseOptimizer.SO):
         self.is_counted = True
         for group, (p, *_) in batches:
             if p not in self.scalars:
-                self.scalars[p] = torch.empty(2, dtype=moment_dtype(p), device=p.device).unbind()
+                self.scalars[p] = torch.empty(2, dtype=torch.float64, device=p.device).unbind()
             for tensor, value in zip(self.scalars[p], corrections(self.state[p]["step"], group["lr"], *group["betas"])):
                 tensor.fill_(value)
 

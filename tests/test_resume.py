@@ -190,7 +190,7 @@ def test_what_diverges_does_not_resume(run_main, flags):
 
 def test_signals_stop_runs_that_then_resume(tmp_path, all_digits):
     codes = {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}
-    flags = ("--shots", 1, "--total_iters", 25, "--encoder", "text", "--position", "top1", "--early_stop_loss", 0)
+    flags = ("--shots", 1, "--total_iters", 50, "--encoder", "text", "--position", "top1", "--early_stop_loss", 0)
     flags = (*flags, "--workers", 0, "--cache_dir", tmp_path / "cache", "--device", "cpu")
 
     def command(name, save_every=1):
@@ -210,15 +210,16 @@ def test_signals_stop_runs_that_then_resume(tmp_path, all_digits):
     running = {sent: FORK.Process(target=start, args=(sent.name,)) for sent in codes}
     for process in running.values():
         process.start()
-    while running:
-        for sent, process in [*running.items()]:
+    waiting = dict(running)
+    while waiting:
+        for sent, process in [*waiting.items()]:
             if not process.is_alive() or list((tmp_path / sent.name).rglob("training-*.pt")):
                 os.kill(process.pid, sent)
-                process.join()
-                assert process.exitcode == codes[sent]
-                del running[sent]
+                del waiting[sent]
         time.sleep(0.01)
-    for sent in codes:
+    for sent, process in running.items():
+        process.join()
+        assert process.exitcode == codes[sent]
         said = (tmp_path / f"{sent.name}.err").read_text()
         assert ("the same command resumes" in said) == (sent != signal.SIGKILL)
         _, resumed, out, _ = call(entry.main, *command(sent.name))
