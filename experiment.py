@@ -27,17 +27,28 @@ IMAGES_AT_ONCE = 256  # without gradients
 class Normalised:
     """A loader's batches (images, labels), with the images as the model reads them, on its device.
 
-    They come as bytes from the processes that read them; `transform` says how bytes become numbers.
+    They come as bytes from the processes that read them; `transform` says how bytes become numbers. A GPU copies and
+    normalises a batch on a stream of its own, while it still computes with the batch before.
     """
 
     def __init__(self, loader: Collection, transform: Callable, device: torch.device):
         self.loader, self.table = loader, normalise_table(transform).to(device)
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((normalise(images, self.table), labels) for images, labels in self.loader)
+        for images, labels in self.loader:
+            yield normalise(images, self.table) if self.side is None else self._on_the_side(images), labels
+
+    def _on_the_side(self, images: Tensor) -> Tensor:
+        with torch.cuda.stream(self.side):
+            images = normalise(images, self.table)
+        current = torch.cuda.current_stream(images.device)
+        current.wait_stream(self.side)
+        images.record_stream(current)  # its memory is not used again before `current` is done with it
+        return images
 
 
 @dataclass

@@ -1,16 +1,22 @@
 """Less memory and less work for the same bits, and what is said where memory is too small."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.runs import error_of, experiment_of, in_folder, outcome
 from test_contracts import quick
 
 import clip
+import experiment
 import main as entry
 import train
 from arguments import parse
 from benchmarks.memory import step_bytes
+from clip import preprocess
 from clip.model import CLIP, Architecture
+from clip.preprocess import Preprocessing, normalise
 from common import UserError
 from methods.adaptation import Adaptation
 
@@ -128,3 +134,29 @@ def test_test_images_are_prepared_once_for_several_runs(run_main, tmp_path, monk
 def first_test_images() -> int:
     """Return the number of test images in a run of the tests."""
     return len(entry.read_data(parse(["--device", "cpu"])).test)
+
+
+def test_a_batch_on_a_stream_of_its_own_is_waited_for_and_kept(monkeypatch):
+    """The order of calls; there is no GPU here to run it on."""
+    said, side = [], SimpleNamespace(name="side")
+    current = SimpleNamespace(wait_stream=lambda stream: said.append(f"wait for {stream.name}"))
+
+    @contextmanager
+    def stream(of):
+        said.append(f"on {of.name}")
+        yield
+        said.append("off")
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, of: said.append((tuple(x.shape), of is current)))
+    monkeypatch.setattr(experiment, "normalise", lambda x, table: said.append("normalise") or normalise(x, table))
+    pixels = [torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8) for _ in range(2)]
+    transform = preprocess.train_transform(Preprocessing(4))
+    batches = experiment.Normalised([(x, "labels") for x in pixels], transform, torch.device("cpu"))
+    plain = [images for images, _ in batches]
+    batches.side, said[:] = side, []
+    for expected, (images, labels) in zip(plain, batches):
+        assert said == ["on side", "normalise", "off", "wait for side", ((2, 3, 4, 4), True)]
+        assert torch.equal(images, expected) and labels == "labels"
+        said.clear()
