@@ -280,7 +280,7 @@ class SO(Optimizer):
         states = [self.state[p] for p in params]
         kept, support, m, v = ([s[key] for s in states] for key in ("kept", "support", "m", "v"))
         counts = [len(indices) for indices in (*kept, *support)]
-        starts, tensors = self._arranged(params[0].device, tuple(self._starts(params)), tuple(counts))
+        starts, tensors = self._arranged(params[0], tuple(self._starts(params)), tuple(counts))
 
         indices = torch.cat([*kept, *support]).add_(starts)
         of_kept, of_support = indices.split([sum(counts[: len(params)]), sum(counts[len(params) :])])
@@ -307,11 +307,12 @@ class SO(Optimizer):
         """Subtract `update` from entries of weights: `counts` of them of each of the `owners`, one after the other."""
         subtract(owners, (indices - starts).split(counts), update)
 
-    def _arranged(self, *key) -> tuple[Tensor, list]:
-        if key not in self.arrangements:
-            self.arrangements.clear()
-            self.arrangements[key] = arrange(*key)
-        return self.arrangements[key]
+    def _arranged(self, first: Tensor, *how: tuple[int, ...]) -> tuple[Tensor, list]:
+        known, arranged = self.arrangements.get(first, (None, None))
+        if known != how:
+            arranged = arrange(first.device, *how)
+            self.arrangements[first] = how, arranged
+        return arranged
 
     def state_dict(self) -> dict:
         """Return the usual state and the generator's, so that a run can resume between two draws."""
@@ -337,7 +338,7 @@ class SO(Optimizer):
     def _forget(self) -> None:
         """Set what is known between two steps beside the state."""
         self.is_drawn = False  # whether the supports of the next step are drawn
-        self.arrangements: dict[tuple, tuple[Tensor, list]] = {}  # what `arrange` returned
+        self.arrangements: dict[Tensor, tuple] = {}  # first of a batch -> what `arrange` was given and returned
 
     def __getstate__(self) -> dict:  # for copy and pickle
         return super().__getstate__() | {"generator": self.generator}
