@@ -7,8 +7,10 @@ out and where each value is from.
 
 import dataclasses
 import difflib
+import hashlib
 import itertools
 import json
+import re
 from argparse import SUPPRESS, BooleanOptionalAction
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,6 +29,7 @@ from config_files import by_data, flags_of, read_config, sections, typed
 from methods import METHODS, saved_settings
 from settings import ALL, GROUPS, LENGTHS, SUPPORT, Hparams, Settings, check_data, check_output, choose_device
 
+PROMPTS = ("prompts", "template")
 QUICK_START = Path(__file__).resolve().parent / "configs" / "digits.yaml"
 
 
@@ -182,18 +185,21 @@ class Layers:
 
     def add_by_data(self, source: str, layer: dict[str, Any]) -> None:
         """Note which settings the layer, now on top, sets by dataset or number of shots, and which for all of them."""
-        names, digest = by_data(layer, self.method)
-        set_by_all = {*layer, *layer.get("methods", {}).get(self.method, {})}
-        for name in self._alternatives(set_by_all):
+        for name in self._recorded({*layer, *layer.get("methods", {}).get(self.method, {})}):
             self.by_data.pop(name, None)
-        file = Path(source.removeprefix("--config ").removeprefix("published, ")).name.replace(";", ",")
-        self.by_data |= dict.fromkeys(self._alternatives(names), f"{file} {digest}")
+        said = {name: pairs for name, pairs in by_data(layer, self.method).items() if self._recorded({name})}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:6]
+        file = re.sub(r"[^\w.-]", "_", Path(source.removeprefix("--config ").removeprefix("published, ")).name)
+        self.by_data |= dict.fromkeys(self._recorded(said), f"{file} {digest}")
 
-    def _alternatives(self, names: Iterable[str]) -> set[str]:
-        """Return all settings of the run that are set by these names."""
+    def _recorded(self, names: Iterable[str]) -> set[str]:
+        """Return the settings that these names set, without those that cannot change what is measured."""
         complements = {f.metadata["complement"]: f.name for f in self.own.values()}
         same = {other for name in names for other in self.kind.alternatives(complements.get(name, name))}
-        return same & {*self.own, *self.common}
+        if same & {*PROMPTS}:  # the one says whether the other counts
+            same |= {*PROMPTS}
+        known = {name for name, f in self.common.items() if f.metadata["group"] not in ("machine", "output")}
+        return same & {*self.own, *known}
 
     def _with_complements(self, source: str, layer: dict[str, Any]) -> dict[str, Any]:
         """Return the layer with `s: 0.9` as `density_ratio: 0.1`."""
@@ -288,12 +294,13 @@ def _evaluated(config: Config, given: dict[str, Any]) -> Config:
     known = {name: trained[name] for name in ("tuned_on", "draw", *SUPPORT)}
     if trained["draw"] == ALL:
         known["shots"] = trained["shots"]
-    by_data = json.loads(metadata.get("by_data", "{}"))
-    if {"prompts", "template"} & given.keys():
-        by_data = {name: file for name, file in by_data.items() if name not in ("prompts", "template")}
-    else:
+    if not {*PROMPTS} & given.keys():
         known |= {"prompts": trained["prompts"], "template": tuple(trained["template"])}
-    return _checked(Config(dataclasses.replace(settings, **known), hparams, {}, by_data))
+    of_weights = {*hparams.identity, *LENGTHS, *known}
+    files = {name: file for name, file in config.by_data.items() if name not in of_weights}
+    saved = json.loads(metadata.get("by_data", "{}"))
+    files |= {name: file for name, file in saved.items() if name in of_weights}
+    return _checked(Config(dataclasses.replace(settings, **known), hparams, {}, files))
 
 
 # --- the command line

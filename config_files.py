@@ -2,8 +2,7 @@
 
 import dataclasses
 import difflib
-import hashlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,30 +101,25 @@ def sections(source: str, layer: dict[str, Any], chosen: dict[str, Any], depth: 
     return parts
 
 
-def by_data(layer: dict[str, Any], method: str) -> tuple[set[str], str]:
-    """Return the settings of a layer that have sections for numbers of shots or datasets, whichever is chosen, and a
-    hash of all that the layer says of the method."""
-    own = _of_method(layer, method)
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
-    return _conditional(own), digest
+def by_data(layer: dict[str, Any], method: str) -> dict[str, list[tuple[str, str]]]:
+    """Return the settings that a layer has sections for, by numbers of shots or datasets, whichever is chosen: for each
+    all that the layer says of it for this method, as pairs of section and value."""
+    said: dict[str, list[tuple[str, str]]] = {}
+    for where, name, value in _said(layer, method):
+        said.setdefault(name, []).append((where, repr(value)))
+    of_data = {"by_shots", "datasets"}
+    return {name: own for name, own in said.items() if any(of_data & {*where.split("/")} for where, _ in own)}
 
 
-def _of_method(layer: dict[str, Any], method: str) -> dict[str, Any]:
-    """Return a layer without its sections for other methods."""
-    own = {name: value for name, value in layer.items() if name not in SECTIONS}
-    for section in layer.keys() & set(SECTIONS):
-        parts = layer[section].items()
-        own[section] = {
-            name: _of_method(part, method) for name, part in parts if section != "methods" or name == method
-        }
-    return own
-
-
-def _conditional(layer: dict[str, Any], inside: bool = False) -> set[str]:
-    names = {name for name in layer if inside and name not in SECTIONS}
-    for section in layer.keys() & set(SECTIONS):
-        names |= set().union(*(_conditional(part, inside or section != "methods") for part in layer[section].values()))
-    return names
+def _said(layer: dict[str, Any], method: str, where: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield section, name and value of all settings in a layer, without its sections for other methods."""
+    for name, value in layer.items():
+        if name not in SECTIONS:
+            yield where, name, value
+            continue
+        for key, part in value.items():
+            if name != "methods" or key == method:
+                yield from _said(part, method, f"{where}/{name}/{key}")
 
 
 def typed(value: Any, about: dict[str, Any], where: str) -> Any:

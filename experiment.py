@@ -28,7 +28,8 @@ class Normalised:
     """A loader's batches (images, labels), with the images as the model reads them, on its device.
 
     They come as bytes from the processes that read them; `transform` says how bytes become numbers. A GPU copies and
-    normalises a batch on a stream of its own, while it still computes with the batch before.
+    normalises a batch on a stream of its own, while it still computes with the batch before, unless the host waits for
+    that.
     """
 
     def __init__(self, loader: Collection, transform: Callable, device: torch.device):
@@ -39,16 +40,24 @@ class Normalised:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.side is not None:
+            yield from self._on_the_side()
+            return
         for images, labels in self.loader:
-            yield normalise(images, self.table) if self.side is None else self._on_the_side(images), labels
+            yield normalise(images, self.table), labels
 
-    def _on_the_side(self, images: Tensor) -> Tensor:
-        with torch.cuda.stream(self.side):
-            images = normalise(images, self.table)
-        current = torch.cuda.current_stream(images.device)
-        current.wait_stream(self.side)
-        images.record_stream(current)  # its memory is not used again before `current` is done with it
-        return images
+    def _on_the_side(self) -> Iterator[tuple[Tensor, Tensor]]:
+        current = torch.cuda.current_stream(self.side.device)
+        before: list[torch.cuda.Event] = []  # when the batches before are computed with
+        for images, labels in self.loader:
+            if len(before) == 2:  # no third batch in memory, however fast the loader is
+                before.pop(0).synchronize()
+            with torch.cuda.stream(self.side):
+                images = normalise(images, self.table)
+            current.wait_stream(self.side)
+            images.record_stream(current)  # its memory is not used again before `current` is done with it
+            yield images, labels
+            before.append(current.record_event())
 
 
 @dataclass

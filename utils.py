@@ -63,7 +63,7 @@ def text_classifier(model: clip.CLIP, class_names: Sequence[str], templates: Seq
 @torch.no_grad()
 def image_features(model: clip.CLIP, batches: Iterable, label: str) -> Tensor:
     """Return unit features [N, E] in float32, in main memory, of all images of batches (images, labels), in order."""
-    return torch.cat([encode_image(model, images).cpu() for images, _ in progress(batches, label)])
+    return torch.cat([encode_image(model, images) for images, _ in progress(batches, label)]).cpu()
 
 
 def cache_file(folder: str, *key: str) -> Path:

@@ -15,13 +15,16 @@ from statistics import median
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.step import ARCHITECTURES
 from benchmarks.timing import alternately
 from clip.model import CLIP
 from common import Parser, one_line_errors
 
+ATTENTION_ON_A_CPU = {  # the counter knows only those of GPUs
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
 
 
@@ -57,7 +60,7 @@ def compare(args: Namespace) -> None:
         with Products() as products:
             encode()
         seconds, _ = alternately({"pass": encode, "products": products.again}, args.times, device.type)
-        with FlopCounterMode(display=False) as counted:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_A_CPU) as counted:
             encode()
     whole, alone = median(seconds["pass"]), median(seconds["products"])
     flop = counted.get_total_flops()

@@ -120,7 +120,8 @@ class Attached:
         """Draw the supports that are due, and find where they are in each layer, in the memory that they have."""
         self.optimizer.draw_supports()
         for weight, start, stop in list(self.places):
-            self._place(weight, slice(start, stop))
+            if "support" in self.optimizer.state.get(weight, {}):  # else it is not trained any more
+                self._place(weight, slice(start, stop))
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Return a linear layer's output. `attach` puts this in the place of its forward."""

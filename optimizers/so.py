@@ -1,4 +1,5 @@
-"""SO as this project trains with it: the same numbers as SparseOptimizer.SO, in fewer operations on a GPU.
+"""SO as this project trains with it: the same numbers as SparseOptimizer.SO (on a GPU up to rounding), and there in
+fewer operations.
 
 Supports are drawn ahead. Weights that lie in one piece of memory, where `share_memory` puts them, are read and written
 at once. The gradient at the support may arrive without the dense one, as that of a small tensor: `leaf`.
@@ -23,7 +24,7 @@ class SO(SparseOptimizer.SO):
         super()._forget()
         # Supports drawn before they are due, in order: the generator's state before, numel, k, support.
         self.ahead: list[tuple[Tensor, int, int, Tensor]] = []
-        self.is_counted = False  # whether `advance` was called for the next step
+        self.counted: set[Tensor] | None = None  # what `advance` was called with for the next step
         self.leaves: dict[Tensor, Tensor] = {}  # parameter -> `leaf`
         self.leaf_set: set[Tensor] = set()
         self.scalars: dict[Tensor, tuple[Tensor, Tensor]] = {}  # first of a batch -> `corrections` of the step
@@ -33,7 +34,10 @@ class SO(SparseOptimizer.SO):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         self.written.clear()
-        loss = super().step(closure)
+        try:
+            loss = super().step(closure)
+        finally:
+            self.counted = None
         for leaf in self.leaves.values():
             leaf.grad = None
         self.finish()
@@ -134,16 +138,21 @@ class SO(SparseOptimizer.SO):
     def advance(self, batches: list[tuple[dict, list[Tensor]]]) -> None:
         """Count the coming step, unless that is done, and write its `corrections` where the update reads them: in
         tensors that stay in place. Then forward, backward and update are the same operations in every step, which a GPU
-        can record as a graph. Before each repetition call `Attached.draw` and this, after it `finish`."""
-        if self.is_counted:
+        can record as a graph. Who does that calls `Attached.draw` and this before the step that is recorded, with the
+        `batches` of the step before it; then both before each repetition, and `finish` after it. Raise RuntimeError if
+        the step updates other parameters than those that were counted."""
+        parameters = {p for _, params in batches for p in params}
+        if self.counted is not None:
+            if self.counted != parameters:
+                raise RuntimeError("other parameters have gradients than those whose step was counted")
             return
         super().advance(batches)
-        self.is_counted = True
+        self.counted = parameters
         for group, (p, *_) in batches:
             if p not in self.scalars:
-                self.scalars[p] = torch.empty(2, dtype=torch.float64, device=p.device).unbind()
+                self.scalars[p] = torch.empty(2, dtype=moment_dtype(p), device=p.device).unbind()
             for tensor, value in zip(self.scalars[p], corrections(self.state[p]["step"], group["lr"], *group["betas"])):
-                tensor.fill_(value)
+                tensor.fill_(value if value <= torch.finfo(tensor.dtype).max else torch.inf)
 
     def _corrections(self, group: dict, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return self.scalars[params[0]]
@@ -151,7 +160,7 @@ class SO(SparseOptimizer.SO):
     @torch.no_grad()
     def finish(self) -> None:
         """End a step: what comes belongs to the next one, whose supports are drawn in part."""
-        self.is_drawn = self.is_counted = False
+        self.is_drawn, self.counted = False, None
         self._draw_ahead()
 
     # --- one read and one write
@@ -186,7 +195,10 @@ class SO(SparseOptimizer.SO):
                 group["params"] = params
 
     def state_dict(self) -> dict:
-        """Return the usual state and the generator's, before the draws made ahead: who resumes makes them again."""
+        """Return the usual state and the generator's, before the draws made ahead: who resumes makes them again. Raise
+        RuntimeError if the next step is counted and not done."""
+        if self.counted is not None:
+            raise RuntimeError("the state cannot be saved between `advance` and the end of the step")
         with self._without_leaves():
             state = super().state_dict()
         return state | {"generator": self.ahead[0][0]} if self.ahead else state

@@ -1,6 +1,7 @@
 """What a command line and config files ask for: layers, sections, --help, --print_config, and the run that it is."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -86,6 +87,27 @@ def test_sections_are_for_a_method_a_number_of_shots_and_a_dataset(config):
     assert config(text, "--method", "lora", "--shots", 1).by_data == lora.by_data
     assert config(text, *DTD, "--lr", 6e-4).by_data.keys() == {"t"}
     assert config("datasets: {dtd: {s: 0.9, epochs: 1}}").by_data.keys() == {"density_ratio", *LENGTHS}
+
+
+def test_settings_by_data_are_named_with_what_the_file_says_of_them(config, tmp_path):
+    text = "by_shots: {1: {lr: 0.5, prompts: specific}}\n"
+    said = config(text).by_data
+    assert said.keys() == {"lr", "prompts", "template"} and len({*said.values()}) == 1
+    for same in ("workers: 0\n", "t: 7\n", "methods: {lora: {by_shots: {1: {lr: 0.1}}}}\n", "search: {t: [1, 2]}\n"):
+        assert config(text + same).by_data == said
+    for other in ("lr: 0.1\n", "datasets: {dtd: {lr: 0.1}}\n", "methods: {so: {prompts: released}}\n"):
+        changed = config(text + other).by_data
+        assert changed.keys() == said.keys() and not {*changed.values()} & {*said.values()}
+    assert config(text, "--template", "a {}.").by_data.keys() == {"lr"}
+    path = tmp_path / os.fsdecode(b"a b;\n\xff.yaml")
+    path.write_text(text)
+    assert parse(["--config", str(path)]).by_data["lr"].partition(" ")[0] == "a_b___.yaml"
+
+
+@pytest.mark.parametrize("search", ["2024-01-01", "{lr: [2024-01-01]}", "{1: [1], lr: [1]}"])
+def test_odd_values_of_a_search_are_a_mistake(config, search):
+    with pytest.raises(UserError, match="search"):
+        config(f"search: {search}\n")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 from benchmarks.plain import DenseSO, encode_image, encode_text
-from clip.activations import QuickGELU
+from clip.activations import ACTIVATIONS, QuickGELU
 from clip.layouts import PackedPrompts
 from clip.model import CLIP, Architecture
 from methods.choice import Blocks, select_matrices
@@ -194,6 +194,7 @@ def test_quick_gelu_has_the_same_bits_with_and_without_gradients_and_in_place(dt
         for inplace in (False, True):
             own = x.clone()
             assert torch.equal(QuickGELU(inplace)(own), expected) and torch.equal(own, x) != inplace
+        assert ACTIVATIONS["quick_gelu"]().inplace
 
 
 def test_frozen_parts_are_outside_the_graph():

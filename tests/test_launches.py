@@ -120,6 +120,57 @@ def test_weights_that_were_moved_apart_are_trained_the_same():
         assert all(torch.equal(t, p.bfloat16()) for p, (t, version) in attached.casts.items() if version == p._version)
 
 
+def test_a_step_that_fails_leaves_nothing_behind(monkeypatch):
+    """As Ctrl-C in a notebook, and lack of memory: the next step has its own learning rate and its own parameters."""
+    params = [nn.Parameter(torch.ones(30)) for _ in range(2)]
+    optimizer = SO(params, lr=0.1, density_ratio=0.5)
+    params[1].grad = torch.ones(30)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(optimizer, "_subtract", mock.Mock(side_effect=KeyboardInterrupt))
+        optimizer.step()
+    params[0].grad = torch.ones(30)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert all(torch.equal(p, torch.ones(30)) for p in params)
+    optimizer.advance(optimizer.batches())
+    with pytest.raises(RuntimeError, match="state"):
+        optimizer.state_dict()
+    params[0].grad = None
+    with pytest.raises(RuntimeError, match="other parameters"):
+        optimizer.step()
+
+
+def test_a_layer_that_is_trained_no_more_is_left_alone():
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    optimizer = SO(model.parameters(), density_ratio=0.1, T=2)
+    attach(model, optimizer, dense_above=1)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    for _ in range(3):
+        model(torch.ones(1, 9)).sum().backward()
+        optimizer.step()
+    model[1].requires_grad_(False)
+    optimizer.load_state_dict(fresh)
+    before = model[0].weight.clone()
+    model(torch.ones(1, 9)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7, 3)])
+@pytest.mark.parametrize("dense", [False, True])
+def test_corrections_in_tensors_are_those_in_numbers(shape, dense):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape)) for _ in range(2)]
+    params[1].data.copy_(params[0])
+    both = [of([p], lr=0.1, dense=dense, density_ratio=0.5) for of, p in zip((SO, SparseOptimizer.SO), params)]
+    for _ in range(200):
+        params[0].grad = torch.randn(shape)
+        params[1].grad = params[0].grad.clone()
+        for optimizer in both:
+            optimizer.step()
+        assert torch.equal(*params)
+
+
 # --- draws
 
 

@@ -1,5 +1,6 @@
 """Less memory and less work for the same bits, and what is said where memory is too small."""
 
+import itertools
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -138,8 +139,15 @@ def first_test_images() -> int:
 
 def test_a_batch_on_a_stream_of_its_own_is_waited_for_and_kept(monkeypatch):
     """The order of calls; there is no GPU here to run it on."""
-    said, side = [], SimpleNamespace(name="side")
-    current = SimpleNamespace(wait_stream=lambda stream: said.append(f"wait for {stream.name}"))
+    said, side = [], SimpleNamespace(name="side", device="cuda")
+
+    def event():
+        number = next(numbers)
+        said.append(f"event {number}")
+        return SimpleNamespace(synchronize=lambda: said.append(f"wait for event {number}"))
+
+    numbers = itertools.count()
+    current = SimpleNamespace(wait_stream=lambda of: said.append(f"wait for {of.name}"), record_event=event)
 
     @contextmanager
     def stream(of):
@@ -151,12 +159,13 @@ def test_a_batch_on_a_stream_of_its_own_is_waited_for_and_kept(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, of: said.append((tuple(x.shape), of is current)))
     monkeypatch.setattr(experiment, "normalise", lambda x, table: said.append("normalise") or normalise(x, table))
-    pixels = [torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8) for _ in range(2)]
+    pixels = [torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8) for _ in range(4)]
     transform = preprocess.train_transform(Preprocessing(4))
     batches = experiment.Normalised([(x, "labels") for x in pixels], transform, torch.device("cpu"))
     plain = [images for images, _ in batches]
     batches.side, said[:] = side, []
-    for expected, (images, labels) in zip(plain, batches):
-        assert said == ["on side", "normalise", "off", "wait for side", ((2, 3, 4, 4), True)]
+    for number, (expected, (images, labels)) in enumerate(zip(plain, batches, strict=True)):
         assert torch.equal(images, expected) and labels == "labels"
+        done = [f"event {number - 1}"] * (number > 0) + [f"wait for event {number - 2}"] * (number > 1)
+        assert said == [*done, "on side", "normalise", "off", "wait for side", ((2, 3, 4, 4), True)]
         said.clear()

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from methods import METHODS
 from run_utils import IDENTITY
 from scripts import reproduce, sweep
 from scripts.reporting import deviations, figures
-from scripts.reporting.results import ELEVEN, PUBLISHED, SUITES
+from scripts.reporting.results import ELEVEN, PUBLISHED, SUITES, read_results
 from scripts.reproducing import costs, machine
 from scripts.reproducing.parts import read_part
 from scripts.sweeping.clusters import Cluster
@@ -172,7 +173,8 @@ def recorded(cell):
     settings, hparams = cell.settings, cell.config.hparams.settled(cell.settings.shots, 100)
     values = {name: getattr(settings, name) for name in IDENTITY} | hparams.identity | {"epochs": cell.epochs}
     values["by_data"] = "; ".join(f"{name}: {file}" for name, file in cell.config.by_data.items()) or None
-    return values | ({"tuned_on": "val"} if cell.config.search else {})
+    values |= {"searched": cell.config.searched, "tuned_on": "val" if cell.config.search else "none"}
+    return values | {"imbalance": "none", "label_noise": 0.0}
 
 
 @pytest.mark.parametrize("kind, row, part, label", REACHED, ids=lambda value: value if isinstance(value, str) else "")
@@ -199,7 +201,7 @@ def test_a_run_with_another_hyperparameter_is_not_compared(kind, row, part, labe
     classes = "base" if kind == "base_to_new" else "all"
     cell = planned(part, label)[-1]
     run, hparams = recorded(cell), cell.config.hparams
-    names = {*hparams.identity, *(["tuned_on"] if cell.config.search else [])}
+    names = {*hparams.identity, "tuned_on", "draw", "imbalance", "label_noise", "searched"}
     names -= {"eval_every", "sampled_gradients"} | ({"total_iters"} if cell.epochs else set())
     for name in names | ({"epochs"} if cell.epochs else set()):
         other = not run[name] if isinstance(run[name], bool) else "other" if isinstance(run[name], str) else 12345
@@ -242,7 +244,7 @@ def test_seeds_explain_a_deviation_or_do_not(tmp_path):
 
 def test_new_classes_other_datasets_and_ablations_are_compared_too(tmp_path):
     results = Folder(tmp_path)
-    tested = {"eval_only": True, "classes": "new", "searched": None}
+    tested = {"eval_only": True, "classes": "new"}
     for seed, cell in itertools.product((1, 2), planned("peers_new_classes", "coop")):
         results.add(**recorded(cell) | tested | {"seed": seed, "accuracy": 60.0 + seed, "base_accuracy": 82.0 + seed})
     for seed, cell, dataset in itertools.product((1, 2), planned("transfer", "promptsrc"), ELEVEN):
@@ -262,14 +264,39 @@ def test_new_classes_other_datasets_and_ablations_are_compared_too(tmp_path):
     assert ["no momentum", "0", "0", "1", "-"] in counted and len(counted) == 3
 
 
+def test_every_run_of_a_mean_is_looked_at(tmp_path):
+    """One of a search's outcomes, and one dataset, with another rate than planned."""
+    for name, change in (("searched", {"searched": "lr of 0.002, 0.02", "tuned_on": "val"}), ("by_data", {})):
+        results = Folder(tmp_path / name)
+        for seed, cell in itertools.product((1, 2), planned("peers", "coop")):
+            if cell.settings.shots == 16:
+                other = seed == 2 and (name == "searched" or cell.settings.dataset == "dtd")
+                change |= {"lr": 0.02 if other else 0.002}
+                change |= {} if name == "searched" else {"by_data": "lr: c.yaml abc; epochs: c.yaml abc"}
+                results.add(**recorded(cell) | change | {"seed": seed, "accuracy": 70.0 + seed})
+        rows, (note, *_) = deviations.deviations(results.read())
+        assert rows.empty and ("lr is 0.02, not 0.002" if name == "by_data" else "searched is lr of") in note
+
+
+def test_planned_runs_are_compared_also_from_the_table(tmp_path):
+    """In a CSV file an empty text is no text: CoOp's beginning of the prompts."""
+    results = Folder(tmp_path / "records")
+    for seed, cell in itertools.product((1, 2), planned("peers", "coop")):
+        results.add(**recorded(cell) | {"seed": seed, "accuracy": 70.0 + seed})
+    records = [json.loads(path.read_text()) for path in results.path.glob("*/result.json")]
+    (tmp_path / "table").mkdir()
+    pd.DataFrame(records).to_csv(tmp_path / "table" / "results.csv", index=False)
+    rows, notes = deviations.deviations(read_results(tmp_path / "table"))
+    assert not notes and (rows.data_set == "mean of 11").sum() == 5
+
+
 def test_a_mean_over_datasets_with_settings_of_their_own_is_compared(tmp_path):
     """CoOp has other epochs on ImageNet, TaskRes another alpha on flowers, PromptSRC other averages; GDA searches."""
     results = Folder(tmp_path)
     for label in ("coop", "taskres", "promptsrc", "gda"):
         for seed, cell in itertools.product((1, 2), planned("peers", label)):
             if cell.settings.shots == 16:
-                own = {name: values[0] for name, values in cell.config.search.items()}
-                own |= {"searched": cell.config.searched} if own else {}
+                own = {name: values[seed] for name, values in cell.config.search.items()}
                 results.add(**recorded(cell) | own | {"seed": seed, "accuracy": 70.0 + seed})
     rows, notes = deviations.deviations(results.read())
     means = rows[rows.data_set == "mean of 11"].set_index("name")

@@ -252,6 +252,28 @@ def test_settings_by_number_of_shots_are_one_configuration_and_so_are_their_eval
     assert sorted("by_shots.yaml" in row[0].text for row in table.rows) == [False, True]
 
 
+def test_an_evaluation_has_the_settings_by_data_of_its_weights_and_its_own_of_the_rest(run_main):
+    text = "{1: {epochs: 1, precision: fp32, prompts: released}, 2: {epochs: 2}}"
+    Path("trained.yaml").write_text(f"method: coop\nbackbone: tiny\nby_shots: {text}\n")
+    Path("tested.yaml").write_text("method: coop\nbackbone: tiny\nby_shots: {1: {precision: bf16}, 2: {lr: 1}}\n")
+    flags = ("--shots", 1, "--save_path", "saved", "--config")
+    by_data = [
+        run_main(*flags, *more)[1]["by_data"]
+        for more in (
+            ("trained.yaml",),
+            ("tested.yaml", "--eval_only"),
+            ("trained.yaml", "--eval_only", "--precision", "fp32"),
+            ("trained.yaml", "--eval_only", "--prompts", "specific"),
+        )
+    ]
+    files = [dict(part.split(": ") for part in said.split("; ")) for said in by_data]
+    lengths = {"epochs", "n_iters", "total_iters"}
+    assert files[0].keys() == {*lengths, "precision", "prompts", "template"}
+    assert files[1].pop("precision").startswith("tested.yaml ")
+    assert files[1] == files[2] == {name: file for name, file in files[0].items() if name != "precision"}
+    assert files[3].keys() == {*lengths, "precision"}
+
+
 def test_new_classes_of_your_own_images_are_not_another_split(run_main):
     fabricate_own("pets", ("ant", "bee", "cat", "dog"))
     flags = (*QUICK, "--dataset", "folder", "--root_path", "pets", "--save_path", "saved")

@@ -119,11 +119,12 @@ def _deviation(
 
 
 def unlike(row: dict, classes: str, runs: pd.DataFrame) -> list[str]:
-    """Return in words the settings in which runs with one number of shots are not as published or as planned."""
-    for _, run in runs.drop_duplicates("dataset").iterrows():
+    """Return in words the settings in which runs with one number of shots are not as published or as planned; those of
+    the first run that is not."""
+    plans = [(part, label) for part, labels in row["runs"].items() for label in labels]
+    for _, run in runs.iterrows():
         published = [mismatch(run, {"classes": classes} | wanted) for wanted in row["settings"]]
-        plans = [_planned(part, label, run.dataset, run.shots) for part in row["runs"] for label in row["runs"][part]]
-        of_plans = [_unlike_plan(run, plan) for plan in plans if plan]
+        of_plans = [_unlike_plan(run, plan) for place in plans if (plan := _planned(*place, run.dataset, run.shots))]
         if words := min(published, key=len) or min(of_plans, key=len):
             return [f"{run.dataset}: {word}" for word in words]
     return []
@@ -153,11 +154,16 @@ def _planned(part: str, label: str, dataset: str, shots: int) -> Config | None:
 
 
 def _unlike_plan(run: pd.Series, plan: Config) -> list[str]:
-    """Return in words the hyperparameters in which a run is not as planned, and how they were to be chosen."""
+    """Return in words the hyperparameters in which a run is not as planned, how they were to be chosen, and the images
+    that it was to be trained on. Evaluations do not know what their weights' run searched, only what it chose."""
     values = plan.hparams.identity
     wanted = {name: value for name, value in values.items() if name not in {*WITHOUT_EFFECT, *plan.search}}
     wanted |= {name: getattr(plan.hparams, name) for name in [plan.hparams.length] if name}
-    words = mismatch(run, wanted | ({"tuned_on": "val"} if plan.search else {}))
+    wanted |= {name: getattr(plan.settings, name) for name in ("draw", "prompts", "imbalance", "label_noise")}
+    wanted["tuned_on"] = "val" if plan.search else plan.settings.tuned_on
+    words = mismatch(run, wanted)
+    if text(run.eval_only) != "true" and text(run.get("searched")) != text(plan.searched):
+        words.append(f"searched is {text(run.get('searched'))}, not {text(plan.searched)}")
     chosen = {name: [text(value) for value in values] for name, values in plan.search.items()}
     return words + [
         f"{name} is {text(run.get(name))}, not one of {', '.join(choices)}"

@@ -180,7 +180,7 @@ def text(value: object) -> str:
     if pd.isna(value):
         return "-"
     if isinstance(value, str):
-        return {"True": "true", "False": "false"}.get(value, value)
+        return {"True": "true", "False": "false", "": "-"}.get(value, value)  # pandas reads an empty text as nan
     return str(bool(value)).lower() if isinstance(value, (bool, np.bool_)) else f"{value:.12g}"
 
 

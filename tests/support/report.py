@@ -34,7 +34,7 @@ class Folder:
             **{"precision": "fp32", "draw": "released", "classes": "all", "prompts": "released"},
             **{"template": "a photo of a {}.", "test_dataset": dataset, "root_path": None, "eval_only": False},
             **{"split_sha256": f"{dataset} {shots} {seed}", "weights_sha256": "f" * 64, "git_commit": "abc"},
-            **{"torch_version": "2.6.0", "device": "cpu"},
+            **{"torch_version": "2.6.0", "device": "cpu", "tuned_on": "none"},
             **{"finished_at": f"2026-01-01T00:{number // 60:02}:{number % 60:02}"},
             **OWN.get(method, {}),
             **({"total_iters": PER_SHOT[method] * shots} if method in PER_SHOT else {}),
