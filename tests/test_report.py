@@ -18,6 +18,7 @@ from scripts import report
 from scripts.reporting import comparison, deviations, figures
 from scripts.reporting.results import ELEVEN, PUBLISHED
 from scripts.reporting.sheets import accuracy_tables, cost_tables, validation_tables
+from scripts.reporting.summary import ranking
 
 
 @pytest.fixture
@@ -140,16 +141,17 @@ def test_evaluated_weights_and_datasets_of_no_suite_have_separate_tables(results
         f"{after} digits, folder:/a/mine, folder:/b/mine, folder:other",
         f"{after} the eleven datasets, evaluated weights",
         f"{after} variants of ImageNet, evaluated weights",
+        f"{after} dtd new classes, evaluated weights",
     ]
-    first, own, moved, variants = sheets.values()
+    first, own, moved, variants, new = sheets.values()
     assert texts(first) == {"so (backbone ViT-B/16)": ["50.00", "50.00"]}
     assert texts(own) == {"so (backbone tiny)": ["10.00", "7.00", "7.00", "8.00"]}
-    label = "so, evaluated weights (classes {}, trained_on {})"
-    assert texts(moved) == {
-        label.format("all", "imagenet"): ["40.00"] * 2,
-        label.format("new", "the same"): ["20.00"] * 2,
-    }
-    assert texts(variants) == {label.format("all", "imagenet"): ["30.00"] * 2}
+    label = "so, evaluated weights (trained_on {})"
+    assert texts(moved) == {label.format("imagenet"): ["40.00"] * 2}
+    assert texts(variants) == {label.format("imagenet"): ["30.00"] * 2}
+    assert texts(new) == {label.format("the same"): ["20.00"]}
+    results.add(accuracy=20, eval_only=True, classes="new", base_accuracy=70.0, seed=2)
+    assert texts([*accuracy_tables(results.read())][-1]) == texts(new)
 
 
 # --- tables
@@ -313,6 +315,14 @@ def test_published_means_are_those_of_the_datasets():
     for row in PUBLISHED["base_to_new"]:
         expected = 2 * row["base"] * row["new"] / (row["base"] + row["new"])
         assert row["harmonic"] == pytest.approx(expected, abs=0.2 if row["name"] in ("RPO", "HPT") else 0.011)
+
+
+def test_what_is_the_same_for_all_seeds_is_no_clear_difference(results):
+    for seed in (1, 2, 3):
+        results.add("so", accuracy=50.2, seed=seed)
+        results.add("lora", accuracy=50.0, seed=seed)
+    lead = ranking(results.read()).answers[1]
+    assert "0.20 points" in lead and "nothing of chance" in lead and "clear" not in lead
 
 
 def test_published_tables_name_protocol_and_source():

@@ -15,7 +15,7 @@ from scripts import report
 from scripts.reporting import comparison, deviations
 from scripts.reporting.errors import read_errors
 from scripts.reporting.summary import below_zero_shot_sheet, ranking
-from scripts.reporting.transfer import base_to_new_tables, transfer_tables
+from scripts.reporting.transfer import UNCHANGED, base_to_new_tables, transfer_tables
 
 ELSEWHERE = {"eval_only": True, "dataset": "imagenet"}
 
@@ -100,6 +100,22 @@ def test_runs_on_half_of_the_classes_stand_apart(results):
     rows = comparison.differences(read, "so", "lora")
     assert rows.data_set.tolist() == ["DTD", "DTD base classes"] and rows.pairs.tolist() == [1, 1]
     assert set(deviations.deviations(read)[0].data_set) <= {"DTD"}
+
+
+def test_base_to_new_begins_with_the_unchanged_model(results):
+    for name, before in (("dtd", (60.0, 50.0)), ("imagenet", (70.0, 40.0))):
+        for seed, (classes, value) in itertools.product((1, 2), zip(("base", "new"), before)):
+            flags = {"eval_only": True, "base_accuracy": 80.0} if classes == "new" else {}
+            results.add("so", name, seed=seed, classes=classes, zero_shot_accuracy=value, **flags)
+    (table,) = base_to_new_tables(results.read())
+    h = statistics.harmonic_mean
+    wanted = [65, 45, h([65, 45]), (h([60, 50]) + h([70, 40])) / 2, 70, 40, h([70, 40]), 60, 50, h([60, 50])]
+    assert [float(cell) for cell in texts(table)[UNCHANGED]] == pytest.approx(wanted, abs=0.005)
+    for classes in ("base", "new"):  # with other prompts the unchanged model is another one
+        flags = {"eval_only": True, "base_accuracy": 80.0} if classes == "new" else {}
+        results.add("so", "dtd", classes=classes, prompts="specific", zero_shot_accuracy=61.0, **flags)
+    (table,) = base_to_new_tables(results.read())
+    assert texts(table)[UNCHANGED] == ["-"] * 4 + texts(table)[UNCHANGED][4:7] + ["-"] * 3
 
 
 def test_base_to_new_has_both_harmonic_means(results):

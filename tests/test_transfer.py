@@ -249,7 +249,11 @@ def test_settings_by_number_of_shots_are_one_configuration_and_so_are_their_eval
     found = {label: (own.shots.tolist(), own.lr.tolist()) for label, own in results.runs.groupby("configuration")}
     assert sorted(found.values()) == [([1, 2], [0.002, 0.001])] * 2 + [([2], [0.001])] * 2
     (table, *_) = [sheet for sheet in base_to_new_tables(results) if "2 shots" in sheet.title]
-    assert sorted("by_shots.yaml" in row[0].text for row in table.rows) == [False, True]
+    assert [row[0].text.partition(" (")[0] for row in table.rows] == ["zero-shot CLIP", "coop", "coop"]
+    assert sorted("by_shots.yaml" in row[0].text for row in table.rows[1:]) == [False, True]
+    records = [json.loads(path.read_text()) for path in Path("results").glob("*/result.json")]
+    before = [next(r["zero_shot_accuracy"] for r in records if r["classes"] == half) for half in ("base", "new")]
+    assert [cell.value for cell in table.rows[0][1:3]] == pytest.approx(before)
 
 
 def test_an_evaluation_has_the_settings_by_data_of_its_weights_and_its_own_of_the_rest(run_main):

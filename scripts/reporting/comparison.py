@@ -115,7 +115,7 @@ def difference_sheets(results: Results, pairs: Sequence[tuple[str, str]], rows: 
         }
         if any(alone.values()):
             named = ", ".join(f"{b} {count:.0f}" for b, count in alone.items() if count)
-            notes.append(f"Left out, runs of the two without a partner with the same images: {named}.")
+            notes.append(f"Left out, runs of {a} and of the other without a partner with the same images: {named}.")
         if found.low.isna().any():
             notes.append(f"{MISSING}: an interval needs at least two pairs.")
         header = ["minus", "dataset", "shots", "difference", f"{CONFIDENCE:.0%} interval", "pairs", a, "the other"]

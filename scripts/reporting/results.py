@@ -141,7 +141,7 @@ def arrange(runs: pd.DataFrame, notes: list[str]) -> Results:
         runs[name] = runs[name].astype(object).where(runs[name].notna(), value)
     runs["evaluated"] = runs.eval_only.map(text) == "true"
     names = _columns(runs)
-    half = (" " + runs.classes + " classes").where(~runs.evaluated & (runs.classes != "all"), "")
+    half = (" " + runs.classes + " classes").where(runs.classes != "all", "")
     runs["tested_on"] = names + half  # half of the classes is another problem, with accuracies of its own
     runs["short_name"] = names.map(lambda name: SHORT.get(name, name)) + half
 
@@ -205,7 +205,7 @@ def _settings(runs: pd.DataFrame) -> pd.DataFrame:
     weights = settings.backbone.map(lambda name: Path(name).name if Path(name).suffix else name)
     several = runs.weights_sha256.astype(str).groupby(weights).transform("nunique") > 1
     settings["backbone"] = weights.where(~several, weights + " " + runs.weights_sha256.astype(str).str[:8])
-    settings["classes"] = settings.classes.where(runs.evaluated, "as tested")
+    settings["classes"] = "as tested"
     settings["trained_on"] = runs.dataset.where(runs.dataset != runs.test_dataset, "the same")
     # Values that a run chose from a list are outcomes; the list is the setting.
     chosen = runs.searched.map(text).map(lambda searched: {part.split(" of ")[0] for part in searched.split("; ")})

@@ -137,10 +137,11 @@ def accuracies(runs: pd.DataFrame, columns: Sequence[str]) -> pd.Series | None:
 def accuracy_tables(results: Results) -> list[Sheet]:
     """Return for each number of shots the configurations' test accuracies by dataset.
 
-    Saved weights that were evaluated, and datasets of no suite, have separate tables.
+    Saved weights that were evaluated, and datasets of no suite, have separate tables. Tests on new classes whose base
+    accuracy is known are left out: base-to-new tables have both.
     """
-    sheets = []
-    for evaluated, kind in results.runs[results.runs.test_part == "test"].groupby("evaluated"):
+    sheets, in_base_to_new = [], results.runs.evaluated & results.runs.base_accuracy.notna()
+    for evaluated, kind in results.runs[(results.runs.test_part == "test") & ~in_base_to_new].groupby("evaluated"):
         for suite, columns in suites(kind).items():
             for shots, runs in kind[kind.tested_on.isin(columns)].groupby("shots"):
                 shown = columns if suite else [column for column in columns if column in set(runs.tested_on)]
@@ -162,7 +163,8 @@ def _accuracy_table(results: Results, runs: pd.DataFrame, title: str, suite: str
             row.append(spread(mean))
         rows.append(row)
     if any(cell.text == MISSING for row in rows for cell in row):
-        notes.append(f"{MISSING}: no run" + (", and no average without it." if suite else "."))
+        elsewhere = "; tests of saved weights have tables of their own" if results.runs.evaluated.any() else ""
+        notes.append(f"{MISSING}: no such run{elsewhere}" + (", and no average without it." if suite else "."))
     if mixed:
         notes.append("An average without ± is over datasets that have different seeds.")
     absent = [name for column, name in SUITES.get(suite, {}).items() if column not in columns]

@@ -165,6 +165,8 @@ def _lead(second: pd.Series) -> str:
     lead = f"Lead over {second.configuration}: {-second.ahead:.2f} points"
     if pd.isna(second.low):
         return f"{lead}, from one pair of runs, which says nothing of chance."
+    if second.high - second.low < 1e-9:
+        return f"{lead}, the same in all pairs of runs, which says nothing of chance."
     clear = "a clear difference" if second.high < 0 else "no clear difference"
     return f"{lead} ({CONFIDENCE:.0%} interval {SIGNED.format(-second.high)} to {SIGNED.format(-second.low)}: {clear})."
 

@@ -37,24 +37,29 @@ def _names(results: Results, labels: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _trained(results: Results, trained: pd.DataFrame, evaluated: pd.DataFrame) -> pd.Series:
-    """Return the accuracy of the training run of each evaluation's weights; nan where there is none, or several."""
+def _trained(
+    results: Results, trained: pd.DataFrame, evaluated: pd.DataFrame, what: str = "test_accuracy"
+) -> pd.Series:
+    """Return an accuracy of the training run of each evaluation's weights; nan where there is none, or several."""
     found = trained[~trained.evaluated]
-    found = found.assign(key=_keys(results, found)).drop_duplicates("key", keep=False)
-    return _keys(results, evaluated).map(found.set_index("key").test_accuracy).astype(float)
+    by_key = found.assign(key=_keys(results, found)).groupby("key")[what]
+    return _keys(results, evaluated).map(by_key.first().where(by_key.nunique() == 1)).astype(float)
 
 
 # --- base to new
 
 
 def new_class_runs(results: Results) -> pd.DataFrame:
-    """Return the runs on new classes with the accuracies `base`, `new` and `harmonic` of the same weights. Those whose
-    run on the base classes is missing are left out."""
+    """Return the runs on new classes with the accuracies `base`, `new` and `harmonic` of the same weights, and that of
+    the unchanged model on the base classes, `base_before`. Those whose run on the base classes is missing are left out,
+    except where their record has its accuracy."""
     runs = results.runs[results.runs.test_part == "test"]
     new = runs[(runs.classes == "new") & (runs.dataset == runs.test_dataset)]
-    base = new.base_accuracy.astype(float).fillna(_trained(results, runs[runs.classes == "base"], new))
+    trained = runs[runs.classes == "base"]
+    base = new.base_accuracy.astype(float).fillna(_trained(results, trained, new))
     tested_on = new.tested_on.str.removesuffix(" new classes")
-    pairs = new.assign(base=base, new=new.test_accuracy, tested_on=tested_on).dropna(subset="base")
+    before = _trained(results, trained, new, "zero_shot_accuracy")
+    pairs = new.assign(base=base, new=new.test_accuracy, tested_on=tested_on, base_before=before).dropna(subset="base")
     pairs["harmonic"] = [metrics.harmonic_mean(*both) for both in zip(pairs.base, pairs.new)]
     return pairs
 
@@ -72,18 +77,21 @@ def base_to_new_tables(results: Results) -> list[Sheet]:
 def _base_to_new_table(results: Results, runs: pd.DataFrame, shots: int, suite: str, columns: list[str]) -> Sheet:
     averaged = bool(suite) and len(columns) > 1
     usual, note = seeds(runs)
-    rows, names = [], _names(results, results.labels(runs))
-    for label in results.labels(runs):
-        own = runs[runs.configuration == label]
-        row = [Cell(names[label])]
+    names = _names(results, results.labels(runs))
+    own = {names[label]: runs[runs.configuration == label] for label in results.labels(runs)}
+    if "zero_shot" not in set(runs.method):
+        own = {UNCHANGED: _before(runs)} | own
+    rows = []
+    for name, part in own.items():
+        row = [Cell(name)]
         if averaged:
-            means = own.groupby("tested_on")[["base", "new", "harmonic"]].mean()
+            means = part.groupby("tested_on")[["base", "new", "harmonic"]].mean()
             base, new, mean_of_h = means.mean() if set(means.index) == set(columns) else [None] * 3
             h_of_averages = None if base is None else metrics.harmonic_mean(base, new)
             row += [number(value) for value in (base, new, h_of_averages, mean_of_h)]
         for column in columns:
-            part = own[own.tested_on == column]
-            row += [spread(part[name], usual) for name in ("base", "new", "harmonic")]
+            on_it = part[part.tested_on == column]
+            row += [spread(on_it[kind], 1 if name == UNCHANGED else usual) for kind in ("base", "new", "harmonic")]
         rows.append(row)
     header = ["method", *(["base", "new", "H, averages first", "mean of H"] if averaged else [])]
     header += [f"{SHORT.get(column, column)} {name}" for column in columns for name in ("base", "new", "H")]
@@ -96,6 +104,17 @@ def _base_to_new_table(results: Results, runs: pd.DataFrame, shots: int, suite: 
     where = suite or ", ".join(columns)
     title = f"Base to new after {in_words(shots)} on {where}"
     return Sheet(title, header, rows, notes)
+
+
+def _before(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs on new classes as if nothing had been trained, one a dataset; none where prompts or backbones of the
+    runs differ, so that there are several accuracies."""
+    before = runs.assign(base=runs.base_before, new=runs.zero_shot_accuracy.astype(float))
+    before = before.dropna(subset=["base", "new"])
+    before["harmonic"] = [metrics.harmonic_mean(*both) for both in zip(before.base, before.new)]
+    by_dataset = before.groupby("tested_on")[["base", "new", "harmonic"]]
+    same = (by_dataset.max() - by_dataset.min() < 1e-9).all(axis=1)
+    return before[before.tested_on.map(same).astype(bool)].drop_duplicates("tested_on")
 
 
 # --- other datasets

@@ -10,7 +10,7 @@ import pandas as pd
 from common import counted, note, progress, write_atomically
 from scripts.reporting import comparison, deviations, figures
 from scripts.reporting.errors import read_errors
-from scripts.reporting.results import PUBLISHED, read_results
+from scripts.reporting.results import PUBLISHED, SHORT, read_results
 from scripts.reporting.sheets import EVALUATED, Cell, Sheet, accuracy_tables, cost_tables, validation_tables
 from scripts.reporting.summary import below_zero_shot_sheet, ranking
 from scripts.reporting.transfer import base_to_new_tables, transfer_tables
@@ -39,6 +39,8 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path, rem
     difference_sheets = comparison.difference_sheets(results, pairs, differences)
     compared_rows, unmatched = deviations.deviations(results)
     published = [*deviations.deviation_sheets(compared_rows), *deviations.published_sheets()]
+    if not set(results.runs.test_dataset) & set(SHORT):
+        published = []  # of these datasets no paper here reports anything
     grids, damaged = figures.grids(results, folder)
     drawn, images = _drawn([*grids, *figures.reliability(results, errors)])
     runs_csv = results.tidy().to_csv(index=False)
@@ -49,6 +51,7 @@ def write(folder: Path, compared: Sequence[Sequence[str]] | None, out: Path, rem
     page = _page(
         results=results,
         counted=counted,
+        datasets=results.runs.tested_on.str.replace(" (base|new) classes$", "", regex=True).nunique(),
         last=str(results.runs.finished_at.max())[:10],
         ranking=ranked,
         accuracies=tables,

@@ -17,7 +17,8 @@ PARTS = (*STANDARD, "peers", "peers_new_classes", "rn50", "transfer")
 NEW_CLASSES, TRANSFER = ("new_classes", "peers_new_classes"), "transfer"
 ELSEWHERE = (*list(ELEVEN)[1:], *SUITES["variants of ImageNet"])  # where weights trained on ImageNet are tested
 QUICK = (
-    "quick: one or two seeds, one number of shots, 5 epochs, the tiny CLIP; it shows that all works, and nothing else"
+    "quick: one or two seeds, one number of shots in each part, 5 epochs, the tiny CLIP; it shows that all works, and "
+    "nothing else"
 )
 
 
