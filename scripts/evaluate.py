@@ -11,6 +11,7 @@ macro_accuracy, nll, brier, ece (docs/results.md), weights.
 import argparse
 import csv
 import io
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 import train
-from common import Parser, UserError, counted, one_line_errors, write_atomically
-from datasets import Item
+from clip.delta import checkpoint_metadata
+from common import Parser, UserError, counted, note, one_line_errors, write_atomically
+from datasets import Item, Task
 from datasets.folder import read_to_test
 from experiment import Experiment
 from methods.loading import add_flags, load_adapted
@@ -47,6 +49,19 @@ def relabelled(names: Sequence[str], items: Sequence[Item], classes: Sequence[st
     return tuple(Item(item.path, known[spoken(names[item.label])]) for item in items)
 
 
+def note_trained_on(weights: Path, data: str, task: Task) -> None:
+    """Say on stderr that images of the folder that the weights were trained on are tested."""
+    about = checkpoint_metadata(weights)
+    trained = json.loads(about["settings"])
+    if trained["dataset"] != "folder" or about["test_sha256"] == task.test_sha256:
+        return
+    if Path(trained["root_path"]).expanduser().resolve() == Path(data).expanduser().resolve():
+        note(
+            f"{data}: the weights were trained on some of these images, and all of them are tested; main.py "
+            "--eval_only tests only the run's test images"
+        )
+
+
 def evaluated(args: argparse.Namespace, data: str) -> dict:
     """Return the row of the table for a folder or manifest."""
     names, items, image_root = read_to_test(Path(data).expanduser())
@@ -62,6 +77,7 @@ def evaluated(args: argparse.Namespace, data: str) -> dict:
     if not args.own_classes:
         items = relabelled(names, items, classes, data)
     task = replace(adaptation.experiment.task, test=tuple(items), image_root=image_root)
+    note_trained_on(Path(args.weights), data, task)
     adaptation.experiment = replace(adaptation.experiment, task=task)
     adapted = train.predict(adaptation.experiment, adaptation)
     settings = adaptation.experiment.settings

@@ -57,6 +57,10 @@ def test_the_run_s_own_test_images_give_its_own_numbers(weights, method):
     for name in ("macro_accuracy", "nll", "brier", "ece", "zero_shot_accuracy"):
         assert found[name].item() == record[name], name
     assert found["accuracy"].item() == record["test_accuracy"] and found["images"].item() == len(rows)
+    assert "trained on" not in err
+    Path("photos/of_test.csv").unlink()
+    code, found, err = run("--weights", file, "--data", "photos")
+    assert code == 0 and "note: photos: the weights were trained on" in err and found["images"].item() == 36
 
 
 def test_folders_of_other_shapes_at_once(weights):
