@@ -25,6 +25,7 @@ from clip.delta import checkpoint_metadata
 from common import Parser, UserError, counted, note, one_line_errors, write_atomically
 from datasets import Item, Task
 from datasets.folder import read_to_test
+from datasets.manifest import PARTS
 from experiment import Experiment
 from methods.loading import add_flags, load_adapted
 from run_utils import make_reproducible, use_device
@@ -55,7 +56,9 @@ def note_trained_on(weights: Path, data: str, task: Task) -> None:
     trained = json.loads(about["settings"])
     if trained["dataset"] != "folder" or about["test_sha256"] == task.test_sha256:
         return
-    if Path(trained["root_path"]).expanduser().resolve() == Path(data).expanduser().resolve():
+    root, tested = (Path(path).expanduser().resolve() for path in (trained["root_path"], data))
+    inside = tested.relative_to(root).parts if root in tested.parents else ()
+    if tested == root or {PARTS.get(part.lower()) for part in inside} & {"train", "val"}:
         note(
             f"{data}: the weights were trained on some of these images, and all of them are tested; main.py "
             "--eval_only tests only the run's test images"

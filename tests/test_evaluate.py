@@ -1,5 +1,6 @@
 """scripts/evaluate.py: saved weights on other folders and manifests."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def test_the_run_s_own_test_images_give_its_own_numbers(weights, method):
     Path("photos/of_test.csv").unlink()
     code, found, err = run("--weights", file, "--data", "photos")
     assert code == 0 and "note: photos: the weights were trained on" in err and found["images"].item() == 36
+
+
+def test_of_a_folder_with_parts_only_those_not_trained_on_are_tested_silently(run_main):
+    for part, number, (label, name) in itertools.product(("Train", "val", "test"), range(4), enumerate(CLASSES)):
+        path = Path("parts", part, name, f"{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(label, 100 * label + number).save(path)
+    shutil.copytree("parts/Train", "elsewhere")
+    flags = (*quick("so"), "--dataset", "folder", "--root_path", "parts", "--backbone", "tiny", "--save_path", "w")
+    assert run_main(*flags)[0] == 0
+    (file,) = Path("w").rglob("*.safetensors")
+    for data, trained_on in (("parts", False), ("parts/test", False), ("parts/Train", True), ("elsewhere", False)):
+        code, _, err = run("--weights", file, "--data", data)
+        assert code == 0 and ("trained on" in err) == trained_on, (data, err)
 
 
 def test_folders_of_other_shapes_at_once(weights):
