@@ -24,7 +24,7 @@ import datasets
 import distributed
 import launching
 from clip.delta import checkpoint_metadata
-from common import Parser, UserError, note
+from common import Parser, UserError, none_of, note
 from config_files import by_data, flags_of, read_config, sections, typed
 from methods import METHODS, saved_settings
 from settings import ALL, GROUPS, LENGTHS, SUPPORT, Hparams, Settings, check_data, check_output, choose_device
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         layers.insert(0, (f"--config {path}", read_config(path, given.get("method"))))
     method, dataset = _last(layers, "method"), _last(layers, "dataset")
     if method not in METHODS:
-        raise UserError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
+        raise none_of("method", METHODS, method)
     if given.pop("help", False):
         _parser(method).print_help()
         raise SystemExit(0)

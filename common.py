@@ -5,6 +5,7 @@ It knows nothing of CLIP, datasets or methods, and imports neither torch nor pan
 
 import argparse
 import contextlib
+import difflib
 import errno
 import hashlib
 import os
@@ -20,6 +21,13 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """A mistake that the user can correct. The message is one line that names the file or flag and the remedy."""
+
+
+def none_of(flag: str, choices: Iterable[str], value: object) -> UserError:
+    """Return the mistake that a value is none of a flag's choices. It names the nearest, whatever its case."""
+    close = difflib.get_close_matches(str(value).lower().replace("-", "_"), choices, n=1)
+    hint = f"; meant {close[0]}?" if close else ""
+    return UserError(f"--{flag} must be one of {', '.join(choices)}, not {value!r}{hint}")
 
 
 def printable(text: str) -> str:

@@ -19,7 +19,7 @@ import torch
 
 import datasets
 import distributed
-from common import UserError
+from common import UserError, none_of
 
 
 def option(
@@ -86,7 +86,7 @@ class Options:
             if value is None:
                 continue
             if choices and value not in choices:
-                raise UserError(f"--{f.name} must be one of {', '.join(choices)}, not {value!r}")
+                raise none_of(f.name, choices, value)
             if bounds and not (math.isfinite(value) and all(_HOLDS[word](value, b) for word, b in bounds.items())):
                 wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
                 raise UserError(f"--{f.name} must be a finite number, {wanted}, not {value}")

@@ -20,6 +20,9 @@ QUICK = ("--shots", 1, "--total_iters", 3)
     [
         (["--dataset", "dtd"], ["--root_path"]),
         (["--dataset", "cifar"], ["cifar", "dtd", "digits"]),
+        (["--dataset", "DTD"], ["meant dtd?"]),
+        (["--method", "Tip-Adapter"], ["meant tip_adapter?"]),
+        (["--precision", "fp23"], ["meant fp32?"]),
         (["--method", "sgd"], ["sgd", "zero_shot"]),
         (["--position", "top9"], ["top9", "half-up"]),
         (["--position", "top3"], ["top3", "2 of a tower", "--position all"]),
