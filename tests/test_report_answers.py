@@ -118,6 +118,15 @@ def test_base_to_new_begins_with_the_unchanged_model(results):
     assert texts(table)[UNCHANGED] == ["-"] * 4 + texts(table)[UNCHANGED][4:7] + ["-"] * 3
 
 
+def test_base_to_new_has_a_row_for_each_configuration(results):
+    """Also for those that differ only in what names do not say: the images that the settings were chosen on."""
+    for tuned_on, value in (("none", 50.0), ("val", 60.0)):
+        flags = {"classes": "new", "eval_only": True, "base_accuracy": 80.0, "tuned_on": tuned_on}
+        results.add("so", "dtd", accuracy=value, **flags)
+    (table,) = base_to_new_tables(results.read())
+    assert sorted(cell.text for row in table.rows[1:] for cell in row[2:3]) == ["50.00", "60.00"]
+
+
 def test_base_to_new_has_both_harmonic_means(results):
     base, new = np.random.default_rng(0).uniform(40, 90, (2, 3, 2, 2))
     for (m, d, s), _ in np.ndenumerate(base):

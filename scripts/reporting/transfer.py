@@ -78,11 +78,11 @@ def _base_to_new_table(results: Results, runs: pd.DataFrame, shots: int, suite: 
     averaged = bool(suite) and len(columns) > 1
     usual, note = seeds(runs)
     names = _names(results, results.labels(runs))
-    own = {names[label]: runs[runs.configuration == label] for label in results.labels(runs)}
+    own = [(names[label], runs[runs.configuration == label]) for label in results.labels(runs)]
     if "zero_shot" not in set(runs.method):
-        own = {UNCHANGED: _before(runs)} | own
+        own.insert(0, (UNCHANGED, _before(runs)))
     rows = []
-    for name, part in own.items():
+    for name, part in own:
         row = [Cell(name)]
         if averaged:
             means = part.groupby("tested_on")[["base", "new", "harmonic"]].mean()
